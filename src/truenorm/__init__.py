@@ -1,0 +1,11 @@
+"""truenorm: PyTorch's normalization layers, true to the formula, fast and practical."""
+
+__version__ = "0.1.0"
+
+from . import functional, nn, reference
+from ._library import info
+from .convert import convert, revert
+from .nn import *  # noqa: F403
+from .nn import __all__ as _layers
+
+__all__ = ["convert", "functional", "info", "nn", "reference", "revert", *_layers]

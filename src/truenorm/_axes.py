@@ -1,0 +1,133 @@
+"""Which values of a tensor share one statistic, and how a tensor lies in memory.
+
+Every layer is stated here once, as an `Axes`; the kernels, the plain path and the shape rules of the
+compiler all read it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Axes(NamedTuple):
+    """Which values share one statistic.
+
+    A tensor is seen as (N, C, S): samples, channels, positions.
+
+    num_groups: 0 where a channel shares its statistic over the whole batch, (N, S) values each;
+        G > 0 where each sample has G statistics of its own, (C / G · S) values each.
+    feature_dims: 0 for inputs (N, C, *positions); k > 0 where the last k dimensions are the
+        channels (no positions) and all others the samples.
+    centred: False where the mean is taken as zero (RMSNorm).
+    """
+
+    num_groups: int
+    feature_dims: int
+    centred: bool
+
+
+BATCH = Axes(num_groups=0, feature_dims=0, centred=True)
+
+
+def instance(num_channels: int) -> Axes:
+    return Axes(num_groups=num_channels, feature_dims=0, centred=True)
+
+
+def group(num_groups: int) -> Axes:
+    return Axes(num_groups=num_groups, feature_dims=0, centred=True)
+
+
+def layer(normalized_dims: int) -> Axes:
+    return Axes(num_groups=1, feature_dims=normalized_dims, centred=True)
+
+
+def rms(normalized_dims: int) -> Axes:
+    return Axes(num_groups=1, feature_dims=normalized_dims, centred=False)
+
+
+def _product(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def ncs(shape: Sequence[int], axes: Axes) -> tuple[int, int, int]:
+    """(N, C, S) of a shape."""
+    if axes.feature_dims:
+        split = len(shape) - axes.feature_dims
+        return _product(shape[:split]), _product(shape[split:]), 1
+    return shape[0], shape[1], _product(shape[2:])
+
+
+def num_statistics(shape: Sequence[int], axes: Axes) -> int:
+    n, c, _ = ncs(shape, axes)
+    return n * axes.num_groups if axes.num_groups else c
+
+
+def values_per_statistic(shape: Sequence[int], axes: Axes) -> int:
+    n, c, s = ncs(shape, axes)
+    return c // axes.num_groups * s if axes.num_groups else n * s
+
+
+def grouped_view(x: Tensor, axes: Axes) -> tuple[Tensor, list[int]]:
+    """x as (N, G, C / G, S), and the dimensions that one statistic spans."""
+    n, c, s = ncs(x.shape, axes)
+    if axes.num_groups:
+        return x.reshape(n, axes.num_groups, c // axes.num_groups, s), [2, 3]
+    return x.reshape(n, c, 1, s), [0, 2, 3]
+
+
+def _fills(sizes: Sequence[int], strides: Sequence[int], start: int, *, ordered: bool) -> bool:
+    """Whether these dimensions, in any order unless `ordered`, tile memory from stride `start`."""
+    dims = [(stride, size) for size, stride in zip(sizes, strides, strict=True) if size != 1]
+    dims = dims[::-1] if ordered else sorted(dims)
+    for stride, size in dims:
+        if stride != start:
+            return False
+        start *= size
+    return True
+
+
+def kept_strides(x: Tensor, axes: Axes) -> tuple[int, ...]:
+    """Strides of the result: the input's own where its memory is dense with the channels outside or
+    inside the positions (contiguous, channels_last, permuted positions or samples), else those of
+    the nearest of the two after one copy. csrc/geometry.cpp states the same rule.
+    """
+    shape, strides = x.shape, x.stride()
+    if x.is_contiguous():
+        return strides
+    if axes.feature_dims:
+        split = x.dim() - axes.feature_dims
+        inner = _product(shape[split:])
+        if _fills(shape[split:], strides[split:], 1, ordered=True) and _fills(
+            shape[:split], strides[:split], inner, ordered=False
+        ):
+            return strides
+        return _contiguous_strides(shape)
+    n, c, s = ncs(shape, axes)
+    if n == 1 or strides[0] == c * s:
+        rows = _fills(shape[2:], strides[2:], 1, ordered=False) and (c == 1 or strides[1] == s)
+        columns = (c == 1 or strides[1] == 1) and _fills(shape[2:], strides[2:], c, ordered=False)
+        if rows or columns:
+            return strides
+    if x.dim() > 2 and c > 1 and strides[1] == 1:
+        inside = _contiguous_strides((shape[0], *shape[2:], c))
+        return (inside[0], 1, *inside[1:-1])
+    return _contiguous_strides(shape)
+
+
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def empty_result(x: Tensor, axes: Axes) -> Tensor:
+    return x.new_empty_strided(x.shape, kept_strides(x, axes))

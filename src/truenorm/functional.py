@@ -1,0 +1,312 @@
+"""torch.nn.functional's normalization functions: the same names, arguments and defaults.
+
+Each validates its arguments, then makes one call. The formulas, forward and backward, are written
+out in `truenorm.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import _axes, _checks, _ops
+
+__all__ = [
+    "batch_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "local_response_norm",
+    "rms_norm",
+]
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize each channel by its mean and variance over the whole batch.
+
+    y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
+
+    With `training` the statistics are the batch's, over every sample and position of a channel, and
+    the running ones, where given, move in place towards them:
+    running = (1 − momentum) · running + momentum · observed. The biased variance normalizes, the
+    unbiased one is stored. Without `training` the running statistics are used.
+
+    Shapes: input (N, C, *); running_mean, running_var, weight, bias (C,); output like input, in its
+    memory format.
+
+    Errors: ValueError for one value per channel in training, eps or momentum out of range;
+    RuntimeError for statistics or parameters of another size or device; TypeError for a non-tensor.
+
+    Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
+    """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            batch_norm,
+            (input, running_mean, running_var, weight, bias),
+            input,
+            running_mean,
+            running_var,
+            weight=weight,
+            bias=bias,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+        )
+    return batch_norm_tracked(
+        input, running_mean, running_var, None, weight, bias, training, momentum, eps
+    )
+
+
+def batch_norm_tracked(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """batch_norm that also counts batches; momentum None averages over all batches counted."""
+    _checks.check_tensor("input", input)
+    _checks.check_floating(input)
+    _checks.check_at_least_2d(input, IndexError)
+    _checks.check_eps(eps, "batch_norm", training=training)
+    _checks.check_both_running(running_mean, running_var)
+    _checks.check_per_channel("running_mean", running_mean, input)
+    _checks.check_per_channel("running_var", running_var, input)
+    _checks.check_per_channel("weight", weight, input)
+    _checks.check_per_channel("bias", bias, input)
+    if not training:
+        _checks.check_running_given(running_mean, "training=False")
+        assert running_mean is not None and running_var is not None
+        return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps)
+    if momentum is not None:
+        _checks.check_momentum(momentum)
+    count = _axes.values_per_statistic(input.shape, _axes.BATCH)
+    _checks.check_more_than_one_value(input, count, per_sample=False)
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = _ops.Running(running_mean, running_var, num_batches_tracked, count, momentum)
+    return _ops.normalize(input, weight, bias, _axes.BATCH, eps, running)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize each channel of each sample by its own mean and variance over the positions.
+
+    y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
+
+    With `use_input_stats` the statistics are the sample's own, and the running ones, where given,
+    move in place towards their average over the batch (unbiased variance); without it the running
+    statistics are used.
+
+    Shapes: input (N, C, *positions); running_mean, running_var, weight, bias (C,); output like
+    input, in its memory format.
+
+    Errors: ValueError for one position per channel, eps or momentum out of range; RuntimeError for
+    statistics or parameters of another size or device; TypeError for a non-tensor.
+
+    Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022.
+    """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            instance_norm,
+            (input, running_mean, running_var, weight, bias),
+            input,
+            running_mean=running_mean,
+            running_var=running_var,
+            weight=weight,
+            bias=bias,
+            use_input_stats=use_input_stats,
+            momentum=momentum,
+            eps=eps,
+        )
+    _checks.check_tensor("input", input)
+    _checks.check_floating(input)
+    _checks.check_at_least_2d(input, ValueError)
+    _checks.check_eps(eps, "instance_norm")
+    _checks.check_both_running(running_mean, running_var)
+    _checks.check_per_channel("running_mean", running_mean, input)
+    _checks.check_per_channel("running_var", running_var, input)
+    _checks.check_per_channel("weight", weight, input)
+    _checks.check_per_channel("bias", bias, input)
+    if not use_input_stats:
+        _checks.check_running_given(running_mean, "use_input_stats=False")
+        assert running_mean is not None and running_var is not None
+        return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps)
+    _checks.check_momentum(momentum)
+    axes = _axes.instance(input.shape[1])
+    count = _axes.values_per_statistic(input.shape, axes) if input.shape[1] else 0
+    _checks.check_more_than_one_value(input, count, per_sample=True)
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = _ops.Running(running_mean, running_var, None, count, momentum)
+    return _ops.normalize(input, weight, bias, axes, eps, running)
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize each group of channels of each sample by its own mean and variance.
+
+    y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias, over the C / num_groups channels of a group
+    and all positions. The same in training and evaluation.
+
+    Shapes: input (N, C, *); weight, bias (C,); output like input, in its memory format.
+
+    Errors: RuntimeError where num_groups does not divide C, or parameters differ in size or device;
+    ValueError for one value per statistic and sample, or a negative eps; TypeError for a non-tensor.
+
+    Source: Wu and He 2018, https://arxiv.org/abs/1803.08494.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            group_norm,
+            (input, weight, bias),
+            input,
+            num_groups,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+        )
+    _checks.check_tensor("input", input)
+    _checks.check_floating(input)
+    _checks.check_at_least_2d(input, RuntimeError)
+    _checks.check_groups(input, num_groups)
+    _checks.check_eps(eps, "group_norm")
+    _checks.check_per_channel("weight", weight, input)
+    _checks.check_per_channel("bias", bias, input)
+    n, c, s = _axes.ncs(input.shape, _axes.BATCH)
+    # as torch: an error only where the whole batch has one value per group
+    _checks.check_more_than_one_value(input, n * c // num_groups * s, per_sample=False)
+    return _ops.normalize(input, weight, bias, _axes.group(num_groups), eps)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize over the trailing dimensions named by `normalized_shape`.
+
+    y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias, weight and bias element by element. The
+    same in training and evaluation.
+
+    Shapes: input (*, *normalized_shape); weight, bias normalized_shape; output like input.
+
+    Errors: RuntimeError where normalized_shape is not the input's trailing shape, or parameters
+    differ in shape or device; ValueError for a negative eps; TypeError for a non-tensor.
+
+    Source: Ba et al. 2016, https://arxiv.org/abs/1607.06450.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            layer_norm,
+            (input, weight, bias),
+            input,
+            normalized_shape,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+        )
+    _checks.check_tensor("input", input)
+    _checks.check_floating(input)
+    _checks.check_normalized_shape(input, normalized_shape)
+    _checks.check_eps(eps, "layer_norm")
+    _checks.check_elementwise("weight", weight, input, normalized_shape)
+    _checks.check_elementwise("bias", bias, input, normalized_shape)
+    return _ops.normalize(input, weight, bias, _axes.layer(len(normalized_shape)), eps)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """Divide by the root mean square over the trailing dimensions named by `normalized_shape`.
+
+    y = x / sqrt(E[x²] + eps) · weight; eps None is torch.finfo(input.dtype).eps. The same in
+    training and evaluation.
+
+    Shapes: input (*, *normalized_shape); weight normalized_shape; output like input.
+
+    Errors: RuntimeError where normalized_shape is not the input's trailing shape, or weight differs
+    in shape or device; ValueError for a negative eps; TypeError for a non-tensor.
+
+    Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
+    """
+    if has_torch_function_variadic(input, weight):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps
+        )
+    _checks.check_tensor("input", input)
+    _checks.check_floating(input, complex_too=True)
+    _checks.check_normalized_shape(input, normalized_shape)
+    if eps is None:
+        eps = torch.finfo(input.dtype).eps
+    _checks.check_eps(eps, "rms_norm")
+    _checks.check_elementwise("weight", weight, input, normalized_shape)
+    return _ops.normalize(input, weight, None, _axes.rms(len(normalized_shape)), eps)
+
+
+def local_response_norm(
+    input: Tensor,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+) -> Tensor:
+    """Divide each value by a power of the energy of its neighbouring channels.
+
+    y_c = x_c · (k + alpha / size · Σ x_j²)^−beta, over the `size` channels j from c − size // 2 on,
+    those outside the input counting as zero. The same in training and evaluation.
+
+    Shapes: input (N, C, *positions); output like input, in its memory format. Integers are
+    converted to the default dtype, as in torch.
+
+    Errors: ValueError for an input of fewer than 3 dimensions; RuntimeError for a size below 1;
+    TypeError for a non-tensor.
+
+    Source: Krizhevsky et al. 2012.
+    """
+    if has_torch_function_variadic(input):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            local_response_norm, (input,), input, size, alpha=alpha, beta=beta, k=k
+        )
+    _checks.check_tensor("input", input)
+    _checks.check_local_response(input, size)
+    if not (input.is_floating_point() or input.is_complex()):
+        input = input.to(torch.get_default_dtype())
+    _checks.check_floating(input)
+    if input.numel() == 0:
+        return input
+    return _ops.local_response_norm(input, size, alpha, beta, k)

@@ -1,0 +1,128 @@
+"""BatchNorm1d, 2d, 3d and their lazy forms: statistics of a channel over the whole batch."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _checks, functional
+from ._base import RunningStatistics, Traceable
+
+
+class BatchForward(RunningStatistics, Traceable):
+    """forward() of every layer with batch statistics; mixed in before torch's class."""
+
+    _dims: ClassVar[tuple[int, ...]]
+    _shapes: ClassVar[str]
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _checks.check_input_dim(input, self._dims, type(self).__name__, self._shapes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._is_traced(input):
+            return self._as_leaf(input)
+        self._check_input_dim(input)
+        # checked here too: without weight and running statistics nothing else would notice
+        _checks.check_num_features(input, 1, self.num_features, RuntimeError)
+        # as torch: the running statistics serve evaluation wherever they exist, and are updated
+        # in training only while they are tracked
+        tracked = not self.training or self.track_running_stats
+        return functional.batch_norm_tracked(
+            input,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.num_batches_tracked if tracked else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            self.momentum,
+            self.eps,
+        )
+
+
+class BatchNorm1d(BatchForward, torch.nn.BatchNorm1d):
+    """Normalize each channel of a 2D or 3D input by its statistics over the whole batch.
+
+    y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
+
+    A channel's mean and variance span all samples and positions: N values for (N, C), N·L for
+    (N, C, L). In training they are the batch's, the variance biased (divided by n), and the running
+    statistics move towards them: running = (1 − momentum) · running + momentum · observed, the
+    stored variance unbiased (divided by n − 1). In evaluation the running statistics are used. With
+    `momentum=None` they are the plain average over all batches seen.
+
+    Shapes: input (N, C) or (N, C, L); output the same; weight, bias, running_mean, running_var (C,).
+
+    Errors: ValueError for another rank, one value per channel in training, eps or momentum out of
+    range; RuntimeError for another channel count or device. Running statistics stay untouched.
+
+    Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167. Arguments as in
+    torch.nn.BatchNorm1d.
+    """
+
+    _dims = (2, 3)
+    _shapes = "(N, C) or (N, C, L)"
+
+
+class BatchNorm2d(BatchForward, torch.nn.BatchNorm2d):
+    """Normalize each channel of a 4D input by its statistics over the whole batch.
+
+    y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
+
+    A channel's mean and variance span all samples and positions, N·H·W values. Training,
+    evaluation, momentum and errors as in `BatchNorm1d`.
+
+    Shapes: input (N, C, H, W), contiguous or channels_last; output the same, in the same memory
+    format; weight, bias, running_mean, running_var (C,).
+
+    Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167. Arguments as in
+    torch.nn.BatchNorm2d.
+    """
+
+    _dims = (4,)
+    _shapes = "(N, C, H, W)"
+
+
+class BatchNorm3d(BatchForward, torch.nn.BatchNorm3d):
+    """Normalize each channel of a 5D input by its statistics over the whole batch.
+
+    y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
+
+    A channel's mean and variance span all samples and positions, N·D·H·W values. Training,
+    evaluation, momentum and errors as in `BatchNorm1d`.
+
+    Shapes: input (N, C, D, H, W), contiguous or channels_last_3d; output the same, in the same
+    memory format; weight, bias, running_mean, running_var (C,).
+
+    Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167. Arguments as in
+    torch.nn.BatchNorm3d.
+    """
+
+    _dims = (5,)
+    _shapes = "(N, C, D, H, W)"
+
+
+class LazyBatchNorm1d(BatchForward, torch.nn.LazyBatchNorm1d):
+    """`BatchNorm1d` that reads `num_features` off dim 1 of its first input."""
+
+    _dims = BatchNorm1d._dims
+    _shapes = BatchNorm1d._shapes
+    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+
+
+class LazyBatchNorm2d(BatchForward, torch.nn.LazyBatchNorm2d):
+    """`BatchNorm2d` that reads `num_features` off dim 1 of its first input."""
+
+    _dims = BatchNorm2d._dims
+    _shapes = BatchNorm2d._shapes
+    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+
+
+class LazyBatchNorm3d(BatchForward, torch.nn.LazyBatchNorm3d):
+    """`BatchNorm3d` that reads `num_features` off dim 1 of its first input."""
+
+    _dims = BatchNorm3d._dims
+    _shapes = BatchNorm3d._shapes
+    cls_to_become = BatchNorm3d  # type: ignore[assignment]

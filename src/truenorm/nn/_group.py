@@ -1,0 +1,38 @@
+"""GroupNorm: statistics of each sample's groups of channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks, functional
+from ._base import Traceable
+
+
+class GroupNorm(Traceable, torch.nn.GroupNorm):
+    """Normalize each group of channels of each sample by its own mean and variance.
+
+    y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
+
+    Mean and variance (biased) span the num_channels / num_groups channels of a group and all
+    positions. Training and evaluation are the same.
+
+    Shapes: input (N, C, *), contiguous or channels_last; output the same, in the same memory
+    format; weight, bias (C,).
+
+    Errors: ValueError where num_groups does not divide num_channels, or eps is negative;
+    RuntimeError for another channel count or device.
+
+    Source: Wu and He 2018, https://arxiv.org/abs/1803.08494. Arguments as in torch.nn.GroupNorm.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, *args: Any, **kwargs: Any) -> None:
+        _checks.check_num_groups_divide(num_groups, num_channels)
+        super().__init__(num_groups, num_channels, *args, **kwargs)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._is_traced(input):
+            return self._as_leaf(input)  # type: ignore[no-any-return]
+        return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

@@ -1,0 +1,130 @@
+"""InstanceNorm1d, 2d, 3d and their lazy forms: statistics of each sample's channel alone."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _checks, functional
+from ._base import RunningStatistics, Traceable
+
+
+class InstanceForward(RunningStatistics, Traceable):
+    """forward() of the InstanceNorm layers; mixed in before torch's class."""
+
+    _dims: ClassVar[tuple[int, ...]]
+    _shapes: ClassVar[str]
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _checks.check_input_dim(input, self._dims, type(self).__name__, self._shapes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._is_traced(input):
+            return self._as_leaf(input)
+        self._check_input_dim(input)
+        unbatched = input.dim() == self._dims[0]
+        # unlike torch, which only warns here unless affine: a mismatch is a transposed or
+        # unbatched input read the wrong way round (pytorch#50134, pytorch#115024)
+        note = f", read as unbatched {self._shapes.split(' or ')[0]}" if unbatched else ""
+        channel_dim = 0 if unbatched else 1
+        _checks.check_num_features(input, channel_dim, self.num_features, ValueError, note)
+        y = functional.instance_norm(
+            input.unsqueeze(0) if unbatched else input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training or not self.track_running_stats,
+            self.momentum if self.momentum is not None else 0.0,
+            self.eps,
+        )
+        return y.squeeze(0) if unbatched else y
+
+
+class InstanceNorm1d(InstanceForward, torch.nn.InstanceNorm1d):
+    """Normalize each channel of each sample by its own mean and variance.
+
+    y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
+
+    Mean and variance (biased, divided by n) span the L positions of one sample's channel. By
+    default (`affine=False`, `track_running_stats=False`) there is no weight, no bias, and training
+    and evaluation are the same. With `track_running_stats=True` training also moves the running
+    statistics towards the batch's average (unbiased variance), and evaluation uses them. As in
+    torch, `momentum=None` leaves them where they are.
+
+    Shapes: input (N, C, L), or (C, L) unbatched; output the same; weight, bias, running_mean,
+    running_var (C,).
+
+    Errors: ValueError for another rank or channel count (also where `affine=False`; torch only
+    warns), for one position, and for eps or momentum out of range.
+
+    Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022. Arguments as in
+    torch.nn.InstanceNorm1d.
+    """
+
+    _dims = (2, 3)
+    _shapes = "(C, L) or (N, C, L)"
+
+
+class InstanceNorm2d(InstanceForward, torch.nn.InstanceNorm2d):
+    """Normalize each channel of each image by its own mean and variance.
+
+    y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
+
+    Mean and variance span the H·W positions of one sample's channel. Training, evaluation and
+    errors as in `InstanceNorm1d`.
+
+    Shapes: input (N, C, H, W), contiguous or channels_last, or (C, H, W) unbatched; output the
+    same, in the same memory format; weight, bias, running_mean, running_var (C,).
+
+    Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022. Arguments as in
+    torch.nn.InstanceNorm2d.
+    """
+
+    _dims = (3, 4)
+    _shapes = "(C, H, W) or (N, C, H, W)"
+
+
+class InstanceNorm3d(InstanceForward, torch.nn.InstanceNorm3d):
+    """Normalize each channel of each volume by its own mean and variance.
+
+    y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
+
+    Mean and variance span the D·H·W positions of one sample's channel. Training, evaluation and
+    errors as in `InstanceNorm1d`.
+
+    Shapes: input (N, C, D, H, W), contiguous or channels_last_3d, or (C, D, H, W) unbatched; output
+    the same, in the same memory format; weight, bias, running_mean, running_var (C,).
+
+    Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022. Arguments as in
+    torch.nn.InstanceNorm3d.
+    """
+
+    _dims = (4, 5)
+    _shapes = "(C, D, H, W) or (N, C, D, H, W)"
+
+
+class LazyInstanceNorm1d(InstanceForward, torch.nn.LazyInstanceNorm1d):
+    """`InstanceNorm1d` that reads `num_features` off dim 1 of its first input (batched)."""
+
+    _dims = InstanceNorm1d._dims
+    _shapes = InstanceNorm1d._shapes
+    cls_to_become = InstanceNorm1d  # type: ignore[assignment]
+
+
+class LazyInstanceNorm2d(InstanceForward, torch.nn.LazyInstanceNorm2d):
+    """`InstanceNorm2d` that reads `num_features` off dim 1 of its first input (batched)."""
+
+    _dims = InstanceNorm2d._dims
+    _shapes = InstanceNorm2d._shapes
+    cls_to_become = InstanceNorm2d  # type: ignore[assignment]
+
+
+class LazyInstanceNorm3d(InstanceForward, torch.nn.LazyInstanceNorm3d):
+    """`InstanceNorm3d` that reads `num_features` off dim 1 of its first input (batched)."""
+
+    _dims = InstanceNorm3d._dims
+    _shapes = InstanceNorm3d._shapes
+    cls_to_become = InstanceNorm3d  # type: ignore[assignment]
