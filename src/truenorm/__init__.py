@@ -3,9 +3,10 @@
 __version__ = "0.1.0"
 
 from . import functional, nn, reference
+from ._explain import explain
 from ._library import info
 from .convert import convert, revert
 from .nn import *  # noqa: F403
 from .nn import __all__ as _layers
 
-__all__ = ["convert", "functional", "info", "nn", "reference", "revert", *_layers]
+__all__ = ["convert", "explain", "functional", "info", "nn", "reference", "revert", *_layers]

@@ -67,10 +67,10 @@ def check_num_features(
 def check_eps(eps: Any, layer: str, *, training: bool = False) -> None:
     if training and eps <= 0.0:
         raise ValueError(
-            f"{layer} `eps` must be positive during training, but got {eps}: use the default 1e-5"
+            f"{layer} eps must be positive during training, but got {eps}: use the default 1e-5"
         )
     if eps < 0.0:
-        raise ValueError(f"{layer} `eps` must be non-negative, but got {eps}: use the default 1e-5")
+        raise ValueError(f"{layer} eps must be non-negative, but got {eps}: use the default 1e-5")
 
 
 def check_momentum(momentum: Any) -> None:

@@ -46,8 +46,9 @@ def batch_norm(
     Shapes: input (N, C, *); running_mean, running_var, weight, bias (C,); output like input, in its
     memory format.
 
-    Errors: ValueError for one value per channel in training, eps or momentum out of range;
+    Errors: ValueError for one value per channel in training, or an eps that is not positive;
     RuntimeError for statistics or parameters of another size or device; TypeError for a non-tensor.
+    As in torch.nn.functional any momentum is taken; the layers take [0, 1].
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
@@ -83,6 +84,8 @@ def batch_norm_tracked(
     """batch_norm that also counts batches; momentum None averages over all batches counted."""
     _checks.check_tensor("input", input)
     _checks.check_floating(input)
+    if input.dim() < 2 and not input.numel():
+        return input.clone()  # as torch, which looks for channels only where there are values
     _checks.check_at_least_2d(input, IndexError)
     _checks.check_eps(eps, "batch_norm", training=training)
     _checks.check_both_running(running_mean, running_var)
@@ -94,8 +97,6 @@ def batch_norm_tracked(
         _checks.check_running_given(running_mean, "training=False")
         assert running_mean is not None and running_var is not None
         return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps)
-    if momentum is not None:
-        _checks.check_momentum(momentum)
     count = _axes.values_per_statistic(input.shape, _axes.BATCH)
     _checks.check_more_than_one_value(input, count, per_sample=False)
     running = None
@@ -125,8 +126,9 @@ def instance_norm(
     Shapes: input (N, C, *positions); running_mean, running_var, weight, bias (C,); output like
     input, in its memory format.
 
-    Errors: ValueError for one position per channel, eps or momentum out of range; RuntimeError for
-    statistics or parameters of another size or device; TypeError for a non-tensor.
+    Errors: ValueError for one position per channel; RuntimeError for statistics or parameters of
+    another size or device; TypeError for a non-tensor. As in torch.nn.functional any eps and
+    momentum are taken; the layers take eps ≥ 0 and a momentum in [0, 1].
 
     Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022.
     """
@@ -146,7 +148,6 @@ def instance_norm(
     _checks.check_tensor("input", input)
     _checks.check_floating(input)
     _checks.check_at_least_2d(input, ValueError)
-    _checks.check_eps(eps, "instance_norm")
     _checks.check_both_running(running_mean, running_var)
     _checks.check_per_channel("running_mean", running_mean, input)
     _checks.check_per_channel("running_var", running_var, input)
@@ -156,7 +157,6 @@ def instance_norm(
         _checks.check_running_given(running_mean, "use_input_stats=False")
         assert running_mean is not None and running_var is not None
         return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps)
-    _checks.check_momentum(momentum)
     axes = _axes.instance(input.shape[1])
     count = _axes.values_per_statistic(input.shape, axes) if input.shape[1] else 0
     _checks.check_more_than_one_value(input, count, per_sample=True)
@@ -181,7 +181,8 @@ def group_norm(
     Shapes: input (N, C, *); weight, bias (C,); output like input, in its memory format.
 
     Errors: RuntimeError where num_groups does not divide C, or parameters differ in size or device;
-    ValueError for one value per statistic and sample, or a negative eps; TypeError for a non-tensor.
+    ValueError for one value per statistic in the whole batch; TypeError for a non-tensor. As in
+    torch.nn.functional any eps is taken; the layer takes eps ≥ 0.
 
     Source: Wu and He 2018, https://arxiv.org/abs/1803.08494.
     """
@@ -199,7 +200,6 @@ def group_norm(
     _checks.check_floating(input)
     _checks.check_at_least_2d(input, RuntimeError)
     _checks.check_groups(input, num_groups)
-    _checks.check_eps(eps, "group_norm")
     _checks.check_per_channel("weight", weight, input)
     _checks.check_per_channel("bias", bias, input)
     n, c, s = _axes.ncs(input.shape, _axes.BATCH)
@@ -223,7 +223,8 @@ def layer_norm(
     Shapes: input (*, *normalized_shape); weight, bias normalized_shape; output like input.
 
     Errors: RuntimeError where normalized_shape is not the input's trailing shape, or parameters
-    differ in shape or device; ValueError for a negative eps; TypeError for a non-tensor.
+    differ in shape or device; TypeError for a non-tensor. As in torch.nn.functional any eps is
+    taken; the layer takes eps ≥ 0.
 
     Source: Ba et al. 2016, https://arxiv.org/abs/1607.06450.
     """
@@ -240,7 +241,6 @@ def layer_norm(
     _checks.check_tensor("input", input)
     _checks.check_floating(input)
     _checks.check_normalized_shape(input, normalized_shape)
-    _checks.check_eps(eps, "layer_norm")
     _checks.check_elementwise("weight", weight, input, normalized_shape)
     _checks.check_elementwise("bias", bias, input, normalized_shape)
     return _ops.normalize(input, weight, bias, _axes.layer(len(normalized_shape)), eps)
@@ -260,7 +260,8 @@ def rms_norm(
     Shapes: input (*, *normalized_shape); weight normalized_shape; output like input.
 
     Errors: RuntimeError where normalized_shape is not the input's trailing shape, or weight differs
-    in shape or device; ValueError for a negative eps; TypeError for a non-tensor.
+    in shape or device; TypeError for a non-tensor. As in torch.nn.functional any eps is taken; the
+    layer takes eps ≥ 0.
 
     Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
     """
@@ -273,7 +274,6 @@ def rms_norm(
     _checks.check_normalized_shape(input, normalized_shape)
     if eps is None:
         eps = torch.finfo(input.dtype).eps
-    _checks.check_eps(eps, "rms_norm")
     _checks.check_elementwise("weight", weight, input, normalized_shape)
     return _ops.normalize(input, weight, None, _axes.rms(len(normalized_shape)), eps)
 
@@ -304,9 +304,9 @@ def local_response_norm(
         )
     _checks.check_tensor("input", input)
     _checks.check_local_response(input, size)
+    if input.numel() == 0:
+        return input
     if not (input.is_floating_point() or input.is_complex()):
         input = input.to(torch.get_default_dtype())
     _checks.check_floating(input)
-    if input.numel() == 0:
-        return input
     return _ops.local_response_norm(input, size, alpha, beta, k)

@@ -26,6 +26,8 @@ class BatchForward(RunningStatistics, Traceable):
         self._check_input_dim(input)
         # checked here too: without weight and running statistics nothing else would notice
         _checks.check_num_features(input, 1, self.num_features, RuntimeError)
+        if self.training and self.momentum is not None:
+            _checks.check_momentum(self.momentum)
         # as torch: the running statistics serve evaluation wherever they exist, and are updated
         # in training only while they are tracked
         tracked = not self.training or self.track_running_stats

@@ -30,6 +30,9 @@ class InstanceForward(RunningStatistics, Traceable):
         note = f", read as unbatched {self._shapes.split(' or ')[0]}" if unbatched else ""
         channel_dim = 0 if unbatched else 1
         _checks.check_num_features(input, channel_dim, self.num_features, ValueError, note)
+        _checks.check_eps(self.eps, type(self).__name__)
+        if self.momentum is not None:
+            _checks.check_momentum(self.momentum)
         y = functional.instance_norm(
             input.unsqueeze(0) if unbatched else input,
             self.running_mean,

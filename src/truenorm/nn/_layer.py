@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import functional
+from .. import _checks, functional
 from ._base import Traceable
 
 
@@ -27,6 +27,7 @@ class LayerNorm(Traceable, torch.nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if self._is_traced(input):
             return self._as_leaf(input)  # type: ignore[no-any-return]
+        _checks.check_eps(self.eps, "LayerNorm")
         return functional.layer_norm(
             input, self.normalized_shape, self.weight, self.bias, self.eps
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import functional
+from .. import _checks, functional
 from ._base import Traceable
 
 
@@ -29,4 +29,6 @@ class RMSNorm(Traceable, torch.nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if self._is_traced(x):
             return self._as_leaf(x)  # type: ignore[no-any-return]
+        if self.eps is not None:
+            _checks.check_eps(self.eps, "RMSNorm")
         return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)

@@ -1,0 +1,101 @@
+# Everything is installed into .venv, at the exact versions of constraints.txt; `make` alone lists
+# the targets. The package is installed editable and without build isolation, so that it is built
+# against .venv's own torch. (A build in isolation takes its pins from PIP_CONSTRAINT up to pip
+# 25.2, from PIP_BUILD_CONSTRAINT in later ones.)
+
+PYTHON ?= python3
+SHELL := /bin/bash
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL_LOG := build/install.log
+CPP := $(wildcard csrc/*.cpp csrc/*.h)
+BUILT_FROM := $(CPP) CMakeLists.txt pyproject.toml build_backend/truenorm_build.py
+
+# The project's own builds take a compiler warning as an error; for a compiler that warns where ours
+# does not: make run TRUENORM_WERROR=OFF
+export TRUENORM_WERROR ?= ON
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint types format wheel verify sanitize clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
+		printf 'make %-9s %s\n' "$$name" "$$text"; done
+
+run: $(VENV)/demo  ## install what is needed, and show what the library does
+	@$(BIN)/truenorm demo
+
+test: lint types  ## what CI checks: lint, types, tests
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/dev  ## style of the Python and the C++
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet --diff .
+	@$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+types: $(VENV)/dev  ## types, strictly
+	@$(BIN)/mypy --no-error-summary
+
+format: $(VENV)/dev  ## put the Python and the C++ in style
+	@$(BIN)/ruff check --quiet --fix-only .
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/clang-format -i $(CPP)
+
+wheel: $(VENV)/tools  ## build dist/*.whl, native core included
+	@rm -rf dist
+	@TRUENORM_REQUIRE_NATIVE=ON $(PIP) wheel -qq \
+		--no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+verify: $(VENV)/demo  ## check the numerical promises on this machine
+	@$(BIN)/truenorm verify
+
+sanitize: build/sanitize/_native.so  ## the kernel tests under ASan and UBSan (needs g++)
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		TRUENORM_LIBRARY="$(CURDIR)/$<" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/python -m pytest --capture=sys tests/test_kernels.py
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- set-up, redone only when what it is made from changes ----------------------------------------
+
+# What pip says goes to a log, whose end is shown when it fails.
+define pip_install
+	@mkdir -p $(dir $(INSTALL_LOG))
+	@$(PIP) install -v --progress-bar off -c constraints.txt $(1) \
+		> $(INSTALL_LOG) 2>&1 || { grep -v '^Requirement already' $(INSTALL_LOG) | tail -n 60; \
+		echo "The whole log: $(INSTALL_LOG)"; exit 1; } >&2
+endef
+
+$(VENV)/tools: constraints.txt
+	@echo "Setting up $(VENV) (a minute or two the first time) ..."
+	@$(PYTHON) -m venv $(VENV)
+	$(call pip_install,torch scikit-build-core cmake ninja)
+	@touch $@
+
+# Without a C++ compiler the install succeeds and its log holds one line that says so. It is shown,
+# and the stamp is not made, so that the next `make` looks for a compiler again.
+define install
+	@echo "Installing truenorm[$(1)] ..."
+	$(call pip_install,--no-build-isolation --editable '.[$(1)]')
+	@if compgen -G '$(VENV)/lib/python3*/site-packages/truenorm/_native.so' > /dev/null; \
+		then touch $(2); else sed -nE 's/^.*(truenorm: .* plain PyTorch ops.*)$$/\1/p' $(INSTALL_LOG); fi
+endef
+
+$(VENV)/demo: $(VENV)/tools $(BUILT_FROM)
+	$(call install,demo,$(VENV)/demo)
+
+$(VENV)/dev: $(VENV)/tools $(BUILT_FROM)
+	$(call install,dev,$(VENV)/demo $(VENV)/dev)
+
+build/sanitize/_native.so: $(VENV)/dev
+	@$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
+		-DCMAKE_CXX_COMPILER="$(CXX)" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DTRUENORM_SANITIZE=ON -DTRUENORM_REQUIRE_NATIVE=ON \
+		-DTRUENORM_WERROR=$(TRUENORM_WERROR) --log-level=WARNING
+	@$(BIN)/cmake --build build/sanitize
+	@touch $@

@@ -1,0 +1,275 @@
+// Memory [M, P, C]: M matrices of P positions by C channels, one statistic per column. Batch
+// statistics see one matrix of all samples' positions; the others one matrix per sample, whose
+// columns are merged where a group has several channels.
+#include <cmath>
+#include <vector>
+
+#include "layers.h"
+#include "parallel.h"
+
+namespace truenorm {
+namespace {
+
+double inverse_std(double var, double eps) { return 1.0 / std::sqrt(var + eps); }
+
+constexpr int64_t kNarrow = 64;     // columns below which positions are folded into the row
+constexpr int64_t kMinRows = 64;    // rows that make a piece worth its partial result
+constexpr int64_t kMaxCols = 512;   // columns of a piece
+
+// A matrix of few columns is read as one of `fold` times as many, `fold` positions to a row, so
+// that the vectors are full; the positions left over make one short row.
+struct Cut {
+  int64_t matrices, channels, fold, cols, rows, left_over;
+  int64_t rows_per_piece, row_pieces, col_pieces;
+
+  explicit Cut(const Geometry& g)
+      : matrices(g.over_batch() ? 1 : g.n), channels(g.c) {
+    const int64_t positions = g.over_batch() ? g.n * g.s : g.s;
+    fold = g.c < kNarrow ? std::min(ceil_div(kNarrow, g.c), positions) : 1;
+    cols = fold * g.c;
+    rows = positions / fold;
+    left_over = positions % fold;
+    rows_per_piece = std::max(kMinRows, kPiece / cols);
+    row_pieces = ceil_div(rows, rows_per_piece);
+    col_pieces = ceil_div(cols, kMaxCols);
+  }
+
+  int64_t matrix_values() const { return (rows * fold + left_over) * channels; }
+  int64_t rows_of(int64_t piece) const {
+    return std::min(rows_per_piece, rows - piece * rows_per_piece);
+  }
+};
+
+// body(matrix, row piece, first column, columns, offset of the first value) for every piece.
+template <class Body>
+void over_pieces(const Cut& cut, const Body& body) {
+  const int64_t cost = cut.rows_per_piece * std::min(cut.cols, kMaxCols);
+  parallel(cut.matrices * cut.row_pieces * cut.col_pieces, std::min(cost, cut.matrix_values()),
+           [&](int64_t i) {
+             const int64_t col = i % cut.col_pieces * kMaxCols;
+             const int64_t piece = i / cut.col_pieces % cut.row_pieces;
+             const int64_t matrix = i / cut.col_pieces / cut.row_pieces;
+             body(matrix, piece, col, std::min(kMaxCols, cut.cols - col),
+                  matrix * cut.matrix_values() + piece * cut.rows_per_piece * cut.cols + col);
+           });
+}
+
+// body(matrix, offset, values) for every row, several rows to a task.
+template <class Body>
+void over_rows(const Cut& cut, const Body& body) {
+  const int64_t short_row = cut.left_over > 0 ? 1 : 0;
+  const int64_t per_matrix = cut.rows + short_row;
+  const int64_t rows_per_task = std::max<int64_t>(1, kPiece / cut.cols);
+  const int64_t tasks = ceil_div(per_matrix, rows_per_task);
+  parallel(cut.matrices * tasks, std::min(kPiece, cut.matrix_values()), [&](int64_t i) {
+    const int64_t matrix = i / tasks, first = i % tasks * rows_per_task;
+    const int64_t last = std::min(per_matrix, first + rows_per_task);
+    for (int64_t row = first; row < last; ++row)
+      body(matrix, matrix * cut.matrix_values() + row * cut.cols,
+           row < cut.rows ? cut.cols : cut.left_over * cut.channels);
+  });
+}
+
+// A value per (matrix, channel), repeated for every folded position: what a row of cols reads.
+template <class A, class Value>
+std::unique_ptr<A[]> spread(const Cut& cut, const Value& value) {
+  auto values = scratch<A>(cut.matrices * cut.cols);
+  for (int64_t m = 0; m < cut.matrices; ++m)
+    for (int64_t c = 0; c < cut.channels; ++c) {
+      const A v = value(m, c);
+      for (int64_t j = 0; j < cut.fold; ++j) values[m * cut.cols + j * cut.channels + c] = v;
+    }
+  return values;
+}
+
+template <class T>
+void statistics(const Forward<T>& f, const Cut& cut) {
+  const Geometry& g = f.geometry;
+  const int64_t parts = cut.matrices * cut.row_pieces * cut.cols;
+  const auto mean = scratch<double>(parts), m2 = scratch<double>(parts);
+  over_pieces(cut, [&](int64_t m, int64_t piece, int64_t col, int64_t cols, int64_t offset) {
+    const int64_t to = (m * cut.row_pieces + piece) * cut.cols + col;
+    f.kernels.column_moments(f.x + offset, cut.rows_of(piece), cols, cut.cols, mean.get() + to,
+                             m2.get() + to);
+  });
+  const int64_t per_group = g.channels_per_group(), groups = g.groups();
+  parallel(cut.matrices * groups, per_group * cut.fold * cut.row_pieces, [&](int64_t i) {
+    const int64_t m = i / groups, first = i % groups * per_group;
+    Moments total;
+    for (int64_t c = first; c < first + per_group; ++c) {
+      for (int64_t piece = 0; piece < cut.row_pieces; ++piece)
+        for (int64_t j = 0; j < cut.fold; ++j) {
+          const int64_t from =
+              (m * cut.row_pieces + piece) * cut.cols + j * cut.channels + c;
+          total.merge({double(cut.rows_of(piece)), mean[from], m2[from]});
+        }
+      const int64_t rest = m * cut.matrix_values() + cut.rows * cut.cols;
+      for (int64_t j = 0; j < cut.left_over; ++j) {
+        double value;
+        f.kernels.widen(f.x + rest + j * cut.channels + c, &value, 1);
+        total.merge({1.0, value, 0.0});
+      }
+    }
+    f.mean[i] = total.mean;
+    f.var[i] = total.m2 / total.count;
+  });
+}
+
+// Sums of one channel of one matrix, pieces and folded positions added in order.
+template <class T>
+std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut) {
+  const Geometry& g = b.geometry;
+  const int64_t per_group = g.channels_per_group(), groups = g.groups();
+  const auto means = spread<double>(
+      cut, [&](int64_t m, int64_t c) { return b.mean[m * groups + c / per_group]; });
+  // the short row of positions left over is one more piece
+  const int64_t pieces = cut.row_pieces + 1;
+  const int64_t parts = cut.matrices * pieces * cut.cols;
+  const auto grad = scratch<double>(parts), grad_x = scratch<double>(parts);
+  over_pieces(cut, [&](int64_t m, int64_t piece, int64_t col, int64_t cols, int64_t offset) {
+    const int64_t to = (m * pieces + piece) * cut.cols + col;
+    b.kernels.column_grad_sums(b.grad + offset, b.x + offset, cut.rows_of(piece), cols, cut.cols,
+                               means.get() + m * cut.cols + col, grad.get() + to,
+                               grad_x.get() + to);
+  });
+  auto sums = scratch<GradSums>(cut.matrices * cut.channels);
+  parallel(cut.matrices, cut.cols * pieces, [&](int64_t m) {
+    if (cut.left_over > 0) {
+      const int64_t rest = m * cut.matrix_values() + cut.rows * cut.cols;
+      const int64_t to = (m * pieces + cut.row_pieces) * cut.cols;
+      b.kernels.column_grad_sums(b.grad + rest, b.x + rest, 1, cut.left_over * cut.channels,
+                                 cut.cols, means.get() + m * cut.cols, grad.get() + to,
+                                 grad_x.get() + to);
+    }
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t folded = piece < cut.row_pieces ? cut.fold : cut.left_over;
+      for (int64_t j = 0; j < folded; ++j)
+        for (int64_t c = 0; c < cut.channels; ++c) {
+          const int64_t from = (m * pieces + piece) * cut.cols + j * cut.channels + c;
+          sums[m * cut.channels + c].grad += grad[from];
+          sums[m * cut.channels + c].grad_x += grad_x[from];
+        }
+    }
+  });
+  return sums;
+}
+
+template <class T>
+void param_grads(const Backward<T>& b, const Cut& cut, const GradSums* sums) {
+  const int64_t per_group = b.geometry.channels_per_group(), groups = b.geometry.groups();
+  for (int64_t c = 0; c < cut.channels; ++c) {
+    double weight = 0.0, bias = 0.0;
+    for (int64_t m = 0; m < cut.matrices; ++m) {
+      const GradSums& s = sums[m * cut.channels + c];
+      weight += s.grad_x * inverse_std(b.var[m * groups + c / per_group], b.eps);
+      bias += s.grad;
+    }
+    if (b.grad_weight) b.grad_weight[c] = weight;
+    if (b.grad_bias) b.grad_bias[c] = bias;
+  }
+}
+
+template <class A>
+struct Spread {
+  std::unique_ptr<A[]> scale, hi, rstd, slope, shift;
+};
+
+// The five coefficients of grad_x, per matrix and column.
+template <class T>
+Spread<compute_t<T>> coefficients(const Backward<T>& b, const Cut& cut, const GradSums* sums) {
+  using A = compute_t<T>;
+  const Geometry& g = b.geometry;
+  const int64_t per_group = g.channels_per_group(), groups = g.groups();
+  const auto weight = [&](int64_t c) { return b.weight ? double(b.weight[c]) : 1.0; };
+  std::vector<GradSums> means(size_t(cut.matrices * groups));
+  const double count = double(g.values_per_statistic());
+  for (int64_t m = 0; m < cut.matrices; ++m)
+    for (int64_t c = 0; c < cut.channels; ++c) {
+      const int64_t i = m * groups + c / per_group;
+      const GradSums& s = sums[m * cut.channels + c];
+      means[size_t(i)].grad += weight(c) * s.grad / count;
+      means[size_t(i)].grad_x += weight(c) * s.grad_x * inverse_std(b.var[i], b.eps) / count;
+    }
+  const auto of = [&](int64_t m, int64_t c) {
+    const int64_t i = m * groups + c / per_group;
+    return GradAffine<A>(b.mean[i], inverse_std(b.var[i], b.eps), weight(c), means[size_t(i)].grad,
+                         means[size_t(i)].grad_x);
+  };
+  const int64_t size = cut.matrices * cut.cols;
+  Spread<A> s{scratch<A>(size), scratch<A>(size), scratch<A>(size), scratch<A>(size),
+              scratch<A>(size)};
+  for (int64_t m = 0; m < cut.matrices; ++m)
+    for (int64_t c = 0; c < cut.channels; ++c) {
+      const GradAffine<A> a = of(m, c);
+      for (int64_t j = 0; j < cut.fold; ++j) {
+        const int64_t to = m * cut.cols + j * cut.channels + c;
+        s.scale[to] = a.scale;
+        s.hi[to] = a.hi;
+        s.rstd[to] = a.rstd;
+        s.slope[to] = a.slope;
+        s.shift[to] = a.shift;
+      }
+    }
+  return s;
+}
+
+}  // namespace
+
+template <class T>
+void forward_channels(const Forward<T>& f) {
+  using A = compute_t<T>;
+  const Geometry& g = f.geometry;
+  const Cut cut(g);
+  if (!f.fixed) statistics(f, cut);
+  const int64_t per_group = g.channels_per_group(), groups = g.groups();
+  const auto affine = [&](int64_t m, int64_t c) {
+    const int64_t i = m * groups + c / per_group;
+    return Affine<A>(f.mean[i], inverse_std(f.var[i], f.eps), f.weight, f.bias, c);
+  };
+  const auto hi = spread<A>(cut, [&](int64_t m, int64_t c) { return affine(m, c).hi; });
+  const auto scale = spread<A>(cut, [&](int64_t m, int64_t c) { return affine(m, c).scale; });
+  const auto shift = spread<A>(cut, [&](int64_t m, int64_t c) { return affine(m, c).shift; });
+  over_rows(cut, [&](int64_t m, int64_t offset, int64_t count) {
+    const int64_t from = m * cut.cols;
+    f.kernels.apply_each(f.x + offset, f.y + offset, count, hi.get() + from, scale.get() + from,
+                         shift.get() + from);
+  });
+}
+
+template <class T>
+void backward_channels(const Backward<T>& b) {
+  using A = compute_t<T>;
+  const Cut cut(b.geometry);
+  std::unique_ptr<GradSums[]> sums;
+  if (b.grad_weight || b.grad_bias || !b.fixed) {
+    sums = channel_sums(b, cut);
+    param_grads(b, cut, sums.get());
+  }
+  if (!b.grad_x) return;
+  if (b.fixed) {
+    const auto scale = spread<A>(cut, [&](int64_t, int64_t c) {
+      return A(inverse_std(b.var[c], b.eps) * (b.weight ? double(b.weight[c]) : 1.0));
+    });
+    over_rows(cut, [&](int64_t, int64_t offset, int64_t count) {
+      b.kernels.grad_scale_each(b.grad + offset, b.grad_x + offset, count, scale.get());
+    });
+    return;
+  }
+  const Spread<A> s = coefficients(b, cut, sums.get());
+  over_rows(cut, [&](int64_t m, int64_t offset, int64_t count) {
+    const int64_t from = m * cut.cols;
+    b.kernels.grad_apply_each(b.grad + offset, b.x + offset, b.grad_x + offset, count,
+                              s.scale.get() + from, s.hi.get() + from, s.rstd.get() + from,
+                              s.slope.get() + from, s.shift.get() + from);
+  });
+}
+
+#define TN_INSTANTIATE(T)                              \
+  template void forward_channels<T>(const Forward<T>&); \
+  template void backward_channels<T>(const Backward<T>&);
+TN_INSTANTIATE(double)
+TN_INSTANTIATE(float)
+TN_INSTANTIATE(bf16)
+TN_INSTANTIATE(f16)
+
+}  // namespace truenorm

@@ -1,0 +1,47 @@
+// Which instruction set runs: the best this machine has, or the one that TRUENORM_ISA names.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace truenorm {
+namespace {
+
+const InstructionSet* choose() {
+  const char* wanted = std::getenv("TRUENORM_ISA");
+  const bool any = wanted == nullptr || *wanted == '\0';
+  const auto asked = [&](const InstructionSet& set) {
+    return any || std::strcmp(wanted, set.name) == 0;
+  };
+#if defined(TRUENORM_X86)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (has_avx512 && asked(avx512::instruction_set)) return &avx512::instruction_set;
+  if (has_avx2 && asked(avx2::instruction_set)) return &avx2::instruction_set;
+  if (asked(baseline::instruction_set)) return &baseline::instruction_set;
+#elif defined(__aarch64__)
+  if (asked(neon::instruction_set)) return &neon::instruction_set;
+#else
+  if (asked(baseline::instruction_set)) return &baseline::instruction_set;
+#endif
+  return nullptr;
+}
+
+}  // namespace
+
+const InstructionSet* instruction_set() {
+  static const InstructionSet* const chosen = choose();
+  return chosen;
+}
+
+}  // namespace truenorm
+
+// nullptr where TRUENORM_ISA names an instruction set that is not here
+extern "C" __attribute__((visibility("default"))) const char* truenorm_instruction_set() {
+  const truenorm::InstructionSet* set = truenorm::instruction_set();
+  return set ? set->name : nullptr;
+}

@@ -1,0 +1,91 @@
+#include "geometry.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace truenorm {
+namespace {
+
+int64_t product(const int64_t* begin, const int64_t* end) {
+  int64_t result = 1;
+  for (; begin != end; ++begin) result *= *begin;
+  return result;
+}
+
+// Whether dimensions [from, to), in any order unless `ordered`, tile memory from stride `start`.
+bool fills(const int64_t* sizes, const int64_t* strides, int64_t from, int64_t to, int64_t start,
+           bool ordered) {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = to - 1; d >= from; --d)
+    if (sizes[d] != 1) dims.emplace_back(strides[d], sizes[d]);
+  if (!ordered) std::sort(dims.begin(), dims.end());
+  for (const auto& [stride, size] : dims) {
+    if (stride != start) return false;
+    start *= size;
+  }
+  return true;
+}
+
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step *= std::max<int64_t>(sizes[d], 1);
+  }
+  return strides;
+}
+
+// (N, C, positions…) stored as [N, positions…, C].
+std::vector<int64_t> channels_last_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> stored(sizes);
+  stored.erase(stored.begin() + 1);
+  stored.push_back(sizes[1]);
+  std::vector<int64_t> strides = contiguous_strides(stored);
+  strides.pop_back();
+  strides.insert(strides.begin() + 1, 1);
+  return strides;
+}
+
+}  // namespace
+
+Geometry geometry(const int64_t* sizes, const int64_t* strides, int64_t dim, const Axes& axes) {
+  Geometry g;
+  g.sizes.assign(sizes, sizes + dim);
+  g.strides.assign(strides, strides + dim);
+  g.num_groups = axes.num_groups;
+  g.centred = axes.centred;
+  g.memory = Memory::rows;
+  g.dense = true;
+  if (axes.feature_dims > 0) {
+    const int64_t split = dim - axes.feature_dims;
+    g.n = product(sizes, sizes + split);
+    g.c = product(sizes + split, sizes + dim);
+    g.s = 1;
+    g.dense = fills(sizes, strides, split, dim, 1, true) &&
+              fills(sizes, strides, 0, split, g.c, false);
+    if (!g.dense) g.strides = contiguous_strides(g.sizes);
+    return g;
+  }
+  g.n = sizes[0];
+  g.c = sizes[1];
+  g.s = product(sizes + 2, sizes + dim);
+  const bool samples_outside = g.n == 1 || strides[0] == g.c * g.s;
+  const bool rows = samples_outside && fills(sizes, strides, 2, dim, 1, false) &&
+                    (g.c == 1 || strides[1] == g.s);
+  const bool channels = samples_outside && (g.c == 1 || strides[1] == 1) &&
+                        fills(sizes, strides, 2, dim, g.c, false);
+  if (!rows && !channels) {
+    g.dense = false;
+    const bool last = dim > 2 && g.c > 1 && strides[1] == 1;
+    g.strides = last ? channels_last_strides(g.sizes) : contiguous_strides(g.sizes);
+    g.memory = last ? Memory::channels : Memory::rows;
+  } else {
+    g.memory = rows ? Memory::rows : Memory::channels;
+  }
+  // (N, C) is both: statistics over the batch run down its columns, all others along its rows
+  if (g.s == 1 && g.c > 1) g.memory = g.over_batch() ? Memory::channels : Memory::rows;
+  return g;
+}
+
+}  // namespace truenorm

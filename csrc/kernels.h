@@ -1,0 +1,111 @@
+// The inner loops, one table of function pointers per element type; kernels.cpp fills it once for
+// each instruction set. Nothing here knows of tensors, threads or layers.
+//
+// Promises, kept by every function: sums are float64 over 16 fixed lanes, so a result depends on
+// the values and their number alone, never on alignment or threads; tails run the same vector code
+// on a padded copy, so a value's result does not depend on its place; and nothing is contracted to
+// a fused multiply-add, so that every instruction set gives the same bits.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "moments.h"
+
+namespace truenorm {
+
+// storage types; computed in float
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Sums over one channel: of the gradient, and of gradient · (x − mean).
+struct GradSums {
+  double grad = 0.0;
+  double grad_x = 0.0;
+};
+
+template <class T>
+struct Kernels {
+  using A = compute_t<T>;
+
+  // Moments of `runs` runs of `len` values that start `stride` apart; about zero unless centred.
+  Moments (*moments)(const T* x, int64_t runs, int64_t len, int64_t stride, bool centred);
+
+  // Moments of each of `cols` neighbouring columns over `rows` rows that start `ld` apart.
+  void (*column_moments)(const T* x, int64_t rows, int64_t cols, int64_t ld, double* mean,
+                         double* m2);
+
+  // y = (x − hi) · scale + shift
+  void (*apply)(const T* x, T* y, int64_t len, A hi, A scale, A shift);
+  // the same with one hi, scale and shift per element
+  void (*apply_each)(const T* x, T* y, int64_t len, const A* hi, const A* scale, const A* shift);
+  // y = ((x − hi) − lo) · rstd · weight + bias; weight, bias may be null
+  void (*apply_row)(const T* x, T* y, int64_t len, A hi, A lo, A rstd, const A* weight,
+                    const A* bias);
+
+  GradSums (*grad_sums)(const T* grad, const T* x, int64_t runs, int64_t len, int64_t stride,
+                        double mean);
+  void (*column_grad_sums)(const T* grad, const T* x, int64_t rows, int64_t cols, int64_t ld,
+                           const double* mean, double* sum_grad, double* sum_grad_x);
+  // sums of grad · weight and grad · weight · (x − mean) along a row; weight may be null
+  GradSums (*row_grad_sums)(const T* grad, const T* x, int64_t len, double mean, const A* weight);
+  // per column, over rows with their own mean and rstd: sums of grad · x̂ and of grad
+  void (*row_param_sums)(const T* grad, const T* x, int64_t rows, int64_t cols, int64_t ld,
+                         const double* mean, const double* rstd, double* sum_grad_x_hat,
+                         double* sum_grad);
+
+  // grad_x = grad · scale + (x − hi) · rstd · slope + shift
+  void (*grad_apply)(const T* grad, const T* x, T* grad_x, int64_t len, A scale, A hi, A rstd,
+                     A slope, A shift);
+  void (*grad_apply_each)(const T* grad, const T* x, T* grad_x, int64_t len, const A* scale,
+                          const A* hi, const A* rstd, const A* slope, const A* shift);
+  // grad_x = grad · weight · rstd + (x − hi) · rstd · slope + shift; weight may be null
+  void (*grad_apply_row)(const T* grad, const T* x, T* grad_x, int64_t len, const A* weight, A hi,
+                         A rstd, A slope, A shift);
+  // grad_x = grad · scale: the statistics do not depend on x
+  void (*grad_scale)(const T* grad, T* grad_x, int64_t len, A scale);
+  void (*grad_scale_each)(const T* grad, T* grad_x, int64_t len, const A* scale);
+
+  // out = double(in) and in = T(out), for what is computed value by value in float64
+  void (*widen)(const T* in, double* out, int64_t len);
+  void (*narrow)(const double* in, T* out, int64_t len);
+};
+
+struct InstructionSet {
+  const char* name;
+  Kernels<double> f64;
+  Kernels<float> f32;
+  Kernels<bf16> bf;
+  Kernels<f16> hf;
+};
+
+template <class T>
+const Kernels<T>& table(const InstructionSet& set) {
+  if constexpr (std::is_same_v<T, double>) return set.f64;
+  else if constexpr (std::is_same_v<T, float>) return set.f32;
+  else if constexpr (std::is_same_v<T, bf16>) return set.bf;
+  else return set.hf;
+}
+
+#if defined(TRUENORM_X86)
+namespace avx2 { extern const InstructionSet instruction_set; }
+namespace avx512 { extern const InstructionSet instruction_set; }
+namespace baseline { extern const InstructionSet instruction_set; }
+#elif defined(__aarch64__)
+namespace neon { extern const InstructionSet instruction_set; }
+#else
+namespace baseline { extern const InstructionSet instruction_set; }
+#endif
+
+// The one in use: the best of this machine, or the one that TRUENORM_ISA names; null if it names
+// one that is not here.
+const InstructionSet* instruction_set();
+
+}  // namespace truenorm

@@ -1,0 +1,32 @@
+// torch's own thread pool, and scratch memory.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+
+namespace truenorm {
+
+// body(i) for i in [0, tasks), each of about `cost` values; small work stays on this thread.
+template <class Body>
+void parallel(int64_t tasks, int64_t cost, const Body& body) {
+  constexpr int64_t kWorthAThread = int64_t{1} << 14;
+  const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(cost, 1));
+  const auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  };
+  // asking the pool costs more than a small input's whole work
+  if (tasks <= grain) range(0, tasks);
+  else torch::stable::parallel_for(0, tasks, grain, range);
+}
+
+template <class T>
+std::unique_ptr<T[]> scratch(int64_t count) {
+  return std::unique_ptr<T[]>(new T[size_t(std::max<int64_t>(count, 1))]);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace truenorm

@@ -1,0 +1,267 @@
+// Vectors of the instruction set this file is compiled for, by the compiler's vector extension.
+// Everything has internal linkage: the same names are compiled once per instruction set, and the
+// linker must never merge an AVX-512 copy with the baseline's.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(TRUENORM_X86)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+#define TN_INLINE static inline __attribute__((always_inline))
+
+namespace truenorm {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+constexpr int F = kBytes / 4;  // floats in a vector
+constexpr int D = kBytes / 8;  // doubles in a vector
+
+typedef float vf __attribute__((vector_size(kBytes)));
+typedef double vd __attribute__((vector_size(kBytes)));
+typedef int32_t vi __attribute__((vector_size(kBytes)));
+typedef uint32_t vu __attribute__((vector_size(kBytes)));
+typedef uint16_t vh __attribute__((vector_size(kBytes / 2)));
+// as many narrow elements as there are doubles in a vector
+typedef float vf_half __attribute__((vector_size(kBytes / 2)));
+typedef uint32_t vu_half __attribute__((vector_size(kBytes / 2)));
+typedef uint16_t vh_half __attribute__((vector_size(kBytes / 4)));
+
+template <class V, class T>
+TN_INLINE V load_raw(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V, class T>
+TN_INLINE void store_raw(T* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+// ---- scalar float16, for instruction sets without a conversion
+
+TN_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16;
+  const uint32_t magnitude = h & 0x7fffu;
+  uint32_t bits;
+  if (magnitude >= 0x7c00u) {
+    bits = 0x7f800000u | (magnitude & 0x3ffu) << 13;
+  } else if (magnitude >= 0x400u) {
+    bits = (magnitude << 13) + 0x38000000u;
+  } else {
+    const float subnormal = float(magnitude) * 0x1p-24f;
+    std::memcpy(&bits, &subnormal, 4);
+  }
+  bits |= sign;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+TN_INLINE uint16_t float_to_half(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return sign | 0x7e00u;
+  if (bits >= 0x47800000u) return sign | 0x7c00u;  // 65536 and above
+  if (bits < 0x38800000u) {                         // below the smallest normal, 2^-14
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    // adding 2^-1 aligns the last half bit with the last float bit: the addition rounds to even
+    const float aligned = magnitude + 0.5f;
+    uint32_t aligned_bits;
+    std::memcpy(&aligned_bits, &aligned, 4);
+    return sign | uint16_t(aligned_bits - 0x3f000000u);
+  }
+  bits += 0xfffu + (bits >> 13 & 1u);
+  return sign | uint16_t((bits - 0x38000000u) >> 13);
+}
+
+// double to float, rounded to odd: a second rounding, to a narrower type, is then the right one,
+// where two roundings to nearest could land a whole unit off.
+TN_INLINE float to_odd(double value) {
+  float f = float(value);
+  if (double(f) == value || f != f) return f;
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const bool outward = (double(f) > value) == (value > 0.0);
+  if (outward) bits -= 1;
+  bits |= 1u;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+TN_INLINE vd widen_half(vf_half v) {
+#if defined(__AVX512F__)
+  // one instruction; from the generic conversion gcc makes two halves and joins them
+  return (vd)_mm512_maskz_cvtps_pd(0xff, (__m256)v);
+#else
+  return __builtin_convertvector(v, vd);
+#endif
+}
+
+// ---- what each storage type offers: the compute vector V of `lanes` elements, and doubles
+
+template <class T>
+struct Lane;
+
+template <>
+struct Lane<double> {
+  using V = vd;
+  static constexpr int lanes = D;
+  TN_INLINE V load(const double* p) { return load_raw<vd>(p); }
+  TN_INLINE void store(double* p, V v) { store_raw(p, v); }
+  TN_INLINE vd load_double(const double* p) { return load_raw<vd>(p); }
+  TN_INLINE void store_double(double* p, vd v) { store_raw(p, v); }
+};
+
+template <>
+struct Lane<float> {
+  using V = vf;
+  static constexpr int lanes = F;
+  TN_INLINE V load(const float* p) { return load_raw<vf>(p); }
+  TN_INLINE void store(float* p, V v) { store_raw(p, v); }
+  TN_INLINE vd load_double(const float* p) {
+    return widen_half(load_raw<vf_half>(p));
+  }
+  TN_INLINE void store_double(float* p, vd v) {
+    store_raw(p, __builtin_convertvector(v, vf_half));
+  }
+};
+
+template <>
+struct Lane<bf16> {
+  using V = vf;
+  static constexpr int lanes = F;
+  TN_INLINE V load(const bf16* p) {
+    return (vf)(__builtin_convertvector(load_raw<vh>(p), vu) << 16);
+  }
+  TN_INLINE void store(bf16* p, V v) {
+    const vu bits = (vu)v;
+    // round to nearest, ties to even; a NaN stays one
+    const vu rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    const vu quiet = (bits >> 16 | 0x40u) << 16;
+    const vu is_nan = (vu)(v != v);
+    const vu result = ((rounded & ~is_nan) | (quiet & is_nan)) >> 16;
+    store_raw(p, __builtin_convertvector(result, vh));
+  }
+  TN_INLINE vd load_double(const bf16* p) {
+    const vu_half bits = __builtin_convertvector(load_raw<vh_half>(p), vu_half) << 16;
+    return widen_half((vf_half)bits);
+  }
+  TN_INLINE void store_double(bf16* p, vd v) {
+    for (int i = 0; i < D; ++i) {
+      const float f = to_odd(v[i]);
+      uint32_t bits;
+      std::memcpy(&bits, &f, 4);
+      p[i].bits = f != f ? uint16_t(bits >> 16 | 0x40u)
+                         : uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    }
+  }
+};
+
+template <>
+struct Lane<f16> {
+  using V = vf;
+  static constexpr int lanes = F;
+  TN_INLINE V load(const f16* p) {
+#if defined(__AVX512F__)
+    // the zero-masked form: gcc 12 takes the plain one for an uninitialized read
+    return (vf)_mm512_maskz_cvtph_ps(0xffff, load_raw<__m256i>(p));
+#elif defined(__F16C__)
+    return (vf)_mm256_cvtph_ps(load_raw<__m128i>(p));
+#else
+    vf v;
+    for (int i = 0; i < F; ++i) v[i] = half_to_float(p[i].bits);
+    return v;
+#endif
+  }
+  TN_INLINE void store(f16* p, V v) {
+#if defined(__AVX512F__)
+    store_raw(p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v,
+                                       _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+    store_raw(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    for (int i = 0; i < F; ++i) p[i].bits = float_to_half(v[i]);
+#endif
+  }
+  TN_INLINE vd load_double(const f16* p) {
+#if defined(__AVX512F__)
+    return widen_half((vf_half)_mm256_cvtph_ps(load_raw<__m128i>(p)));
+#elif defined(__F16C__)
+    return widen_half((vf_half)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    vd v;
+    for (int i = 0; i < D; ++i) v[i] = double(half_to_float(p[i].bits));
+    return v;
+#endif
+  }
+  TN_INLINE void store_double(f16* p, vd v) {
+    for (int i = 0; i < D; ++i) p[i].bits = float_to_half(to_odd(v[i]));
+  }
+};
+
+// ---- 16 lanes of doubles, whatever the width of a vector
+
+constexpr int kLanes = 16;
+constexpr int R = kLanes / D;
+
+struct Sum {
+  vd r[R] = {};
+
+  TN_INLINE double total(const Sum& s) {
+    double lanes[kLanes];
+    std::memcpy(lanes, s.r, sizeof(lanes));
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+  }
+};
+
+TN_INLINE vd splat_double(double value) { return value - vd{}; }
+
+template <class V, class A>
+TN_INLINE V splat(A value) {
+  return value - V{};
+}
+
+template <class T>
+TN_INLINE double to_double(T value) {
+  return double(value);
+}
+TN_INLINE double to_double(bf16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return double(f);
+}
+TN_INLINE double to_double(f16 value) { return double(half_to_float(value.bits)); }
+
+// Fewer than 16 values, padded with `fill`, so that one vector code serves them too.
+template <class T>
+struct Padded {
+  T values[kLanes];
+
+  TN_INLINE const T* fill(Padded& p, const T* from, int64_t count, T with) {
+    for (int i = 0; i < kLanes; ++i) p.values[i] = with;
+    std::memcpy(p.values, from, size_t(count) * sizeof(T));
+    return p.values;
+  }
+};
+
+}  // namespace
+}  // namespace truenorm

@@ -1,0 +1,61 @@
+"""An explanation as a PNG: which values share a statistic, and the values before and after."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .explanation import Explanation
+from .palette import INK, PAPER, QUIET
+from .stacks import draw_groups
+from .strips import draw_strips
+from .window import draw_energy, draw_window
+
+WIDTH, HEIGHT, DPI = 10.0, 6.0, 160
+STACKS = (0.02, 0.13, 0.53, 0.67)
+BEFORE = (0.625, 0.52, 0.345, 0.26)
+AFTER = (0.625, 0.14, 0.345, 0.26)
+
+
+def _caption(e: Explanation) -> str:
+    shape = ", ".join(f"{size:,}" for size in e.x.shape)
+    if e.sharing.kind == "local response":
+        each = "one window for each value, of " + e.sharing.how_many_values
+    else:
+        each = f"{e.sharing.how_many_statistics}, each of {e.sharing.how_many_values}"
+    return f"input ({shape}):  {each}"
+
+
+def _formula(e: Explanation) -> str:
+    parts = [e.formula]
+    if e.mistake is not None:
+        parts.append("variance divided by n, not n − 1")
+    parts.append(f"truenorm is within {e.differences['truenorm and by hand']:.0e} of this by hand")
+    return "    ·    ".join(parts)
+
+
+def draw(e: Explanation) -> Figure:
+    """The figure, 10 by 6 inches."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    stacks, before, after = (figure.add_axes(box) for box in (STACKS, BEFORE, AFTER))
+    title = textwrap.shorten(e.title, 90, placeholder=" …")
+    figure.text(0.03, 0.945, title, fontsize=15, fontweight="bold", color=INK, va="center")
+    figure.text(0.03, 0.888, _caption(e), fontsize=10.5, color=QUIET, va="center")
+    figure.text(0.03, 0.042, _formula(e), fontsize=9.5, color=QUIET, va="center")
+    if e.sharing.kind == "local response":
+        draw_energy(before, after, e, draw_window(stacks, e))
+    else:
+        letters: dict[int, int] = {}
+        draw_groups(stacks, e.sharing, letters, STACKS[2] * WIDTH)
+        draw_strips(before, after, e, letters)
+    return figure
+
+
+def save(e: Explanation, path: Path) -> None:
+    """Write the figure as a PNG."""
+    # no metadata: the same explanation gives the same bytes
+    draw(e).savefig(path, format="png", metadata={"Software": None})

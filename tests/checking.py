@@ -1,0 +1,33 @@
+"""A layer held against the float64 reference, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cases import Result, exact, run
+from tolerances import assert_gradient, assert_output
+from torch import Tensor
+
+
+def check_layer(layer: Any, x: Tensor, grad: Tensor | None = None) -> Result:
+    """Output and every gradient are the reference's, in the dtypes of what they belong to."""
+    if grad is None:
+        grad = torch.randn(x.shape, dtype=torch.float64).to(x.dtype)
+    wanted = exact(layer, x, grad)
+    got = run(layer, x, grad)
+    assert got.output.dtype == x.dtype
+    assert_output(got.output, wanted.output)
+    for name in ("input", "weight", "bias"):
+        actual, gradient = getattr(got, name), getattr(wanted, name)
+        assert (actual is None) == (gradient is None), name
+        if actual is not None:
+            assert actual.dtype == (x if name == "input" else getattr(layer, name)).dtype
+            assert_gradient(actual, gradient)
+    return got
+
+
+def same_layout(y: Tensor, x: Tensor) -> bool:
+    """Equal strides, but for dimensions of one element, whose stride means nothing."""
+    pairs = zip(y.shape, y.stride(), x.stride(), strict=True)
+    return y.shape == x.shape and all(size == 1 or a == b for size, a, b in pairs)

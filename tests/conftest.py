@@ -1,0 +1,42 @@
+"""What every test file shares: truenorm imported once, and a seed for each test."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+
+import counts
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    # without the native library truenorm warns and serves plain PyTorch ops: the suite runs on those
+    warnings.filterwarnings("ignore", "truenorm runs on plain PyTorch ops", RuntimeWarning)
+    import truenorm
+
+with warnings.catch_warnings():
+    # torch scripts its own formulas at the first forward derivative, and warns about scripting
+    warnings.simplefilter("ignore", DeprecationWarning)
+    importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
+def pytest_report_header() -> list[str]:
+    return str(truenorm.info()).splitlines()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "large: needs many GiB of memory, skipped where absent")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for database in sorted({database for database, _ in counts.PASSED}):
+        checks = {check: n for (d, check), n in counts.PASSED.items() if d == database}
+        named = ", ".join(f"{check} {n}" for check, n in checks.items())
+        terminalreporter.write_line(
+            f"torch's {database} samples passed: {sum(checks.values())} ({named})"
+        )
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20)
