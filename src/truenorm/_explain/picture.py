@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,7 +32,7 @@ def _formula(e: Explanation) -> str:
     parts = [e.formula]
     if e.mistake is not None:
         parts.append("variance divided by n, not n − 1")
-    parts.append(f"truenorm is within {e.differences['truenorm and by hand']:.0e} of this by hand")
+    parts.append(f"truenorm's result is within {e.differences['truenorm and by hand']:.0e} of this")
     return "    ·    ".join(parts)
 
 
@@ -42,15 +41,17 @@ def draw(e: Explanation) -> Figure:
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor=PAPER)
     FigureCanvasAgg(figure)
     stacks, before, after = (figure.add_axes(box) for box in (STACKS, BEFORE, AFTER))
-    title = textwrap.shorten(e.title, 90, placeholder=" …")
-    figure.text(0.03, 0.945, title, fontsize=15, fontweight="bold", color=INK, va="center")
-    figure.text(0.03, 0.888, _caption(e), fontsize=10.5, color=QUIET, va="center")
+    size = min(16.0, 16.0 * 62 / len(e.title))  # one line, whatever the sizes in it
+    figure.text(0.03, 0.94, e.title, fontsize=size, fontweight="bold", color=INK, va="center")
+    figure.text(0.03, 0.88, _caption(e), fontsize=11, color=QUIET, va="center")
     figure.text(0.03, 0.042, _formula(e), fontsize=9.5, color=QUIET, va="center")
+    inches = (STACKS[2] * WIDTH, STACKS[3] * HEIGHT)
     if e.sharing.kind == "local response":
-        draw_energy(before, after, e, draw_window(stacks, e))
+        draw_window(stacks, e, inches)
+        draw_energy(before, after, e)
     else:
         letters: dict[int, int] = {}
-        draw_groups(stacks, e.sharing, letters, STACKS[2] * WIDTH)
+        draw_groups(stacks, e.sharing, letters, inches)
         draw_strips(before, after, e, letters)
     return figure
 

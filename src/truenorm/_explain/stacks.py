@@ -11,184 +11,196 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Polygon
 
 from .groups import Sharing
-from .palette import COLORS, FAINT, INK, QUIET, ink_on, mix
-
-# a cell one wide runs this far towards the reader, drawn down and to the left
-DEPTH_X, DEPTH_Y = -0.42, -0.46
-THIN, LAYER = 0.26, 0.5
-BETWEEN_SLABS, BETWEEN_STACKS = 0.62, 1.3
+from .palette import COLORS, INK, QUIET, ink_on, mix
 
 Color = Callable[[int, int, int, int, int], str]
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of a tensor is drawn: samples, channels, and layers × rows × columns of positions.
+    """What of a tensor is drawn: samples, channels, and layers × rows × columns of positions.
 
-    total: the same five sizes in full; place: the tensor's own index of a drawn cell.
+    total: all five sizes in full. drawn: how many are drawn of samples, layers, rows and columns,
+    the first ones of each; of the channels, those in `channels`.
     """
 
-    drawn: tuple[int, int, int, int, int]
     total: tuple[int, int, int, int, int]
-    dim: int
+    samples: int
+    channels: tuple[int, ...]
+    layers: int
+    rows: int
+    columns: int
 
-    def place(self, n: int, c: int, d: int, r: int, q: int) -> tuple[int, ...]:
-        if self.dim <= 2:
-            return ((), (q,), (n, q))[self.dim] if self.features else (n, c)[: self.dim]
-        return (n, c, *[0] * (self.dim - 5), *(d, r, q)[-min(self.dim - 2, 3) :])
-
-    features: bool = False
+    @property
+    def num_drawn(self) -> int:
+        return self.samples * len(self.channels) * self.layers * self.rows * self.columns
 
 
-def extent(shape: tuple[int, ...], features: bool) -> Extent:
-    """What of this shape to draw. features: the last dimension is drawn as columns (LayerNorm)."""
-    dim = len(shape)
-    if dim == 1:
-        total = (1, 1, 1, 1, shape[0])
-    elif dim == 2:
-        total = (shape[0], 1, 1, 1, shape[1]) if features else (*shape, 1, 1, 1)
+def _five_sizes(sharing: Sharing) -> tuple[int, int, int, int, int]:
+    shape = sharing.shape
+    if sharing.kind == "instance" and sharing.leading == 1:
+        shape = (1, *shape)
+    if sharing.kind in ("layer", "rms") and len(shape) <= 2:
+        return (1, *shape)[-2], 1, 1, 1, shape[-1]
+    d, r, q = (1, 1, 1, *shape[2:])[-3:]
+    return shape[0], shape[1], d, r, q
+
+
+def extent(sharing: Sharing) -> Extent:
+    """What of this input to draw: enough to see the pattern, few enough to see each cell."""
+    n, c, d, r, q = total = _five_sizes(sharing)
+    columns = min(q, 6 if r * d == 1 else 5)
+    samples = min(n, 6 if q == 1 else 2 if columns > 4 else 3)
+    most = 4 if r * d > 1 else 6
+    if sharing.kind == "group":
+        per_group = c // sharing.num_groups
+        each = min(per_group, 2 if sharing.num_groups > 1 else most)
+        groups = min(sharing.num_groups, most // each)
+        channels = [g * per_group + i for g in range(groups) for i in range(each)]
     else:
-        positions = (1, 1, *shape[2:])[-3:]
-        total = (shape[0], shape[1], *positions)
-    n, c, d, r, q = total
-    wide = q if r * d == 1 else min(q, 6)
-    samples = 6 if q == 1 else 2 if min(wide, 8) > 6 else 3
-    drawn = (min(n, samples), min(c, 4 if r * d > 1 else 6), min(d, 3), min(r, 5), min(wide, 8))
-    return Extent(drawn, total, dim, features)
+        channels = list(range(min(c, most)))
+    return Extent(total, samples, tuple(channels), min(d, 3), min(r, 4), columns)
+
+
+def place(sharing: Sharing, n: int, c: int, d: int, r: int, q: int) -> tuple[int, ...]:
+    """The tensor's own index of a cell that is drawn."""
+    dim = len(sharing.shape)
+    if sharing.kind in ("layer", "rms") and dim <= 2:
+        return (n, q)[-dim:]
+    if sharing.kind == "instance" and sharing.leading == 1:
+        return (c, *(d, r, q)[4 - dim :])
+    positions = (d, r, q)[max(5 - dim, 0) :]
+    return (n, c, *[0] * (dim - 2 - len(positions)), *positions)
 
 
 class Stacks:
-    """Draws the stacks on `ax`, whose data coordinates are cells."""
+    """Draws the stacks on `ax`, an empty one of the given size in inches."""
 
-    def __init__(self, ax: Axes, ext: Extent, color: Color) -> None:
+    LABELS, HEADS = 0.78, 0.34
+    LARGEST_CELL = 0.62
+
+    def __init__(self, ax: Axes, ext: Extent, color: Color, inches: tuple[float, float]) -> None:
         self.ax, self.ext, self.color = ax, ext, color
-        samples, channels, layers, rows, columns = ext.drawn
-        self.thick = layers * LAYER if ext.total[2] > 1 else THIN
-        self.slab_height = -rows * DEPTH_Y + self.thick
-        self.pitch_x = columns - rows * DEPTH_X + BETWEEN_STACKS
-        self.pitch_y = self.slab_height + BETWEEN_SLABS
-        self.width = samples * self.pitch_x - BETWEEN_STACKS
-        self.height = channels * self.pitch_y - BETWEEN_SLABS
+        # a single row of cells looks better as bricks than as tiles
+        flat = ext.rows == 1 and ext.layers == 1
+        self.dx, self.dy = (-0.5, -0.5) if flat else (-0.42, -0.46)
+        layer = 0.5 if ext.total[2] > 1 else 0.62 if flat else 0.26
+        self.thick = ext.layers * layer
+        self.slab_height = -ext.rows * self.dy + self.thick
+        self.pitch_x = ext.columns - ext.rows * self.dx + (0.9 if flat else 1.1)
+        self.pitch_y = self.slab_height + (0.4 if flat else 0.55)
+        self.width = ext.samples * self.pitch_x - (0.9 if flat else 1.1)
+        self.height = len(ext.channels) * self.pitch_y - (0.4 if flat else 0.55)
+        wide, high = inches
+        self.cell = min(
+            (wide - self.LABELS - 0.1) / self.width,
+            (high - 2 * self.HEADS) / self.height,
+            self.LARGEST_CELL,
+        )
+        spare = (wide - self.LABELS) / self.cell - self.width
+        left = -self.LABELS / self.cell - spare / 2
+        bottom = -self.height - (high / self.cell - self.height) / 2
+        ax.set_xlim(left, left + wide / self.cell)
+        ax.set_ylim(bottom, bottom + high / self.cell)
+        ax.axis("off")
 
-    def _corner(self, n: int, c: int) -> tuple[float, float]:
+    def _corner(self, n: int, line: int) -> tuple[float, float]:
         """Back left corner of a slab's top."""
-        return n * self.pitch_x - self.ext.drawn[3] * DEPTH_X, -c * self.pitch_y
+        return n * self.pitch_x - self.ext.rows * self.dx, -line * self.pitch_y
 
     def _face(self, points: list[tuple[float, float]], color: str) -> None:
         self.ax.add_patch(
             Polygon(points, facecolor=color, edgecolor="white", linewidth=0.9, joinstyle="round")
         )
 
-    def _slab(self, n: int, c: int) -> None:
-        left, top = self._corner(n, c)
-        _, _, layers, rows, columns = self.ext.drawn
-        step = self.thick / layers
+    def _slab(self, n: int, line: int) -> None:
+        ext, c = self.ext, self.ext.channels[line]
+        left, top = self._corner(n, line)
+        step = self.thick / ext.layers
 
-        def at(q: float, r: float, d: float) -> tuple[float, float]:
-            return left + q + r * DEPTH_X, top + r * DEPTH_Y - d * step
+        def at(q: int, r: int, d: int) -> tuple[float, float]:
+            return left + q + r * self.dx, top + r * self.dy - d * step
 
-        for r in range(rows):
-            for q in range(columns):
+        for r in range(ext.rows):
+            for q in range(ext.columns):
                 corners = [at(q, r, 0), at(q + 1, r, 0), at(q + 1, r + 1, 0), at(q, r + 1, 0)]
                 self._face(corners, self.color(n, c, 0, r, q))
-        for d in range(layers):
-            for q in range(columns):
-                corners = [
-                    at(q, rows, d), at(q + 1, rows, d), at(q + 1, rows, d + 1), at(q, rows, d + 1)
-                ]  # fmt: skip
-                self._face(corners, mix(self.color(n, c, d, rows - 1, q), INK, 0.18))
-            for r in range(rows):
-                corners = [
-                    at(columns, r, d), at(columns, r + 1, d),
-                    at(columns, r + 1, d + 1), at(columns, r, d + 1),
-                ]  # fmt: skip
-                self._face(corners, mix(self.color(n, c, d, r, columns - 1), INK, 0.32))
+        for d in range(ext.layers):
+            r, right = ext.rows, ext.columns
+            for q in range(ext.columns):
+                corners = [at(q, r, d), at(q + 1, r, d), at(q + 1, r, d + 1), at(q, r, d + 1)]
+                self._face(corners, mix(self.color(n, c, d, r - 1, q), INK, 0.16))
+            for r in range(ext.rows):
+                corners = [at(right, r, d), at(right, r + 1, d)]
+                corners += [at(right, r + 1, d + 1), at(right, r, d + 1)]
+                self._face(corners, mix(self.color(n, c, d, r, right - 1), INK, 0.3))
 
-    def draw(self, column_name: str, slab_name: str) -> None:
-        """All slabs with their names; bottom to top, so that nearer faces cover farther ones."""
-        samples, channels, _, rows, columns = self.ext.drawn
-        ax = self.ax
-        for n in range(samples):
-            for c in reversed(range(channels)):
-                self._slab(n, c)
+    def draw(self, sample: str, channel: str) -> None:
+        """All slabs, from the bottom up, and their names."""
+        ext, ax = self.ext, self.ax
+        for n in range(ext.samples):
+            for line in reversed(range(len(ext.channels))):
+                self._slab(n, line)
             left, top = self._corner(n, 0)
+            head = {"ha": "center", "va": "bottom", "fontsize": 10, "color": INK}
+            ax.text(left + ext.columns / 2, top + 0.09 / self.cell, sample.format(n), **head)
+        if channel:
+            for line, c in enumerate(ext.channels):
+                middle = self._corner(0, line)[1] - self.slab_height / 2
+                side = {"ha": "right", "va": "center", "fontsize": 10, "color": INK}
+                ax.text(-0.08 / self.cell, middle, channel.format(c), **side)
+        if ext.num_drawn < prod(ext.total):
             ax.text(
-                left + columns / 2, top + 0.34, column_name.format(n),
-                ha="center", va="bottom", fontsize=9.5, color=INK,
-            )  # fmt: skip
-        if slab_name:
-            for c in range(channels):
-                _, top = self._corner(0, c)
-                ax.text(
-                    -0.45, top - self.slab_height / 2, slab_name.format(c),
-                    ha="right", va="center", fontsize=9.5, color=INK,
-                )  # fmt: skip
-        self._rest()
-        ax.set_xlim(-self._label_width() if slab_name else -0.4, self.width + 0.5)
-        ax.set_ylim(-self.height - 1.0, 1.3)
-        ax.set_aspect("equal")
-        ax.axis("off")
+                self.width / 2,
+                -self.height - 0.1 / self.cell,
+                f"{ext.num_drawn:,} of {prod(ext.total):,} values drawn",
+                **{"ha": "center", "va": "top", "fontsize": 8.5, "color": QUIET},
+            )
 
-    def _label_width(self) -> float:
-        return max(2.6, 0.2 * self.width)
-
-    def _rest(self) -> None:
-        """Says what is not drawn."""
-        total, drawn = self.ext.total, self.ext.drawn
-        hidden = []
-        if prod(drawn) < prod(total):
-            shown = f"{prod(drawn):,} of {prod(total):,} values drawn"
-            hidden.append(shown)
-        if hidden:
-            self.ax.text(
-                self.width / 2, -self.height - 0.45, "; ".join(hidden),
-                ha="center", va="top", fontsize=8.5, color=QUIET,
-            )  # fmt: skip
-
-    def write(self, n: int, c: int, r: float, text: str, color: str, cell_points: float) -> None:
-        """A letter in the middle of a slab's top, or of its row r."""
-        left, top = self._corner(n, c)
-        columns = self.ext.drawn[4]
+    def write(self, n: int, line: int, row: float, rows: int, text: str, color: str) -> None:
+        """A letter in the middle of so many rows of a slab's top."""
+        left, top = self._corner(n, line)
+        x, y = left + self.ext.columns / 2 + row * self.dx, top + row * self.dy
+        size = min(13.0, 0.42 * 72 * self.cell * min(max(rows, 1.2), 3))
         self.ax.text(
-            left + columns / 2 + r * DEPTH_X, top + r * DEPTH_Y, text,
-            ha="center", va="center_baseline", color=color, fontweight="bold",
-            fontsize=max(6.0, min(13.0, 0.36 * cell_points)),
+            x, y, text,
+            ha="center", va="center_baseline", color=ink_on(color), fontweight="bold",
+            fontsize=max(size, 6.5),
+            bbox={"boxstyle": "circle,pad=0.12", "facecolor": color, "edgecolor": "none"},
         )  # fmt: skip
 
 
-def draw_groups(ax: Axes, sharing: Sharing, letters: dict[int, int], inches: float) -> None:
-    """The tensor with each group in its colour and letter.
+def _names(sharing: Sharing) -> tuple[str, str]:
+    dim = len(sharing.shape)
+    if sharing.kind in ("layer", "rms"):
+        return "x[{}]" if dim > 1 else "x", "x[n, {}]" if dim > 2 else ""
+    return ("x" if sharing.kind == "instance" and sharing.leading == 1 else "sample {}"), "channel {}"
 
-    letters: filled with the groups drawn, numbered as they appear. inches: the width of `ax`.
+
+def draw_groups(
+    ax: Axes, sharing: Sharing, letters: dict[int, int], inches: tuple[float, float]
+) -> None:
+    """The tensor, each group in its colour and with its letter.
+
+    letters: receives the groups drawn, numbered as they appear.
     """
-    features = sharing.kind in ("layer", "rms")
-    ext = extent(sharing.shape, features)
+    ext = extent(sharing)
 
-    def group(n: int, c: int, d: int, r: int, q: int) -> int:
-        g = sharing.group_of(ext.place(n, c, d, r, q))
+    def number(*cell: int) -> int:
+        g = sharing.group_of(place(sharing, *cell))
         return letters.setdefault(g, len(letters))
 
-    samples, channels, _, rows, columns = ext.drawn
-    order = [(n, c, 0, r, 0) for n in range(samples) for c in range(channels) for r in range(rows)]
-    for cell in order:
-        group(*cell)
-    stacks = Stacks(ax, ext, lambda *cell: COLORS[group(*cell) % len(COLORS)])
-    names = ("sample {}", "channel {}" if ext.total[1] > 1 or not features else "")
-    if features:
-        names = ("x[{}]" if len(sharing.shape) > 1 else "x", "x[n, {}]" if ext.dim > 2 else "")
-    elif sharing.kind == "instance" and sharing.leading == 1:
-        names = ("channel {}", "row {}" if ext.dim > 2 else "")
-    stacks.draw(*names)
-    low, high = ax.get_xlim()
-    points = 72.0 * inches / (high - low)
-    for n in range(samples):
-        for c in range(channels):
-            of_rows = [group(n, c, 0, r, 0) for r in range(rows)]
+    for n in range(ext.samples):
+        for c in ext.channels:
+            for r in range(ext.rows):
+                number(n, c, 0, r, 0)
+    stacks = Stacks(ax, ext, lambda *cell: COLORS[number(*cell) % len(COLORS)], inches)
+    stacks.draw(*_names(sharing))
+    for n in range(ext.samples):
+        for line, c in enumerate(ext.channels):
+            of_rows = [number(n, c, 0, r, 0) for r in range(ext.rows)]
             whole = len(set(of_rows)) == 1
             for r, g in enumerate(of_rows[:1] if whole else of_rows):
-                ink = ink_on(COLORS[g % len(COLORS)])
-                middle = rows / 2 if whole else r + 0.5
-                stacks.write(n, c, middle, ascii_letters[(g + 26) % 52], ink, points)
-
-
-__all__ = ["FAINT", "Stacks", "draw_groups", "extent"]
+                middle, rows = (ext.rows / 2, ext.rows) if whole else (r + 0.5, 1)
+                text, color = ascii_letters[(g + 26) % 52], COLORS[g % len(COLORS)]
+                stacks.write(n, line, middle, rows, text, color)

@@ -29,15 +29,15 @@ def _strip(ax: Axes, values: Tensor, line: float, color: str) -> None:
         high = low + 1.0
     counts = torch.histc(values, bins=60, min=low, max=high)
     middles = torch.linspace(low, high, 121)[1::2]
-    heights = (line - 0.3 + 0.68 * counts / counts.max()).tolist()
+    heights = (line - 0.3 + 0.66 * counts / counts.max()).tolist()
     ax.fill_between(middles.tolist(), line - 0.3, heights, color=color, linewidth=0, zorder=3)
 
 
 def _spread(ax: Axes, centre: float, spread: float, line: float) -> None:
     ax.plot(
-        [centre - spread, centre + spread], [line - 0.36] * 2, color=INK, linewidth=1.3, zorder=4
+        [centre - spread, centre + spread], [line - 0.34] * 2, color=INK, linewidth=1.3, zorder=4
     )
-    ax.plot([centre] * 2, [line - 0.46, line + 0.3], color=INK, linewidth=1.3, zorder=4)
+    ax.plot([centre] * 2, [line - 0.42, line + 0.3], color=INK, linewidth=1.3, zorder=4)
 
 
 def _badge(ax: Axes, g: int, line: float) -> None:
@@ -52,7 +52,7 @@ def _badge(ax: Axes, g: int, line: float) -> None:
 
 def _frame(ax: Axes, title: str, strips: int) -> None:
     ax.set_title(title, loc="left", fontsize=10, color=INK, pad=6)
-    ax.set_ylim(strips - 0.4, -0.6)
+    ax.set_ylim(-0.6, strips - 0.4)
     ax.set_yticks([])
     ax.set_facecolor("none")
     for side in ("left", "right", "top"):
@@ -63,12 +63,13 @@ def _frame(ax: Axes, title: str, strips: int) -> None:
     ax.set_axisbelow(True)
 
 
-def draw_strips(before: Axes, after: Axes, e: Explanation, letters: dict[int, int]) -> int:
-    """Draw both panels; letters: the groups drawn elsewhere, with their numbers. Returns how many."""
+def draw_strips(before: Axes, after: Axes, e: Explanation, letters: dict[int, int]) -> None:
+    """Draw both panels, for the first of the groups in `letters` (group: number of its letter)."""
     x, y = e.x.double(), e.by_hand
     shown = sorted(letters.items(), key=lambda item: item[1])[:MAX_STRIPS]
     rms = e.sharing.kind == "rms"
-    for line, (g, number) in enumerate(shown):
+    for i, (g, number) in enumerate(shown):
+        line = len(shown) - 1 - i
         color, group = mix(COLORS[number % len(COLORS)], "#FFFFFF", 0.1), e.groups[g]
         values, result = x[e.sharing.index(g)].flatten(), y[e.sharing.index(g)].flatten()
         _strip(before, values, line, color)
@@ -82,7 +83,6 @@ def draw_strips(before: Axes, after: Axes, e: Explanation, letters: dict[int, in
             _spread(before, group.mean or 0.0, (group.variance or 0.0) ** 0.5, line)
             spread = torch.var(result, correction=0).sqrt().item()
             _spread(after, torch.mean(result).item(), spread, line)
-    mark = "zero ± root mean square" if rms else "mean ± standard deviation"
-    _frame(before, f"before: x, with each group's {mark}", len(shown))
-    _frame(after, "after: y", len(shown))
-    return len(shown)
+    mark = "0 ± root mean square" if rms else "mean ± standard deviation"
+    _frame(before, f"before: x, and {mark}", len(shown))
+    _frame(after, f"after: y, and {mark}", len(shown))

@@ -6,31 +6,29 @@ from matplotlib.axes import Axes
 
 from .explanation import Explanation
 from .palette import FAINT, INK, QUIET, mix
-from .stacks import Stacks, extent
+from .stacks import Extent, Stacks, extent, place
 
-MIDDLE, NEIGHBOUR, OTHER = "#CC6677", "#EBC1A4", "#E3E6EA"
-OUTLINE = "#88CCEE"
-
-
-def _shown_channel(e: Explanation, drawn: int) -> int:
-    """A channel whose window lies inside what is drawn, if there is one."""
-    return min((e.sharing.size) // 2, drawn - 1)
+MIDDLE, NEIGHBOUR, OTHER = "#CC6677", "#EDB996", "#DDE1E6"
 
 
-def draw_window(ax: Axes, e: Explanation) -> int:
-    """The tensor with one window in colour; returns the channel in its middle."""
-    ext = extent(e.sharing.shape, features=False)
-    _, channels, _, rows, columns = ext.drawn
-    middle = _shown_channel(e, channels)
-    first, last = e.sharing.window(middle)
+def _cell(e: Explanation) -> tuple[Extent, int, int, int, int]:
+    """What is drawn, and of it the middle of the window: line of its slab, layer, row, column."""
+    ext = extent(e.sharing)
+    line = min(e.sharing.size // 2, len(ext.channels) - 1)
+    return ext, line, 0, ext.rows - 1, ext.columns // 2
+
+
+def draw_window(ax: Axes, e: Explanation, inches: tuple[float, float]) -> None:
+    """The tensor with one window in colour."""
+    ext, line, *middle = _cell(e)
+    first, last = e.sharing.window(ext.channels[line])
 
     def color(n: int, c: int, d: int, r: int, q: int) -> str:
-        if (n, d, r, q) != (0, 0, rows - 1, columns // 2) or not first <= c <= last:
+        if n or [d, r, q] != middle or not first <= c <= last:
             return OTHER
-        return MIDDLE if c == middle else NEIGHBOUR
+        return MIDDLE if c == ext.channels[line] else NEIGHBOUR
 
-    Stacks(ax, ext, color).draw("sample {}", "channel {}")
-    return middle
+    Stacks(ax, ext, color, inches).draw("sample {}", "channel {}")
 
 
 def _bars(ax: Axes, e: Explanation, title: str) -> None:
@@ -45,23 +43,24 @@ def _bars(ax: Axes, e: Explanation, title: str) -> None:
     ax.set_xticks(range(min(e.x.shape[1], 12)))
 
 
-def draw_energy(before: Axes, after: Axes, e: Explanation, middle: int) -> None:
+def draw_energy(before: Axes, after: Axes, e: Explanation) -> None:
     """x² of the window's channels, and the values before and after, at the coloured position."""
-    ext = extent(e.sharing.shape, features=False)
-    place = ext.place(0, 0, 0, ext.drawn[3] - 1, ext.drawn[4] // 2)
+    ext, line, *cell = _cell(e)
+    middle = ext.channels[line]
+    positions = place(e.sharing, 0, 0, *cell)[2:]
     channels = range(min(e.x.shape[1], 12))
-    x = [e.x[(0, c, *place[2:])].item() for c in channels]
-    y = [e.by_hand[(0, c, *place[2:])].item() for c in channels]
+    x = [e.x[(0, c, *positions)].item() for c in channels]
+    y = [e.by_hand[(0, c, *positions)].item() for c in channels]
     first, last = e.sharing.window(middle)
     colors = [
         MIDDLE if c == middle else NEIGHBOUR if first <= c <= last else OTHER for c in channels
     ]
     before.bar(channels, [v * v for v in x], color=colors, width=0.7)
     total = sum(v * v for v in x[first : last + 1])
-    _bars(before, e, f"energy x² by channel: Σ in the window = {total:.4g}")
+    _bars(before, e, f"x² by channel; Σ in the window = {total:.4g}")
     width = 0.38
-    after.bar([c - width / 2 for c in channels], x, color=[mix(c, "#FFFFFF", 0.45) for c in colors],
-              width=width)  # fmt: skip
+    pale = [mix(color, "#FFFFFF", 0.5) for color in colors]
+    after.bar([c - width / 2 for c in channels], x, color=pale, width=width)
     after.bar([c + width / 2 for c in channels], y, color=colors, width=width)
     after.axhline(0.0, color=QUIET, linewidth=0.8)
-    _bars(after, e, "before (pale) and after, by channel")
+    _bars(after, e, "before (pale) and after")
