@@ -217,7 +217,7 @@ Spread<compute_t<T>> coefficients(const Backward<T>& b, const Cut& cut, const Gr
 
 template <class T>
 void forward_channels(const Forward<T>& f) {
-  using A = compute_t<T>;
+  using A = output_t<T>;
   const Geometry& g = f.geometry;
   const Cut cut(g);
   if (!f.fixed) statistics(f, cut);

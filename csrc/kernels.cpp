@@ -90,12 +90,11 @@ void column_moments(const T* x, int64_t rows, int64_t cols, int64_t ld, double* 
 // ------------------------------------------------------------------------------- element by element
 
 // out[i] = f(in[0][i], …, coef[0][i], …), 16 values at a time; the last few through padded copies.
-template <class T, int In, int Coefs, class Fn>
-TN_INLINE void map(const T* const (&in)[In], const compute_t<T>* const (&coef)[Coefs], int used,
-                   T* out, int64_t len, Fn f) {
-  using A = compute_t<T>;
-  using V = typename Lane<T>::V;
-  constexpr int lanes = Lane<T>::lanes;
+template <class L, int In, int Coefs, class T, class A, class Fn>
+TN_INLINE void map(const T* const (&in)[In], const A* const (&coef)[Coefs], int used, T* out,
+                   int64_t len, Fn f) {
+  using V = typename L::V;
+  constexpr int lanes = L::lanes;
   Padded<T> in_copy[In], out_copy;
   Padded<A> coef_copy[Coefs];
   for (int64_t i = 0; i < len; i += kLanes) {
@@ -108,60 +107,66 @@ TN_INLINE void map(const T* const (&in)[In], const compute_t<T>* const (&coef)[C
 #pragma GCC unroll 8
     for (int j = 0; j < kLanes; j += lanes) {
       V values[In], coefs[Coefs];
-      for (int k = 0; k < In; ++k) values[k] = Lane<T>::load(from[k] + j);
+      for (int k = 0; k < In; ++k) values[k] = L::load(from[k] + j);
       for (int k = 0; k < used; ++k) coefs[k] = load_raw<V>(with[k] + j);
-      Lane<T>::store(to + j, f(values, coefs));
+      L::store(to + j, f(values, coefs));
     }
     if (count < kLanes) std::memcpy(out + i, out_copy.values, size_t(count) * sizeof(T));
   }
 }
 
+// the vectors of outputs and of gradients
 template <class T>
-using Vector = typename Lane<T>::V;
+using Out = std::conditional_t<std::is_same_v<T, float>, Lane<T>, Wide<T>>;
+template <class T>
+using Grad = Lane<T>;
+
+template <class A>
+constexpr const A* kNone[1] = {nullptr};
 
 template <class T>
-void apply(const T* x, T* y, int64_t len, compute_t<T> hi, compute_t<T> scale,
-           compute_t<T> shift) {
-  using V = Vector<T>;
+void apply(const T* x, T* y, int64_t len, output_t<T> hi, output_t<T> scale,
+           output_t<T> shift) {
+  using V = typename Out<T>::V;
   const V h = splat<V>(hi), sc = splat<V>(scale), sh = splat<V>(shift);
-  map<T, 1, 1>({x}, {nullptr}, 0, y, len,
+  map<Out<T>, 1, 1>({x}, kNone<output_t<T>>, 0, y, len,
                [&](const V* v, const V*) { return (v[0] - h) * sc + sh; });
 }
 
 template <class T>
-void apply_each(const T* x, T* y, int64_t len, const compute_t<T>* hi, const compute_t<T>* scale,
-                const compute_t<T>* shift) {
-  using V = Vector<T>;
-  map<T, 1, 3>({x}, {hi, scale, shift}, 3, y, len,
+void apply_each(const T* x, T* y, int64_t len, const output_t<T>* hi, const output_t<T>* scale,
+                const output_t<T>* shift) {
+  using V = typename Out<T>::V;
+  map<Out<T>, 1, 3>({x}, {hi, scale, shift}, 3, y, len,
                [](const V* v, const V* c) { return (v[0] - c[0]) * c[1] + c[2]; });
 }
 
 template <class T>
-void apply_row(const T* x, T* y, int64_t len, compute_t<T> hi, compute_t<T> lo, compute_t<T> rstd,
-               const compute_t<T>* weight, const compute_t<T>* bias) {
-  using V = Vector<T>;
+void apply_row(const T* x, T* y, int64_t len, output_t<T> hi, output_t<T> lo, output_t<T> rstd,
+               const output_t<T>* weight, const output_t<T>* bias) {
+  using V = typename Out<T>::V;
   const V h = splat<V>(hi), l = splat<V>(lo), r = splat<V>(rstd);
   if (weight && bias)
-    map<T, 1, 2>({x}, {weight, bias}, 2, y, len,
+    map<Out<T>, 1, 2>({x}, {weight, bias}, 2, y, len,
                  [&](const V* v, const V* c) { return ((v[0] - h) - l) * r * c[0] + c[1]; });
   else if (weight)
-    map<T, 1, 1>({x}, {weight}, 1, y, len,
+    map<Out<T>, 1, 1>({x}, {weight}, 1, y, len,
                  [&](const V* v, const V* c) { return ((v[0] - h) - l) * r * c[0]; });
   else if (bias)
-    map<T, 1, 1>({x}, {bias}, 1, y, len,
+    map<Out<T>, 1, 1>({x}, {bias}, 1, y, len,
                  [&](const V* v, const V* c) { return ((v[0] - h) - l) * r + c[0]; });
   else
-    map<T, 1, 1>({x}, {nullptr}, 0, y, len,
+    map<Out<T>, 1, 1>({x}, kNone<output_t<T>>, 0, y, len,
                  [&](const V* v, const V*) { return ((v[0] - h) - l) * r; });
 }
 
 template <class T>
 void grad_apply(const T* grad, const T* x, T* grad_x, int64_t len, compute_t<T> scale,
                 compute_t<T> hi, compute_t<T> rstd, compute_t<T> slope, compute_t<T> shift) {
-  using V = Vector<T>;
+  using V = typename Grad<T>::V;
   const V sc = splat<V>(scale), h = splat<V>(hi), r = splat<V>(rstd), sl = splat<V>(slope),
           sh = splat<V>(shift);
-  map<T, 2, 1>({grad, x}, {nullptr}, 0, grad_x, len, [&](const V* v, const V*) {
+  map<Grad<T>, 2, 1>({grad, x}, kNone<compute_t<T>>, 0, grad_x, len, [&](const V* v, const V*) {
     return v[0] * sc + ((v[1] - h) * r * sl + sh);
   });
 }
@@ -170,8 +175,8 @@ template <class T>
 void grad_apply_each(const T* grad, const T* x, T* grad_x, int64_t len, const compute_t<T>* scale,
                      const compute_t<T>* hi, const compute_t<T>* rstd, const compute_t<T>* slope,
                      const compute_t<T>* shift) {
-  using V = Vector<T>;
-  map<T, 2, 5>({grad, x}, {scale, hi, rstd, slope, shift}, 5, grad_x, len,
+  using V = typename Grad<T>::V;
+  map<Grad<T>, 2, 5>({grad, x}, {scale, hi, rstd, slope, shift}, 5, grad_x, len,
                [](const V* v, const V* c) {
                  return v[0] * c[0] + ((v[1] - c[1]) * c[2] * c[3] + c[4]);
                });
@@ -180,29 +185,29 @@ void grad_apply_each(const T* grad, const T* x, T* grad_x, int64_t len, const co
 template <class T>
 void grad_apply_row(const T* grad, const T* x, T* grad_x, int64_t len, const compute_t<T>* weight,
                     compute_t<T> hi, compute_t<T> rstd, compute_t<T> slope, compute_t<T> shift) {
-  using V = Vector<T>;
+  using V = typename Grad<T>::V;
   const V h = splat<V>(hi), r = splat<V>(rstd), sl = splat<V>(slope), sh = splat<V>(shift);
   if (weight)
-    map<T, 2, 1>({grad, x}, {weight}, 1, grad_x, len, [&](const V* v, const V* c) {
+    map<Grad<T>, 2, 1>({grad, x}, {weight}, 1, grad_x, len, [&](const V* v, const V* c) {
       return v[0] * c[0] * r + ((v[1] - h) * r * sl + sh);
     });
   else
-    map<T, 2, 1>({grad, x}, {nullptr}, 0, grad_x, len, [&](const V* v, const V*) {
+    map<Grad<T>, 2, 1>({grad, x}, kNone<compute_t<T>>, 0, grad_x, len, [&](const V* v, const V*) {
       return v[0] * r + ((v[1] - h) * r * sl + sh);
     });
 }
 
 template <class T>
 void grad_scale(const T* grad, T* grad_x, int64_t len, compute_t<T> scale) {
-  using V = Vector<T>;
+  using V = typename Grad<T>::V;
   const V sc = splat<V>(scale);
-  map<T, 1, 1>({grad}, {nullptr}, 0, grad_x, len, [&](const V* v, const V*) { return v[0] * sc; });
+  map<Grad<T>, 1, 1>({grad}, kNone<compute_t<T>>, 0, grad_x, len, [&](const V* v, const V*) { return v[0] * sc; });
 }
 
 template <class T>
 void grad_scale_each(const T* grad, T* grad_x, int64_t len, const compute_t<T>* scale) {
-  using V = Vector<T>;
-  map<T, 1, 1>({grad}, {scale}, 1, grad_x, len,
+  using V = typename Grad<T>::V;
+  map<Grad<T>, 1, 1>({grad}, {scale}, 1, grad_x, len,
                [](const V* v, const V* c) { return v[0] * c[0]; });
 }
 

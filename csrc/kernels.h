@@ -22,8 +22,14 @@ struct f16 {
   uint16_t bits;
 };
 
+// what gradients are computed in
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// What outputs are computed in. Half precision goes through double: where weight · x̂ and bias
+// cancel, float32's error is more than the last place of the small number that is left.
+template <class T>
+using output_t = std::conditional_t<std::is_same_v<T, float>, float, double>;
 
 // Sums over one channel: of the gradient, and of gradient · (x − mean).
 struct GradSums {
@@ -34,6 +40,7 @@ struct GradSums {
 template <class T>
 struct Kernels {
   using A = compute_t<T>;
+  using Y = output_t<T>;
 
   // Moments of `runs` runs of `len` values that start `stride` apart; about zero unless centred.
   Moments (*moments)(const T* x, int64_t runs, int64_t len, int64_t stride, bool centred);
@@ -43,12 +50,12 @@ struct Kernels {
                          double* m2);
 
   // y = (x − hi) · scale + shift
-  void (*apply)(const T* x, T* y, int64_t len, A hi, A scale, A shift);
+  void (*apply)(const T* x, T* y, int64_t len, Y hi, Y scale, Y shift);
   // the same with one hi, scale and shift per element
-  void (*apply_each)(const T* x, T* y, int64_t len, const A* hi, const A* scale, const A* shift);
+  void (*apply_each)(const T* x, T* y, int64_t len, const Y* hi, const Y* scale, const Y* shift);
   // y = ((x − hi) − lo) · rstd · weight + bias; weight, bias may be null
-  void (*apply_row)(const T* x, T* y, int64_t len, A hi, A lo, A rstd, const A* weight,
-                    const A* bias);
+  void (*apply_row)(const T* x, T* y, int64_t len, Y hi, Y lo, Y rstd, const Y* weight,
+                    const Y* bias);
 
   GradSums (*grad_sums)(const T* grad, const T* x, int64_t runs, int64_t len, int64_t stride,
                         double mean);

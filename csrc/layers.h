@@ -19,8 +19,8 @@ struct Forward {
   double eps;
   const T* x;
   T* y;
-  const compute_t<T>* weight;  // per channel, or null
-  const compute_t<T>* bias;
+  const output_t<T>* weight;  // per channel, or null
+  const output_t<T>* bias;
   double* mean;  // per statistic; written, or read where `fixed`
   double* var;
   bool fixed;

@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor
   STD_TORCH_CHECK(g.numel() > 0, "truenorm::forward takes no empty tensor: it has no moments");
   const Tensor dense = laid_out(x, g);
   with_type(x, [&]<class T>(T) {
-    const Values<compute_t<T>> w(weight), b(bias);
+    const Values<output_t<T>> w(weight), b(bias);
     run(Forward<T>{g, table<T>(kernels()), eps, static_cast<const T*>(dense.const_data_ptr()),
                    static_cast<T*>(y.mutable_data_ptr()), w.get(), b.get(), doubles(mean),
                    doubles(var), false});
@@ -122,7 +122,7 @@ Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& var, std::option
   const Tensor dense = laid_out(x, g);
   const Values<double> m(mean), v(var);
   with_type(x, [&]<class T>(T) {
-    const Values<compute_t<T>> w(weight), b(bias);
+    const Values<output_t<T>> w(weight), b(bias);
     run(Forward<T>{g, table<T>(kernels()), eps, static_cast<const T*>(dense.const_data_ptr()),
                    static_cast<T*>(y.mutable_data_ptr()), w.get(), b.get(),
                    const_cast<double*>(m.get()), const_cast<double*>(v.get()), true});

@@ -24,7 +24,7 @@ void by_channel(int64_t s, int64_t begin, int64_t end, const Body& body) {
 
 template <class T>
 void apply_group(const Forward<T>& f, int64_t statistic, int64_t begin, int64_t end) {
-  using A = compute_t<T>;
+  using A = output_t<T>;
   const Geometry& g = f.geometry;
   const int64_t per_group = g.channels_per_group();
   const int64_t first_channel = statistic % g.groups() * per_group;
@@ -107,7 +107,7 @@ void over_batch(const Geometry& g, const BatchCut& cut, const Body& body) {
 
 template <class T>
 void forward_batch(const Forward<T>& f) {
-  using A = compute_t<T>;
+  using A = output_t<T>;
   const Geometry& g = f.geometry;
   if (!f.fixed) {
     const BatchCut cut(g);

@@ -90,20 +90,6 @@ TN_INLINE uint16_t float_to_half(float f) {
   return sign | uint16_t((bits - 0x38000000u) >> 13);
 }
 
-// double to float, rounded to odd: a second rounding, to a narrower type, is then the right one,
-// where two roundings to nearest could land a whole unit off.
-TN_INLINE float to_odd(double value) {
-  float f = float(value);
-  if (double(f) == value || f != f) return f;
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  const bool outward = (double(f) > value) == (value > 0.0);
-  if (outward) bits -= 1;
-  bits |= 1u;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
 TN_INLINE vd widen_half(vf_half v) {
 #if defined(__AVX512F__)
   // one instruction; from the generic conversion gcc makes two halves and joins them
@@ -163,13 +149,13 @@ struct Lane<bf16> {
     return widen_half((vf_half)bits);
   }
   TN_INLINE void store_double(bf16* p, vd v) {
-    for (int i = 0; i < D; ++i) {
-      const float f = to_odd(v[i]);
-      uint32_t bits;
-      std::memcpy(&bits, &f, 4);
-      p[i].bits = f != f ? uint16_t(bits >> 16 | 0x40u)
-                         : uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-    }
+    const vf_half narrowed = __builtin_convertvector(v, vf_half);
+    const vu_half bits = (vu_half)narrowed;
+    const vu_half rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    const vu_half quiet = (bits >> 16 | 0x40u) << 16;
+    const vu_half is_nan = (vu_half)(narrowed != narrowed);
+    const vu_half result = ((rounded & ~is_nan) | (quiet & is_nan)) >> 16;
+    store_raw(p, __builtin_convertvector(result, vh_half));
   }
 };
 
@@ -211,8 +197,26 @@ struct Lane<f16> {
 #endif
   }
   TN_INLINE void store_double(f16* p, vd v) {
-    for (int i = 0; i < D; ++i) p[i].bits = float_to_half(to_odd(v[i]));
+    const vf_half narrowed = __builtin_convertvector(v, vf_half);
+#if defined(__AVX512F__)
+    store_raw(p, _mm256_cvtps_ph((__m256)narrowed, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+    const __m128i half =
+        _mm_cvtps_ph((__m128)narrowed, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storel_epi64((__m128i*)p, half);
+#else
+    for (int i = 0; i < D; ++i) p[i].bits = float_to_half(narrowed[i]);
+#endif
   }
+};
+
+// The same storage, computed in double.
+template <class T>
+struct Wide {
+  using V = vd;
+  static constexpr int lanes = D;
+  TN_INLINE V load(const T* p) { return Lane<T>::load_double(p); }
+  TN_INLINE void store(T* p, V v) { Lane<T>::store_double(p, v); }
 };
 
 // ---- 16 lanes of doubles, whatever the width of a vector

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 import truenorm.functional as F
+from checking import same_layout
 from counts import passed
 from tolerances import last_place
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_map_only
@@ -49,6 +51,11 @@ EVERY_DTYPE = [
 ]
 WIDE = {torch.float64, torch.complex128}
 DIFFERENTIABLE = [(name, dtype) for name, dtype in EVERY_DTYPE if dtype in WIDE]
+
+
+def over(cases: list[tuple[str, torch.dtype]]) -> pytest.MarkDecorator:
+    ids = [f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in cases]
+    return pytest.mark.parametrize(("name", "dtype"), cases, ids=ids)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -98,7 +105,7 @@ def assert_same(actual: torch.Tensor, exact: torch.Tensor) -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "dtype"), EVERY_DTYPE)
+@over(EVERY_DTYPE)
 def test_values(name: str, dtype: torch.dtype) -> None:
     op, count = ENTRIES[name], 0
     for sample in samples(name, dtype):
@@ -115,10 +122,7 @@ def test_values(name: str, dtype: torch.dtype) -> None:
     passed("OpInfo", "values", count)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(n, d) for n, d in EVERY_DTYPE if d in ENTRIES[n].supported_backward_dtypes("cpu")],
-)
+@over([(n, d) for n, d in EVERY_DTYPE if d in ENTRIES[n].supported_backward_dtypes("cpu")])
 def test_gradients_against_torch(name: str, dtype: torch.dtype) -> None:
     op, count = ENTRIES[name], 0
     for sample in samples(name, dtype, grad=True):
@@ -146,7 +150,7 @@ def test_gradients_against_torch(name: str, dtype: torch.dtype) -> None:
     passed("OpInfo", "gradients", count)
 
 
-@pytest.mark.parametrize(("name", "dtype"), EVERY_DTYPE)
+@over(EVERY_DTYPE)
 def test_noncontiguous(name: str, dtype: torch.dtype) -> None:
     count = 0
     for sample in samples(name, dtype):
@@ -157,7 +161,7 @@ def test_noncontiguous(name: str, dtype: torch.dtype) -> None:
     passed("OpInfo", "noncontiguous", count)
 
 
-@pytest.mark.parametrize(("name", "dtype"), DIFFERENTIABLE)
+@over(DIFFERENTIABLE)
 def test_lazy_negation_and_conjugation(name: str, dtype: torch.dtype) -> None:
     count = 0
     for sample in samples(name, dtype):
@@ -180,6 +184,22 @@ def copies_of_rest(sample: Any) -> Any:
     result = copies(sample)
     result.input = sample.input
     return result
+
+
+@over(EVERY_DTYPE)
+def test_fake_tensors(name: str, dtype: torch.dtype) -> None:
+    count = 0
+    for sample in samples(name, dtype):
+        expected = call(OURS[name], copies(sample))
+        with FakeTensorMode() as mode:
+            fake = sample.transform(
+                lambda value, mode=mode: tree_map_only(torch.Tensor, mode.from_tensor, value)
+            )
+            actual = call(OURS[name], fake)
+        assert actual.dtype == expected.dtype
+        assert same_layout(actual, expected)
+        count += 1
+    passed("OpInfo", "fake tensors", count)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if ENTRIES[n].error_inputs_func])
@@ -213,7 +233,10 @@ def derivative_inputs(name: str, dtype: torch.dtype) -> Iterator[tuple[Op, list[
         yield of, wanted
 
 
-@pytest.mark.parametrize(("name", "dtype"), DIFFERENTIABLE)
+# Derivatives in fast mode, random directions in place of every entry, as torch's own runs of them.
+
+
+@over(DIFFERENTIABLE)
 def test_first_derivatives(name: str, dtype: torch.dtype) -> None:
     op, count = ENTRIES[name], 0
     for of, inputs in derivative_inputs(name, dtype):
@@ -224,12 +247,13 @@ def test_first_derivatives(name: str, dtype: torch.dtype) -> None:
             check_forward_ad=op.supports_forward_ad,
             check_batched_forward_grad=op.check_batched_forward_grad and op.supports_forward_ad,
             check_undefined_grad=True,
+            fast_mode=True,
         )
         count += 1
     passed("OpInfo", "gradcheck", count)
 
 
-@pytest.mark.parametrize(("name", "dtype"), DIFFERENTIABLE)
+@over(DIFFERENTIABLE)
 def test_second_derivatives(name: str, dtype: torch.dtype) -> None:
     op, count = ENTRIES[name], 0
     for of, inputs in derivative_inputs(name, dtype):
@@ -240,6 +264,7 @@ def test_second_derivatives(name: str, dtype: torch.dtype) -> None:
                 gen_non_contig_grad_outputs=True,
                 check_batched_grad=op.check_batched_gradgrad,
                 check_fwd_over_rev=op.supports_fwgrad_bwgrad,
+                fast_mode=True,
             )
             count += 1
     passed("OpInfo", "gradgradcheck", count)

@@ -13,6 +13,9 @@ from matplotlib.patches import Polygon
 from .groups import Sharing
 from .palette import COLORS, INK, QUIET, ink_on, mix
 
+# how much darker than the top a slab's front is
+FRONT = 0.16
+
 Color = Callable[[int, int, int, int, int], str]
 
 
@@ -41,7 +44,7 @@ def _five_sizes(sharing: Sharing) -> tuple[int, int, int, int, int]:
     if sharing.kind == "instance" and sharing.leading == 1:
         shape = (1, *shape)
     if sharing.kind in ("layer", "rms") and len(shape) <= 2:
-        return (1, *shape)[-2], 1, 1, 1, shape[-1]
+        return 1, (1, *shape)[-2], 1, 1, shape[-1]
     d, r, q = (1, 1, 1, *shape[2:])[-3:]
     return shape[0], shape[1], d, r, q
 
@@ -49,7 +52,7 @@ def _five_sizes(sharing: Sharing) -> tuple[int, int, int, int, int]:
 def extent(sharing: Sharing) -> Extent:
     """What of this input to draw: enough to see the pattern, few enough to see each cell."""
     n, c, d, r, q = total = _five_sizes(sharing)
-    columns = min(q, 6 if r * d == 1 else 5)
+    columns = min(q, 6)
     samples = min(n, 6 if q == 1 else 2 if columns > 4 else 3)
     most = 4 if r * d > 1 else 6
     if sharing.kind == "group":
@@ -59,14 +62,14 @@ def extent(sharing: Sharing) -> Extent:
         channels = [g * per_group + i for g in range(groups) for i in range(each)]
     else:
         channels = list(range(min(c, most)))
-    return Extent(total, samples, tuple(channels), min(d, 3), min(r, 4), columns)
+    return Extent(total, samples, tuple(channels), min(d, 3), min(r, 5), columns)
 
 
 def place(sharing: Sharing, n: int, c: int, d: int, r: int, q: int) -> tuple[int, ...]:
     """The tensor's own index of a cell that is drawn."""
     dim = len(sharing.shape)
     if sharing.kind in ("layer", "rms") and dim <= 2:
-        return (n, q)[-dim:]
+        return (c, q)[-dim:]
     if sharing.kind == "instance" and sharing.leading == 1:
         return (c, *(d, r, q)[4 - dim :])
     positions = (d, r, q)[max(5 - dim, 0) :]
@@ -82,7 +85,7 @@ class Stacks:
     def __init__(self, ax: Axes, ext: Extent, color: Color, inches: tuple[float, float]) -> None:
         self.ax, self.ext, self.color = ax, ext, color
         # a single row of cells looks better as bricks than as tiles
-        flat = ext.rows == 1 and ext.layers == 1
+        self.flat = flat = ext.rows == 1 and ext.layers == 1
         self.dx, self.dy = (-0.5, -0.5) if flat else (-0.42, -0.46)
         layer = 0.5 if ext.total[2] > 1 else 0.62 if flat else 0.26
         self.thick = ext.layers * layer
@@ -129,7 +132,7 @@ class Stacks:
             r, right = ext.rows, ext.columns
             for q in range(ext.columns):
                 corners = [at(q, r, d), at(q + 1, r, d), at(q + 1, r, d + 1), at(q, r, d + 1)]
-                self._face(corners, mix(self.color(n, c, d, r - 1, q), INK, 0.16))
+                self._face(corners, mix(self.color(n, c, d, r - 1, q), INK, FRONT))
             for r in range(ext.rows):
                 corners = [at(right, r, d), at(right, r + 1, d)]
                 corners += [at(right, r + 1, d + 1), at(right, r, d + 1)]
@@ -158,22 +161,27 @@ class Stacks:
             )
 
     def write(self, n: int, line: int, row: float, rows: int, text: str, color: str) -> None:
-        """A letter in the middle of so many rows of a slab's top."""
+        """A letter in the middle of so many rows of a slab's top; of a brick, on its front."""
         left, top = self._corner(n, line)
-        x, y = left + self.ext.columns / 2 + row * self.dx, top + row * self.dy
+        columns = self.ext.columns
+        x, y = left + columns / 2 + row * self.dx, top + row * self.dy
+        # hides the edges of the cells behind the letter
+        box = {"boxstyle": "square,pad=0.15", "facecolor": color, "edgecolor": "none"}
+        if self.flat:
+            x, y = left + (columns - 1) // 2 + 0.5 + self.dx, top + self.dy - self.thick / 2
+            box, color = {"alpha": 0.0}, mix(color, INK, FRONT)
         size = min(13.0, 0.42 * 72 * self.cell * min(max(rows, 1.2), 3))
         self.ax.text(
             x, y, text,
             ha="center", va="center_baseline", color=ink_on(color), fontweight="bold",
-            fontsize=max(size, 6.5),
-            bbox={"boxstyle": "circle,pad=0.12", "facecolor": color, "edgecolor": "none"},
+            fontsize=max(size, 6.5), bbox=box,
         )  # fmt: skip
 
 
 def _names(sharing: Sharing) -> tuple[str, str]:
     dim = len(sharing.shape)
     if sharing.kind in ("layer", "rms"):
-        return "x[{}]" if dim > 1 else "x", "x[n, {}]" if dim > 2 else ""
+        return ("x[{}]", "x[n, {}]") if dim > 2 else ("x", "x[{}]" if dim > 1 else "")
     return ("x" if sharing.kind == "instance" and sharing.leading == 1 else "sample {}"), "channel {}"
 
 

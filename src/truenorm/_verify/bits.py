@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,18 +15,18 @@ from .measure import Check, Setting, attempt, gradients
 from .sections import Options, Section
 
 CONDITIONS = ("format", "threads", "runs", "alone", "company", "NaN, Inf")
-_INTEGERS = {torch.float32: torch.int32}
-# some kernel of ours or torch's cuts shapes of this size into parts for its threads
+# shapes that are cut into parts for the threads
 _LARGE = {3: (8, 24, 2047), 4: (8, 24, 33, 63), 5: (8, 24, 9, 15, 17)}
 _LARGE_FEATURES = (16, 513, 64)
 
 Results = dict[str, Tensor]
+_Test = Callable[[Any, Spec, Tensor, Tensor], int]
 
 
 def _differing(a: Tensor, b: Tensor) -> int:
     """How many values differ in at least one bit."""
-    integers = _INTEGERS[a.dtype]
-    return int((a.contiguous().view(integers) != b.contiguous().view(integers)).sum())
+    bits_a, bits_b = (t.contiguous().view(torch.int32) for t in (a, b))
+    return int((bits_a != bits_b).sum())
 
 
 def _all_differing(a: Results, b: Results) -> int:
@@ -39,7 +40,8 @@ def _run(layer: Any, spec: Spec, x: Tensor, grad: Tensor) -> Results:
     return gradients(layer, x, grad)
 
 
-def _across_threads(layer: Any, spec: Spec, x: Tensor, grad: Tensor) -> int:
+def across_threads(layer: Any, spec: Spec, x: Tensor, grad: Tensor) -> int:
+    """How many values of output and gradients change with the number of threads."""
     before = torch.get_num_threads()
     results = []
     try:
@@ -90,7 +92,8 @@ def _touched(spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
         gradient = output.clone()
         # the gradient reaches a window of windows
         for mask, reach in ((output, LRN_SIZE // 2), (gradient, 2 * (LRN_SIZE // 2))):
-            mask[(1, slice(max(0, 1 - reach), 2 + reach), *[1] * (x.dim() - 2))] = True
+            window: tuple[Any, ...] = (1, slice(max(0, 1 - reach), 2 + reach))
+            mask[window + (1,) * (x.dim() - 2)] = True
         return output, gradient
     if not spec.training:
         output[(1,) * x.dim()] = True
@@ -106,7 +109,7 @@ def _touched(spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _poison(layer: Any, spec: Spec, x: Tensor, grad: Tensor) -> int:
-    """NaN and Inf: values of other statistics that change, and values of its own that hide a NaN."""
+    """NaN and Inf: values of other statistics that change, and own values that hide a NaN."""
     clean = _run(layer, spec, x, grad)
     count = 0
     for value in (math.nan, math.inf):
@@ -131,27 +134,25 @@ def _spec_checks(spec: Spec, quick: bool) -> Iterator[Check]:
     for layout in ("contiguous", "channels_last"):
         if layout not in layouts_of(spec):
             continue
-
-        tests: list[tuple[str, str, tuple[int, ...], Callable[[Any, Tensor, Tensor], int]]] = [
-            ("memory format", "format", spec.shapes[0], lambda m, x, g: _format_lost(m, spec, x, g)),
-            ("1, 2 and 3 threads", "threads", large, lambda m, x, g: _across_threads(m, spec, x, g)),
-            (f"{runs} runs", "runs", large, lambda m, x, g: _across_runs(m, spec, x, g, runs)),
-            ("NaN and Inf", "NaN, Inf", spec.shapes[0], lambda m, x, g: _poison(m, spec, x, g)),
+        small = spec.shapes[0]
+        tests: list[tuple[str, str, tuple[int, ...], _Test]] = [
+            ("memory format", "format", small, _format_lost),
+            ("1, 2 and 3 threads", "threads", large, across_threads),
+            (f"{runs} runs", "runs", large, functools.partial(_across_runs, runs=runs)),
+            ("NaN and Inf", "NaN, Inf", small, _poison),
         ]
         if spec.per_sample:
-            for shape in (spec.shapes[0], large):
-                tests += [
-                    ("sample alone", "alone", shape, lambda m, x, g: _alone(m, spec, x, g)),
-                    ("in company", "company", shape, lambda m, x, g: _in_company(m, spec, x, g)),
-                ]
+            for shape in (small, large):
+                tests.append(("sample alone", "alone", shape, _alone))
+                tests.append(("in company", "company", shape, _in_company))
         for what, condition, shape, test in tests:
             setting = Setting(spec, shape, torch.float32, 1.0, random_parameters=True)
             x = in_layout(setting.data.x, layout)
             generator = torch.Generator().manual_seed(22)
             grad = in_layout(torch.randn(shape, generator=generator), layout)
             ours, theirs = setting.layers()
-            count = float(test(ours, x, grad))
-            torch_count = attempt(lambda: float(test(theirs, x, grad)))  # noqa: B023
+            count = float(test(ours, spec, x, grad))
+            torch_count = attempt(functools.partial(test, theirs, spec, x, grad))
             yield Check(
                 "bits", spec, what, "float32", layout, shape, condition, count, torch_count, 0.0
             )

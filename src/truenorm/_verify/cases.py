@@ -53,7 +53,11 @@ class Spec:
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """A small odd shape, and one that a kernel splits into blocks."""
-        return _FEATURE_SHAPES if self.axes == "features" else _SPATIAL_SHAPES[self.rank]
+        if self.axes == "features":
+            return _FEATURE_SHAPES
+        small, large = _SPATIAL_SHAPES[self.rank]
+        # BatchNorm1d takes (N, C) too
+        return (small, (257, 24), large) if self.layer == "BatchNorm1d" else (small, large)
 
     @property
     def per_sample(self) -> bool:
@@ -117,9 +121,7 @@ def exact_output(layer: Any, spec: Spec, x: Tensor) -> Tensor:
 def exact_gradients(layer: Any, spec: Spec, grad: Tensor, x: Tensor) -> Gradients:
     """The layer's gradients by their formulas in float64."""
     if spec.axes == "window":
-        return reference.local_response_norm_backward(
-            grad, x, LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K
-        )
+        return reference.local_response_norm_backward(grad, x, LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K)
     if spec.layer == "RMSNorm":
         shape = layer.normalized_shape
         return reference.rms_norm_backward(grad, x, shape, layer.weight, layer.eps)

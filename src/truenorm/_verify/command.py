@@ -81,7 +81,7 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         parser.error(f"--json {args.json}: there is no folder {args.json.parent}; create it first")
     if args.against_torch:
         if args.layer or args.dtype or args.quick:
-            parser.error("--against-torch measures its own cases: leave out --layer, --dtype, --quick")
+            parser.error("--against-torch has its own cases: leave out --layer, --dtype, --quick")
         return _against_torch(parser, args)
     if args.write is not None:
         parser.error("--write puts the table of --against-torch into a page: add --against-torch")

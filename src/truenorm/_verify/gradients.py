@@ -26,7 +26,8 @@ OFFSETS = (0.0, 1e2, 1e4)
 FORMATS = ("contiguous", "channels_last", "transposed", "permuted", "sliced")
 # batch 1, one channel, 1×1 and n×1 maps, and a map that a kernel splits. At least 5 values to a
 # statistic: with 2, the exact gradient is zero
-_ODD_SHAPES = ((1, 6, 9, 11), (4, 1, 5, 7), (1, 1, 6, 5), (8, 15, 1, 1), (4, 6, 9, 1), (2, 24, 33, 31))
+_ODD_MAPS = ((1, 6, 9, 11), (4, 1, 5, 7), (1, 1, 6, 5), (8, 15, 1, 1), (4, 6, 9, 1))
+_LARGE_MAP = (2, 24, 33, 31)
 _ODD_FEATURES = ((1, 9, 35), (7, 1, 35), (1, 1, 35), (513, 7, 64))
 # many rows: weight and bias gradients are sums over all of them
 TALL = {"features": (16384, 64), "other": (64, 8, 32, 16)}
@@ -36,13 +37,13 @@ def _odd_shapes(spec: Spec) -> Iterator[tuple[int, ...]]:
     if spec.axes == "features":
         yield from _ODD_FEATURES
         return
-    for n, c, h, w in _ODD_SHAPES:
-        shape = (n, c, h, w) if spec.rank == 4 else (n, c, h * w)
-        if spec.rank == 5:
-            shape = (n, c, h, w, 1)
+    if spec.layer in ("BatchNorm1d", "SyncBatchNorm", "GroupNorm"):
+        yield (33, 15)
+    for n, c, h, w in (*_ODD_MAPS, _LARGE_MAP):
+        shapes = {3: (n, c, h * w), 4: (n, c, h, w), 5: (n, c, h, w, 1)}
         # one position per channel has no variance
         if not (spec.axes == "instance" and h * w == 1):
-            yield shape
+            yield shapes[spec.rank]
 
 
 def _cancels(spec: Spec, shape: tuple[int, ...]) -> bool:

@@ -95,10 +95,9 @@ class Check:
         }
 
     def __str__(self) -> str:
-        return (
-            f"{self.spec.name}, {self.what}, {self.dtype}, {self.layout}, shape "
-            f"{tuple(self.shape)}, {self.condition}: {self.truenorm:.2g}, promised {self.promise:.2g}"
-        )
+        case = (self.spec.name, self.what, self.dtype, self.layout, f"shape {tuple(self.shape)}")
+        error = f"{self.truenorm:.2g}, promised {self.promise:.2g}"
+        return f"{', '.join(case)}, {self.condition}: {error}"
 
 
 def _finite(error: Tensor | float) -> float:
@@ -117,7 +116,7 @@ def output_error(y: Tensor, exact: Tensor) -> float:
 
 
 def last_places(y: Tensor, exact: Tensor) -> float:
-    """Largest distance from the correctly rounded result, in units in the last place of y's dtype."""
+    """Largest distance from the correctly rounded result, in units in its last place."""
     info = torch.finfo(y.dtype)
     rounded = exact.to(y.dtype).double()
     floor = SMALL * float(exact.square().mean().sqrt())
@@ -214,4 +213,3 @@ def exact_for(layer: Any, setting: Setting, x: Tensor) -> Tensor:
         return exact_output(layer, setting.spec, x - centre)
     finally:
         layer.running_mean = before
-

@@ -64,7 +64,8 @@ def offset_label(offset: float) -> str:
 
 
 def _shapes(spec: Spec, layout: str, quick: bool) -> tuple[tuple[int, ...], ...]:
-    return spec.shapes if not quick or layout in ("contiguous", "channels_last") else spec.shapes[:1]
+    whole = not quick or layout in ("contiguous", "channels_last")
+    return spec.shapes if whole else spec.shapes[:1]
 
 
 def _output_check(
@@ -132,7 +133,7 @@ def _running(spec: Spec) -> Iterator[Check]:
 
 
 def by_scale(options: Options) -> Iterator[Check]:
-    """float32 output from 1e-30 to 1e30, once with eps small beside the variance, once with 1e-5."""
+    """float32 output from 1e-30 to 1e30, with eps small beside the variance, and with 1e-5."""
     if "float32" not in options.dtypes:
         return
     for spec in options.specs:

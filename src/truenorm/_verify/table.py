@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from collections.abc import Sequence
 
 import torch
 
+from .._extras import has
 from .measure import Check
 from .sections import Section
 
@@ -23,7 +23,7 @@ def number(value: float | None) -> str:
         return "inf"
     if value == 0 or 0.01 <= value < 1000:
         return f"{value:.2g}" if value < 10 else f"{value:.0f}"
-    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
 def _largest(values: Sequence[float | None]) -> float | None:
@@ -32,7 +32,7 @@ def _largest(values: Sequence[float | None]) -> float | None:
 
 
 def rows(section: Section, checks: Sequence[Check]) -> list[list[str]]:
-    """One row per layer and layout: largest errors of truenorm, of torch, the promise, the result."""
+    """One row per layer and layout: the largest errors of both, the promise, the result."""
     grouped: dict[tuple[str, str], list[Check]] = {}
     for check in checks:
         grouped.setdefault(section.row(check), []).append(check)
@@ -94,7 +94,7 @@ def show(section: Section, checks: Sequence[Check]) -> None:
     head, body = header(section), rows(section, checks)
     if not body:
         return
-    if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
+    if sys.stdout.isatty() and has("rich"):
         import shutil
 
         # rich cuts what does not fit; a terminal wraps plain text, and nothing is lost

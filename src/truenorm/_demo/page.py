@@ -1,0 +1,187 @@
+"""The page: what was measured, as tables and pictures, in one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from .results import EXAMPLES, PICTURES, Results
+from .style import CSS
+
+
+def _scientific(value: float) -> str:
+    if value == 0.0:
+        return "0"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits} × 10<sup>{int(exponent)}</sup>".replace("-", "−")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """The first `words` columns hold words, the others numbers; cells are HTML."""
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        kinds = ['<{0} class="word">' if i < words else "<{0}>" for i in range(len(row))]
+        return "".join(k.format(tag) + c + f"</{tag}>" for k, c in zip(kinds, row, strict=True))
+
+    body = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return (
+        f'<div class="table"><table>\n<thead><tr>{cells(head, "th")}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _figure(file: str, alt: str, caption: str = "") -> str:
+    below = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return (
+        f'<figure><a href="{file}"><img src="{file}" alt="{escape(alt)}" loading="lazy"></a>'
+        f"{below}</figure>"
+    )
+
+
+def _tile(number: str, label: str) -> str:
+    return f'<div class="tile"><b>{number}</b><span>{label}</span></div>'
+
+
+def _speed(ratio: float) -> str:
+    """In words, whichever way it went."""
+    if abs(ratio - 1.0) < 0.02:
+        return "as fast as torch.nn"
+    return "faster than torch.nn" if ratio < 1.0 else "slower than torch.nn"
+
+
+def _tiles(r: Results) -> str:
+    contiguous = [e for e in r.photo_errors if e.layout == "contiguous"]
+    plain, shifted = contiguous[0].offset, contiguous[-1].offset
+    at = {offset: [e for e in r.photo_errors if e.offset == offset] for offset in (plain, shifted)}
+    tiles = [
+        _tile(
+            f"{t.ratio:.2f}×",
+            f"time of a training step with {t.layer}: {_speed(t.ratio)}",
+        )
+        for t in r.trainings
+    ]
+    for offset, errors in at.items():
+        worst_ours = max(e.truenorm for e in errors)
+        worst_theirs = max(e.torch for e in errors)
+        what = "photographs" if offset == 0 else f"photographs + {offset:,.0f}"
+        label = f"truenorm's largest error on the {what}; torch.nn's: {_scientific(worst_theirs)}"
+        tiles.append(_tile(_scientific(worst_ours), label))
+    return '<div class="tiles">' + "".join(tiles) + "</div>"
+
+
+def _training_table(r: Results) -> str:
+    rows = []
+    for t in r.trainings:
+        low, high = t.ratio_quartiles
+        rows.append(
+            [
+                t.layer,
+                f"{t.accuracy_torch:.1%}",
+                f"{t.accuracy_truenorm:.1%}",
+                _scientific(t.largest_loss_difference),
+                _scientific(t.largest_nudged_difference),
+                f"{t.ratio:.2f} <small>({low:.2f} to {high:.2f})</small>",
+            ]
+        )
+    head = [
+        "network with",
+        "test accuracy, torch.nn",
+        "test accuracy, truenorm",
+        "largest difference in loss",
+        "the same, torch.nn from nudged weights",
+        "time per step, truenorm / torch.nn",
+    ]
+    return _table(head, rows)
+
+
+def _photo_table(r: Results) -> str:
+    rows = [
+        [
+            e.layer,
+            e.layout,
+            f"+ {e.offset:,.0f}" if e.offset else "none",
+            _scientific(e.torch),
+            _scientific(e.truenorm),
+        ]
+        for e in r.photo_errors
+    ]
+    head = ["layer", "memory", "offset", "torch.nn’s error", "truenorm’s error"]
+    return _table(head, rows, words=2)
+
+
+def _explained(r: Results) -> str:
+    figures = []
+    for file, name, shape in EXAMPLES:
+        title, ours, theirs = r.explained[file]
+        command = f"truenorm explain {name} {' '.join(map(str, shape))}"
+        caption = (
+            f"<code>{command}</code> Largest difference from the result by hand: truenorm "
+            f"{_scientific(ours)}, torch.nn {_scientific(theirs)}."
+        )
+        figures.append(_figure(file, title, caption))
+    return "\n".join(figures)
+
+
+def page(r: Results, environment: dict[str, Any]) -> str:
+    """The whole page."""
+    cpu = "plain PyTorch ops"
+    if environment["cpu"] == "native":
+        cpu = f"native kernels ({environment['instruction_set']})"
+    loss, photographs = PICTURES
+    threads = f"{environment['threads']} thread" + "s" * (environment["threads"] != 1)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>truenorm beside torch.nn</title>
+<style>{CSS}</style>
+</head>
+<body>
+<main>
+<header>
+<h1>truenorm beside torch.nn</h1>
+<p class="lead">The same networks, the same data, the same seeds: once with PyTorch’s own
+normalization layers, once after <code>truenorm.convert(model)</code>. Measured on this machine in
+{r.seconds:.0f} seconds.</p>
+</header>
+{_tiles(r)}
+
+<section>
+<h2>Training on real scans</h2>
+<p>A network of three convolutions learns scikit-learn’s 1,797 scans of digits, {r.epochs}
+epoch{"s" * (r.epochs != 1)} of batches of 64. Steps of torch.nn and of truenorm alternate in one
+process; the ratio is the median over pairs of steps, with its quartiles.</p>
+{_training_table(r)}
+<p class="note">Training amplifies roundings. The nudged run shows by how much: it is torch.nn
+again, from weights one floating point number away.</p>
+{_figure(loss, PICTURES[loss])}
+</section>
+
+<section>
+<h2>Photographs</h2>
+<p>Batch statistics are shared by both photographs, so each keeps some of its own brightness and
+contrast; instance statistics take both away. Grey is zero; black and white are 2.5 standard
+deviations away from it.</p>
+{_figure(photographs, PICTURES[photographs])}
+<p>The largest error of one pixel against the formula in float64, in standard deviations. An offset
+added to every pixel does not change the true result, as the mean is subtracted.</p>
+{_photo_table(r)}
+</section>
+
+<section>
+<h2>Which values share a mean and a variance</h2>
+<p>Values of one colour and letter are normalized together.</p>
+{_explained(r)}
+</section>
+
+<footer>
+<p>truenorm {environment["truenorm"]} on {cpu}, PyTorch {environment["torch"]}, {threads}. All
+numbers are in <a href="results.json">results.json</a>. Made by <code>truenorm demo</code>.</p>
+</footer>
+</main>
+</body>
+</html>
+"""

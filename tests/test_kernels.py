@@ -1,0 +1,228 @@
+"""The six numerical promises, on every layer, path and layout of the CPU kernels.
+
+`make sanitize` runs this file under AddressSanitizer and UndefinedBehaviorSanitizer;
+`make mutate` breaks the kernels on purpose, one place at a time, and expects it to fail.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Case, exact, run
+from checking import check_layer, same_layout
+from promises import ALONE, CASES, IDS, SHAPES, bits, layouts, same, threads, trainings
+from tolerances import FLOAT32_FORWARD, FLOAT32_GRADIENT, relative
+
+import truenorm
+
+only_native = pytest.mark.skipif(
+    truenorm.info().cpu != "native", reason="a promise of the native kernels, not of plain ops"
+)
+
+ALL = pytest.mark.parametrize("case", CASES, ids=IDS)
+
+
+# ------------------------------------------------------------- 1. true at any offset, every layout
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_every_mix_of_memory_formats(case: Case, dtype: torch.dtype) -> None:
+    for training in trainings(case):
+        layer = case.build(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        layer.train(training)
+        x, grad = case.input(dtype), torch.randn(case.shape, dtype=torch.float64).to(dtype)
+        wanted = exact(layer, x, grad)
+        for x_name, place_x in layouts(case.shape).items():
+            for grad_name, place_grad in layouts(case.shape).items():
+                # the dtypes share the code that lays tensors out: all mixes for one of them
+                if dtype == torch.float32 or x_name == grad_name:
+                    check_layer(layer, place_x(x), place_grad(grad), wanted)
+
+
+@ALL
+@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
+def test_offsets(case: Case, offset: float) -> None:
+    layer = case.build()
+    if "Batch" in case.layer:
+        # evaluation against statistics of data like this: running_mean far from zero too
+        layer.running_mean.normal_(offset)
+    for training in trainings(case):
+        layer.train(training)
+        x, grad = case.input(offset=offset), torch.randn(case.shape)
+        wanted = exact(layer, x, grad)
+        # errors are in units of the output's standard deviation, which the largest weight sets
+        unit = wanted.output.abs().max().item()
+        for name, place in layouts(case.shape).items():
+            got = run(layer, place(x), grad)
+            error = (got.output.double() - wanted.output).abs().max().item()
+            assert error <= FLOAT32_FORWARD * unit, name
+            for part in ("input", "weight", "bias"):
+                if offset <= 1e4 and getattr(wanted, part) is not None:
+                    off = relative(getattr(got, part), getattr(wanted, part))
+                    assert off <= FLOAT32_GRADIENT, (name, part)
+
+
+@ALL
+def test_the_output_keeps_the_memory_format(case: Case) -> None:
+    layer = case.build()
+    for name, place in layouts(case.shape).items():
+        x = place(case.input()).requires_grad_()
+        y = layer(x)
+        (grad,) = torch.autograd.grad(y, x, torch.randn(case.shape))
+        trailing = case in SHAPES["trailing"]
+        moved = name in ("sliced", "samples_inside") or (trailing and name != "contiguous")
+        assert moved or (same_layout(y, x) and same_layout(grad, x)), name
+
+
+# ------------------------------------------------------------- 2. finite in, finite out
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "Local" not in c.layer])
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
+def test_scales(case: Case, scale: float) -> None:
+    layer = case.build()
+    # an eps that leaves values of this size their own variance
+    layer.eps = 1e-5 * scale * scale
+    x, grad = (case.input(torch.float64) * scale).float(), torch.randn(case.shape)
+    wanted = exact(layer, x, grad)
+    for place in layouts(case.shape).values():
+        got = run(layer, place(x), grad)
+        for actual, true in zip(got, wanted, strict=True):
+            if true is not None:
+                assert torch.isfinite(actual).all()
+                assert relative(actual, true) <= FLOAT32_GRADIENT
+
+
+@pytest.mark.parametrize("case", SHAPES["response"], ids=lambda c: c.id)
+@pytest.mark.parametrize("scale", [1e-30, 1e18, 1e30])
+def test_local_response_scales(case: Case, scale: float) -> None:
+    layer = case.build()
+    # at 1e30 the result itself is 1e30 / 1e60^0.75: small, but never an infinity on the way
+    x = (case.input(torch.float64) * scale).float()
+    wanted, got = exact(layer, x, torch.randn(case.shape)), layer(x)
+    assert torch.isfinite(got).all()
+    assert relative(got, wanted.output) <= FLOAT32_FORWARD
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "Local" not in c.layer])
+@pytest.mark.parametrize("largest", [65504.0, 1.0, 6e-5])
+def test_the_whole_range_of_float16(case: Case, largest: float) -> None:
+    layer = case.build()
+    layer.eps = 1e-5 * min(largest, 1.0) ** 2
+    x = torch.empty(case.shape).uniform_(-largest, largest).half()
+    # the input's gradient is of the size of grad / x: of 1, so that float16 can hold it
+    check_layer(layer, x, (torch.randn(case.shape) * largest / 8).half())
+
+
+# ------------------------------------------------------------- 4. bit for bit the same
+
+
+@only_native
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_for_any_number_of_threads(case: Case, dtype: torch.dtype) -> None:
+    layer = case.build()
+    for place in layouts(case.shape).values():
+        x, grad = place(case.input(dtype)), place(torch.randn(case.shape).to(dtype))
+        with threads(1):
+            expected = bits(layer, x, grad)
+        for count in (2, 3):
+            with threads(count):
+                assert same(bits(layer, x, grad), expected), count
+
+
+@only_native
+@ALL
+def test_the_same_bits_every_time_and_at_every_alignment(case: Case) -> None:
+    layer = case.build()
+    x, grad = case.input(), torch.randn(case.shape)
+    expected = bits(layer, x, grad)
+    for shift in range(20):
+        room = torch.empty(x.numel() + shift)
+        elsewhere = room[shift:].view(case.shape).copy_(x)
+        assert same(bits(layer, elsewhere, grad), expected)
+
+
+@only_native
+@pytest.mark.parametrize("case", ALONE, ids=lambda c: c.id)
+def test_a_sample_does_not_depend_on_the_batch(case: Case) -> None:
+    layer = case.build()
+    others = torch.randn(6, *case.shape[1:]) * 1e3
+    for place in layouts(case.shape).values():
+        x, grad = case.input()[:1], torch.randn(1, *case.shape[1:])
+        alone = run(layer, place(x), place(grad))
+        among = run(layer, place(torch.cat([others, x])), place(torch.cat([others, grad])))
+        assert torch.equal(among.output[-1:], alone.output)
+        assert torch.equal(among.input[-1:], alone.input)
+
+
+@only_native
+@pytest.mark.parametrize("case", SHAPES["batch"], ids=lambda c: c.id)
+def test_a_sample_does_not_depend_on_the_batch_in_evaluation(case: Case) -> None:
+    layer = case.build().eval()
+    others = torch.randn(6, *case.shape[1:])
+    for place in layouts(case.shape).values():
+        x = case.input()[:1]
+        assert torch.equal(layer(place(torch.cat([others, x])))[-1:], layer(place(x)))
+
+
+@only_native
+def test_every_instruction_set_gives_the_same_bits() -> None:
+    digests = {}
+    for name in ("baseline", "avx2", "avx512", "neon"):
+        environment = {**os.environ, "TRUENORM_ISA": name}
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("digest.py"))],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        if "is not an instruction set of this machine" in done.stderr:
+            continue
+        assert done.returncode == 0, done.stderr
+        digests[name] = done.stdout
+    assert truenorm.info().instruction_set in digests
+    assert len(set(digests.values())) == 1, digests
+
+
+# ------------------------------------------------------------- 5. NaN and Inf stay where they are
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_nan_and_inf_stay_in_their_own_statistic(case: Case, bad: float) -> None:
+    layer = case.build()
+    axes = {"Batch": (1,), "Insta": (0, 1), "Group": (0, 1), "Layer": (0,), "RMSNo": (0,)}
+    for place in layouts(case.shape).values():
+        clean, grad = case.input(), torch.randn(case.shape)
+        spoilt = clean.clone()
+        where = tuple(size // 2 for size in case.shape)
+        spoilt[where] = bad
+        # which values may differ: those that share the statistic, or the window
+        touched = torch.zeros(case.shape, dtype=torch.bool)
+        if "Local" in case.layer:
+            low, high = max(0, where[1] - 4), where[1] + 5
+            touched[(where[0], slice(low, high), *where[2:])] = True
+        elif "Group" in case.layer:
+            wide = case.shape[1] // layer.num_groups
+            first = where[1] // wide * wide
+            touched[where[0], first : first + wide] = True
+        elif case in SHAPES["trailing"]:
+            touched[where[: len(case.shape) - len(layer.normalized_shape)]] = True
+        else:
+            index = [slice(None)] * len(case.shape)
+            for axis in axes[case.layer[:5]]:
+                index[axis] = where[axis]  # type: ignore[call-overload]
+            touched[tuple(index)] = True
+        before, after = run(layer, place(clean), grad), run(layer, place(spoilt), grad)
+        for name in ("output", "input"):
+            a, b = getattr(before, name), getattr(after, name)
+            assert torch.equal(a[~touched], b[~touched]), name
+        if "Local" not in case.layer:
+            assert not torch.isfinite(after.output[touched]).all()
