@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYOUTS, randomize
+from cases import LAYOUTS, exact, randomize, run
 from checking import check_layer, same_layout
-from tolerances import assert_output
+from tolerances import FLOAT32_GRADIENT, assert_output
 from truenorm import LayerNorm, RMSNorm, reference
 
 SHAPES = [
@@ -16,7 +16,6 @@ SHAPES = [
     ((7,), (7,)),
     ((5, 7), (3, 2, 5, 7)),
     ((3, 5, 7), (3, 5, 7)),
-    ((1,), (5, 3, 1)),
     ((129,), (17, 129)),
     ((1025,), (3, 1025)),
 ]
@@ -128,6 +127,18 @@ def test_empty_inputs_as_torch(
 @pytest.mark.parametrize("cls", BOTH)
 def test_more_than_65535_rows(cls: Any) -> None:
     check_layer(build(cls, (5,)), data(65_537, 5))
+
+
+@pytest.mark.parametrize("cls", BOTH)
+def test_a_single_value(cls: Any) -> None:
+    """LayerNorm of one value is the bias, RMSNorm its sign; both stand still when it changes."""
+    layer, x, grad = build(cls, (1,)), data(5, 3, 1), torch.randn(5, 3, 1)
+    got, wanted = run(layer, x, grad), exact(layer, x, grad)
+    assert_output(got.output, wanted.output)
+    # what is left is the rounding of the terms that cancel, each as large as grad · weight · rstd
+    rstd = layer.eps**-0.5 if cls is LayerNorm else 1.0 / x.abs().min()
+    bound = FLOAT32_GRADIENT * (grad * layer.weight).abs().max() * rstd
+    assert (got.input - wanted.input).abs().max() <= bound
 
 
 @pytest.mark.parametrize("cls", BOTH)

@@ -1,7 +1,7 @@
 """Which values of a tensor share one statistic, and how a tensor lies in memory.
 
-Every layer is stated here once, as an `Axes`; the kernels, the plain path and the shape rules of the
-compiler all read it from there.
+Every layer is stated here once, as an `Axes`; the kernels, the plain path and the shape rules of
+the compiler all read it from there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -100,7 +99,7 @@ def check_more_than_one_value(input: Tensor, count: int, *, per_sample: bool) ->
 def check_parameter(
     name: str, value: Any, input: Tensor, shape: Sequence[int], remedy: str
 ) -> None:
-    """A weight, bias or running statistic: a floating tensor of this shape, on the input's device."""
+    """A weight, bias or running statistic: a tensor of this shape, on the input's device."""
     if value is None:
         return
     check_tensor(name, value)

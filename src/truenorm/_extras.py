@@ -24,6 +24,4 @@ def require(*packages: str, purpose: str) -> None:
     """Raise a CommandError that says which extra brings what is missing."""
     missing = [_DISTRIBUTIONS.get(p, p) for p in packages if not has(p)]
     if missing:
-        raise CommandError(
-            f'{purpose} needs {" and ".join(missing)}: pip install "truenorm[demo]"'
-        )
+        raise CommandError(f'{purpose} needs {" and ".join(missing)}: pip install "truenorm[demo]"')

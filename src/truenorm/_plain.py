@@ -105,15 +105,15 @@ def backward(
     if weight is not None:
         g = g * _per_channel(weight, v)
     if not fixed:
-        g = g - x_hat * (g * x_hat).mean(dims, keepdim=True) - (
-            g.mean(dims, keepdim=True) if axes.centred else 0.0
+        g = (
+            g
+            - x_hat * (g * x_hat).mean(dims, keepdim=True)
+            - (g.mean(dims, keepdim=True) if axes.centred else 0.0)
         )
     return _like(g * rstd, x, axes), grad_weight, grad_bias
 
 
-def observed(
-    mean: Tensor, var: Tensor, num_features: int, count: int
-) -> tuple[Tensor, Tensor]:
+def observed(mean: Tensor, var: Tensor, num_features: int, count: int) -> tuple[Tensor, Tensor]:
     """What running statistics record: the mean and the unbiased variance, averaged over samples."""
     unbiased = var * (count / (count - 1))
     return mean.reshape(-1, num_features).mean(0), unbiased.reshape(-1, num_features).mean(0)

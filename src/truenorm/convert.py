@@ -57,8 +57,8 @@ def convert(model: M, *, only: tuple[type[Module], ...] | None = None) -> M:
             if kind not in _TO_TRUENORM:
                 known = ", ".join(sorted(k.__name__ for k in _TO_TRUENORM))
                 raise ValueError(
-                    f"`only` names {getattr(kind, '__name__', kind)!r}, which is none of torch.nn's "
-                    f"normalization layers: choose from {known}"
+                    f"`only` names {getattr(kind, '__name__', kind)!r}, which is none of "
+                    f"torch.nn's normalization layers: choose from {known}"
                 )
         classes = {kind: _TO_TRUENORM[kind] for kind in only}
     return _swap(model, classes)

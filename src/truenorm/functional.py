@@ -53,7 +53,7 @@ def batch_norm(
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             batch_norm,
             (input, running_mean, running_var, weight, bias),
             input,
@@ -133,7 +133,7 @@ def instance_norm(
     Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             instance_norm,
             (input, running_mean, running_var, weight, bias),
             input,
@@ -187,7 +187,7 @@ def group_norm(
     Source: Wu and He 2018, https://arxiv.org/abs/1803.08494.
     """
     if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             group_norm,
             (input, weight, bias),
             input,
@@ -229,7 +229,7 @@ def layer_norm(
     Source: Ba et al. 2016, https://arxiv.org/abs/1607.06450.
     """
     if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             layer_norm,
             (input, weight, bias),
             input,
@@ -266,7 +266,7 @@ def rms_norm(
     Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
     """
     if has_torch_function_variadic(input, weight):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps
         )
     _checks.check_tensor("input", input)
@@ -299,7 +299,7 @@ def local_response_norm(
     Source: Krizhevsky et al. 2012.
     """
     if has_torch_function_variadic(input):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             local_response_norm, (input,), input, size, alpha=alpha, beta=beta, k=k
         )
     _checks.check_tensor("input", input)

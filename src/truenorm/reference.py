@@ -55,14 +55,14 @@ def _channels(p: Tensor | None, like: Tensor, absent: float) -> Tensor:
     return p.detach().to(torch.float64).view(1, -1, *[1] * (like.dim() - 2))
 
 
-def _mean_and_var(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _mean_and_var(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
     # two passes: the sum of squares is taken about the mean, never about zero
     mean = x.mean(dims, keepdim=True)
     mean = mean + (x - mean).mean(dims, keepdim=True)
     return mean, ((x - mean) ** 2).mean(dims, keepdim=True)
 
 
-def _input_gradient(g: Tensor, x_hat: Tensor, rstd: Tensor, dims: Sequence[int]) -> Tensor:
+def _input_gradient(g: Tensor, x_hat: Tensor, rstd: Tensor, dims: list[int]) -> Tensor:
     along_mean = g.mean(dims, keepdim=True)
     along_x_hat = (g * x_hat).mean(dims, keepdim=True)
     return (g - along_mean - x_hat * along_x_hat) * rstd
@@ -297,11 +297,11 @@ def _neighbours(values: Tensor, first: int, last: int) -> Tensor:
 def local_response_norm(
     x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> Tensor:
-    """y_c = x_c · d_c^−beta, d_c = k + alpha / size · Σ x_j² over j = c − size // 2 …, size of them."""
+    """y_c = x_c · d_c^−beta, d_c = k + alpha / size · Σ x_j², `size` channels j ≥ c − size // 2."""
     x = x.detach().to(torch.float64)
     before = size // 2
     d = k + alpha / size * _neighbours(x**2, -before, size - 1 - before)
-    return x * d**-beta
+    return x * d.pow(-beta)
 
 
 def local_response_norm_backward(
@@ -314,8 +314,8 @@ def local_response_norm_backward(
     x, grad = x.detach().to(torch.float64), grad.detach().to(torch.float64)
     before = size // 2
     d = k + alpha / size * _neighbours(x**2, -before, size - 1 - before)
-    across = _neighbours(grad * x * d ** (-beta - 1.0), -(size - 1 - before), before)
-    return Gradients(grad * d**-beta - 2.0 * alpha * beta / size * x * across, None, None)
+    across = _neighbours(grad * x * d.pow(-beta - 1.0), -(size - 1 - before), before)
+    return Gradients(grad * d.pow(-beta) - 2.0 * alpha * beta / size * x * across, None, None)
 
 
 def running_update(

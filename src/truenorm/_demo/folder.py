@@ -64,7 +64,7 @@ def _publish(built: Path, folder: Path) -> None:
 
 @contextmanager
 def whole(folder: Path, *, force: bool) -> Iterator[Path]:
-    """An empty folder beside `folder`, which takes its place when the block ends without an error."""
+    """An empty folder beside `folder`, which takes its place when the block ends well."""
     check(folder, force=force)
     folder = folder.resolve()
     built = folder.with_name(f".{folder.name}-{os.getpid()}")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
 from .results import EXAMPLES, PICTURES, Results
 from .style import CSS
+from .train import Training
 
 
-def _scientific(value: float) -> str:
-    if value == 0.0:
-        return "0"
+def _number(value: float) -> str:
+    """Two digits; as a power of ten where it is small or large."""
+    if value == 0.0 or 0.01 <= abs(value) < 1000.0:
+        return f"{value:.2g}".replace("-", "−")
     digits, exponent = f"{value:.1e}".split("e")
     return f"{digits} × 10<sup>{int(exponent)}</sup>".replace("-", "−")
 
@@ -33,10 +35,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -
 
 def _figure(file: str, alt: str, caption: str = "") -> str:
     below = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return (
-        f'<figure><a href="{file}"><img src="{file}" alt="{escape(alt)}" loading="lazy"></a>'
-        f"{below}</figure>"
-    )
+    return f'<figure><a href="{file}"><img src="{file}" alt="{escape(alt)}"></a>{below}</figure>'
 
 
 def _tile(number: str, label: str) -> str:
@@ -65,34 +64,25 @@ def _tiles(r: Results) -> str:
         worst_ours = max(e.truenorm for e in errors)
         worst_theirs = max(e.torch for e in errors)
         what = "photographs" if offset == 0 else f"photographs + {offset:,.0f}"
-        label = f"truenorm's largest error on the {what}; torch.nn's: {_scientific(worst_theirs)}"
-        tiles.append(_tile(_scientific(worst_ours), label))
+        label = f"truenorm's largest error on the {what}; torch.nn's: {_number(worst_theirs)}"
+        tiles.append(_tile(_number(worst_ours), label))
     return '<div class="tiles">' + "".join(tiles) + "</div>"
 
 
 def _training_table(r: Results) -> str:
-    rows = []
-    for t in r.trainings:
+    def ratio(t: Training) -> str:
         low, high = t.ratio_quartiles
-        rows.append(
-            [
-                t.layer,
-                f"{t.accuracy_torch:.1%}",
-                f"{t.accuracy_truenorm:.1%}",
-                _scientific(t.largest_loss_difference),
-                _scientific(t.largest_nudged_difference),
-                f"{t.ratio:.2f} <small>({low:.2f} to {high:.2f})</small>",
-            ]
-        )
-    head = [
-        "network with",
-        "test accuracy, torch.nn",
-        "test accuracy, truenorm",
-        "largest difference in loss",
-        "the same, torch.nn from nudged weights",
-        "time per step, truenorm / torch.nn",
+        return f"{t.ratio:.2f} <small>({low:.2f} to {high:.2f})</small>"
+
+    measures: list[tuple[str, Callable[[Training], str]]] = [
+        ("test accuracy, torch.nn", lambda t: f"{t.accuracy_torch:.1%}"),
+        ("test accuracy, truenorm", lambda t: f"{t.accuracy_truenorm:.1%}"),
+        ("largest difference in loss", lambda t: _number(t.largest_loss_difference)),
+        ("for scale: torch.nn, nudged", lambda t: _number(t.largest_nudged_difference)),
+        ("time per step, truenorm / torch.nn", ratio),
     ]
-    return _table(head, rows)
+    rows = [[name, *(measure(t) for t in r.trainings)] for name, measure in measures]
+    return _table(["network with", *(t.layer for t in r.trainings)], rows)
 
 
 def _photo_table(r: Results) -> str:
@@ -101,8 +91,8 @@ def _photo_table(r: Results) -> str:
             e.layer,
             e.layout,
             f"+ {e.offset:,.0f}" if e.offset else "none",
-            _scientific(e.torch),
-            _scientific(e.truenorm),
+            _number(e.torch),
+            _number(e.truenorm),
         ]
         for e in r.photo_errors
     ]
@@ -117,7 +107,7 @@ def _explained(r: Results) -> str:
         command = f"truenorm explain {name} {' '.join(map(str, shape))}"
         caption = (
             f"<code>{command}</code> Largest difference from the result by hand: truenorm "
-            f"{_scientific(ours)}, torch.nn {_scientific(theirs)}."
+            f"{_number(ours)}, torch.nn {_number(theirs)}."
         )
         figures.append(_figure(file, title, caption))
     return "\n".join(figures)

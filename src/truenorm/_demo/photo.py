@@ -18,7 +18,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 @dataclass(frozen=True)
 class Photographs:
-    """x: both photographs as one batch (2, 3, H, W) in [0, 1], float32; what the layers make of it."""
+    """x: both photographs as one batch (2, 3, H, W) in [0, 1]; and what the layers make of it."""
 
     x: Tensor
     by_batch: Tensor

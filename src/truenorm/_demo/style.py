@@ -53,5 +53,12 @@ img {
 }
 figcaption { margin-top: .5rem; }
 figcaption code { color: var(--ink); margin-right: .4rem; }
+@media (max-width: 600px) {
+  body { font-size: 16px; }
+  main { padding: 1.5rem 1rem 2rem; }
+  table { font-size: .86rem; }
+  th, td { padding: .4rem .35rem; }
+  td.word { white-space: normal; }
+}
 footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .6rem; }
 """

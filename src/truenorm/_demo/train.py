@@ -129,7 +129,7 @@ class _Runner:
         self.model.eval()
         with torch.no_grad():
             right = self.model(x).argmax(1) == y
-        return right.double().mean().item()
+        return float(right.double().mean())
 
 
 def _nudged(model: nn.Module) -> nn.Module:

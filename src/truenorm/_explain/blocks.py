@@ -30,6 +30,7 @@ class Paragraph:
 @dataclass(frozen=True)
 class Code:
     text: str
+    python: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def number(value: float) -> str:
 
 def _corner(x: Tensor) -> list[tuple[int, ...]]:
     """Leading indices of all rows, or of a few along each dimension so that the pattern shows."""
-    leading = x.shape[:-1]
+    leading = tuple(x.shape[:-1])
     if prod(leading) > MAX_ROWS and len(leading) > 1:
         leading = (min(leading[0], 2), *(min(size, 3) for size in leading[1:]))
     return list(islice(product(*map(range, leading)), MAX_ROWS))
@@ -97,22 +98,24 @@ def _map(sharing: Sharing) -> Map:
     line, beside = _names(sharing)
     columns = list(islice(product(*map(range, shape[2:])), 6))
     samples, lines = range(min(shape[0], 3)), range(min(shape[1], 6))
-    seen: dict[int, int] = {}
+
+    def group(n: int, c: int, position: tuple[int, ...]) -> int:
+        return sharing.group_of((n, c, *position)[-len(sharing.shape) :])
+
+    drawn = sorted({group(n, c, p) for n in samples for c in lines for p in columns})
+    # lettered from A on, so that no two of those drawn look the same
+    number = {g: i for i, g in enumerate(drawn)}
     rows: list[tuple[str, list[int | None]]] = []
     for c in lines:
         cells: list[int | None] = []
         for n in samples:
-            for position in columns:
-                place = (n, c, *position)[-len(sharing.shape) :]
-                g = sharing.group_of(place)
-                # numbered as they appear, so that no two of those drawn get the same letter
-                cells.append(seen.setdefault(g, len(seen)))
+            cells += [number[group(n, c, position)] for position in columns]
             cells.append(None)
         rows.append((line.format(c) if len(sharing.shape) > 1 else "x", cells[:-1]))
     notes = [f"side by side: {beside} 0 to {samples[-1]}"] if len(samples) > 1 else []
-    drawn = len(samples) * len(lines) * len(columns)
-    if drawn < prod(shape):
-        notes.append(f"{drawn:,} of {prod(shape):,} values drawn")
+    num_drawn = len(samples) * len(lines) * len(columns)
+    if num_drawn < prod(shape):
+        notes.append(f"{num_drawn:,} of {prod(shape):,} values drawn")
     return Map(rows, "; ".join(notes))
 
 
@@ -163,7 +166,8 @@ def _running(e: Explanation) -> Iterator[Block]:
     )
     yield Code(
         f"running_var[0] = (1 − {first.momentum:g}) · {first.var_before:.6g} + "
-        f"{first.momentum:g} · {first.var_seen:.6g} = {first.var_after:.6g}"
+        f"{first.momentum:g} · {first.var_seen:.6g} = {first.var_after:.6g}",
+        python=False,
     )
     rows = [
         [
@@ -204,7 +208,7 @@ def blocks(e: Explanation) -> Iterator[Block]:
 
     yield Heading("By hand, in float64")
     yield Code(e.code)
-    yield Code("\n".join(line if i == 0 else f"    {line}" for i, line in enumerate(e.worked)))
+    yield Code("\n    ".join(e.worked), python=False)
 
     yield Heading("Results")
     yield _results(e)

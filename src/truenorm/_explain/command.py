@@ -75,9 +75,11 @@ def _name(given: str) -> str:
     names = {name.lower(): name for name in nn.__all__}
     if given.lower() in names:
         return names[given.lower()]
-    close = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.5)
+    close = [name for name in names if name.startswith(given.lower())]
+    close = close or difflib.get_close_matches(given.lower(), names, n=1)
     hint = f"did you mean {names[close[0]]}? " if close else ""
-    raise CommandError(f"`layer` (={given!r}) is unknown: {hint}choose from {', '.join(nn.__all__)}")
+    known = ", ".join(nn.__all__)
+    raise CommandError(f"`layer` (={given!r}) is unknown: {hint}choose from {known}")
 
 
 def _shape(given: list[str]) -> tuple[int, ...]:
@@ -141,8 +143,12 @@ def run(args: argparse.Namespace) -> int:
     if args.dtype not in DTYPES:
         raise CommandError(f"--dtype (={args.dtype!r}) is unknown: choose from {', '.join(DTYPES)}")
     picture = args.picture
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise CommandError(f"--picture (={str(picture)!r}) must be a PNG: end its name in .png")
     if picture is not None and not picture.absolute().parent.is_dir():
-        raise CommandError(f"--picture (={str(picture)!r}): its folder does not exist, make it first")
+        raise CommandError(
+            f"--picture (={str(picture)!r}): its folder does not exist, make it first"
+        )
     dtype = DTYPES[args.dtype]
     try:
         layer = _build(name, shape, args).to(dtype)

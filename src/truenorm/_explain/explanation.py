@@ -125,7 +125,9 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
 
 def _loop(subject: Subject) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """The loop that works this layer out: as a function of x, and as it stands in the source."""
-    sharing, settings = subject.sharing, subject.settings
+    sharing = subject.sharing
+    # each loop's own numbers, by name
+    settings: dict[str, Any] = dict(subject.settings)
     normalized = len(sharing.shape) - sharing.leading
     if sharing.kind == "batch":
         return partial(by_hand.batch_norm, **settings), by_hand.batch_norm

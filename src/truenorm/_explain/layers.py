@@ -6,7 +6,9 @@ import pickle
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .. import nn
 from ..convert import convert, revert
+from ..nn._instance import InstanceForward
 from .groups import Sharing
 
 
@@ -75,7 +78,7 @@ def _read(layer: Module, x: Tensor) -> Subject:
     if isinstance(layer, batchnorm._BatchNorm):
         sharing = Sharing("batch", shape)
     elif isinstance(layer, instancenorm._InstanceNorm):
-        unbatched = x.dim() == layer._dims[0]  # type: ignore[operator, index]
+        unbatched = x.dim() == cast(InstanceForward, layer)._dims[0]
         sharing = Sharing("instance", shape, leading=1 if unbatched else 2)
     elif isinstance(layer, torch.nn.GroupNorm):
         sharing = Sharing("group", shape, num_groups=layer.num_groups)
@@ -93,10 +96,26 @@ def _read(layer: Module, x: Tensor) -> Subject:
 
 
 def _copy(layer: Module) -> Module:
-    # torch cannot deepcopy a lazy layer that has seen no input, but can pickle it
-    if isinstance(layer, LazyModuleMixin):
-        return pickle.loads(pickle.dumps(layer))  # type: ignore[no-any-return]
-    return deepcopy(layer)
+    if not isinstance(layer, LazyModuleMixin):
+        return deepcopy(layer)
+    # torch cannot deepcopy a lazy layer that has seen no input, but can pickle it, bar the dtype
+    copy: Module = pickle.loads(pickle.dumps(layer))
+    for t in chain(layer.parameters(), layer.buffers()):
+        if t.is_floating_point():
+            return copy.to(t.device, t.dtype)
+    return copy
+
+
+def _as_torch(ours: Module) -> Module:
+    theirs = revert(deepcopy(ours))
+    # truenorm's statistics stay in float32 beside half precision weights; torch takes them only in
+    # the weights' dtype, as its own .half() leaves them
+    weight = getattr(theirs, "weight", None)
+    for name in ("running_mean", "running_var"):
+        buffer = getattr(theirs, name, None)
+        if buffer is not None and weight is not None:
+            setattr(theirs, name, buffer.to(weight.dtype))
+    return theirs
 
 
 def prepare(layer: Module, x: Tensor) -> tuple[Subject, Module, Module]:
@@ -105,8 +124,7 @@ def prepare(layer: Module, x: Tensor) -> tuple[Subject, Module, Module]:
     A lazy layer is built from x first. Raises what truenorm's layer raises for an x that does not
     fit it.
     """
-    known = {name for name in nn.__all__ if type(layer) in (getattr(torch.nn, name), getattr(nn, name))}
-    if not known:
+    if not any(type(layer) in (getattr(torch.nn, n), getattr(nn, n)) for n in nn.__all__):
         raise TypeError(
             f"`layer` must be a normalization layer of torch.nn or truenorm, but got "
             f"{type(layer).__name__}: choose from {', '.join(nn.__all__)}"
@@ -127,4 +145,4 @@ def prepare(layer: Module, x: Tensor) -> tuple[Subject, Module, Module]:
         if isinstance(ours, LazyModuleMixin):
             ours.eval()(x)  # becomes what it is lazy for; eval leaves its statistics alone
     ours.train()
-    return _read(ours, x), ours, revert(deepcopy(ours)).train()
+    return _read(ours, x), ours, _as_torch(ours)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import Module
@@ -33,11 +34,11 @@ class Running:
 
 def _numbers(module: Module, name: str) -> list[float]:
     buffer = getattr(module, name)
-    return [] if buffer is None else buffer.detach().cpu().double().tolist()
+    return [] if buffer is None else list(buffer.detach().cpu().double().tolist())
 
 
 def running_updates(
-    before: Module, subject: Subject, after: Module, groups: list[Group]
+    before: Any, subject: Subject, after: Any, groups: list[Group]
 ) -> list[Running]:
     """running = (1 − momentum) · running + momentum · seen, for each channel.
 
@@ -54,8 +55,8 @@ def running_updates(
     momentum = after.momentum
     if momentum is None:
         # a plain average over batches for BatchNorm; torch's InstanceNorm leaves them alone
-        batches = getattr(after, "num_batches_tracked", None)
-        momentum = 1.0 / float(batches) if subject.sharing.kind == "batch" else 0.0
+        batch = subject.sharing.kind == "batch"
+        momentum = 1.0 / float(after.num_batches_tracked) if batch else 0.0
     updates = []
     for c in range(channels):
         seen = groups[c::channels]

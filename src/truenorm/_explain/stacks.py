@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from string import ascii_letters
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Polygon
@@ -145,19 +146,22 @@ class Stacks:
             for line in reversed(range(len(ext.channels))):
                 self._slab(n, line)
             left, top = self._corner(n, 0)
-            head = {"ha": "center", "va": "bottom", "fontsize": 10, "color": INK}
+            head: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 10, "color": INK}
             ax.text(left + ext.columns / 2, top + 0.09 / self.cell, sample.format(n), **head)
         if channel:
             for line, c in enumerate(ext.channels):
                 middle = self._corner(0, line)[1] - self.slab_height / 2
-                side = {"ha": "right", "va": "center", "fontsize": 10, "color": INK}
+                side: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 10, "color": INK}
                 ax.text(-0.08 / self.cell, middle, channel.format(c), **side)
         if ext.num_drawn < prod(ext.total):
             ax.text(
                 self.width / 2,
                 -self.height - 0.1 / self.cell,
                 f"{ext.num_drawn:,} of {prod(ext.total):,} values drawn",
-                **{"ha": "center", "va": "top", "fontsize": 8.5, "color": QUIET},
+                ha="center",
+                va="top",
+                fontsize=8.5,
+                color=QUIET,
             )
 
     def write(self, n: int, line: int, row: float, rows: int, text: str, color: str) -> None:
@@ -166,7 +170,11 @@ class Stacks:
         columns = self.ext.columns
         x, y = left + columns / 2 + row * self.dx, top + row * self.dy
         # hides the edges of the cells behind the letter
-        box = {"boxstyle": "square,pad=0.15", "facecolor": color, "edgecolor": "none"}
+        box: dict[str, Any] = {
+            "boxstyle": "square,pad=0.15",
+            "facecolor": color,
+            "edgecolor": "none",
+        }
         if self.flat:
             x, y = left + (columns - 1) // 2 + 0.5 + self.dx, top + self.dy - self.thick / 2
             box, color = {"alpha": 0.0}, mix(color, INK, FRONT)
@@ -182,7 +190,9 @@ def _names(sharing: Sharing) -> tuple[str, str]:
     dim = len(sharing.shape)
     if sharing.kind in ("layer", "rms"):
         return ("x[{}]", "x[n, {}]") if dim > 2 else ("x", "x[{}]" if dim > 1 else "")
-    return ("x" if sharing.kind == "instance" and sharing.leading == 1 else "sample {}"), "channel {}"
+    return (
+        "x" if sharing.kind == "instance" and sharing.leading == 1 else "sample {}"
+    ), "channel {}"
 
 
 def draw_groups(

@@ -21,7 +21,13 @@ def _strip(ax: Axes, values: Tensor, line: float, color: str) -> None:
         # spread over a few heights so that near values stay apart
         heights = [line + (0.1, -0.1, 0.2, -0.2, 0.0)[i % 5] for i in range(values.numel())]
         ax.scatter(
-            values.tolist(), heights, s=20, color=color, edgecolors="white", linewidths=0.5, zorder=3
+            values.tolist(),
+            heights,
+            s=20,
+            color=color,
+            edgecolors="white",
+            linewidths=0.5,
+            zorder=3,
         )
         return
     low, high = values.min().item(), values.max().item()

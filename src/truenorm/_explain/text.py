@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from itertools import zip_longest
 from string import ascii_letters
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,8 @@ def _rich_block(block: Block) -> RenderableType:
     if isinstance(block, Paragraph):
         return Padding(Text(block.text), (0, 2))
     if isinstance(block, Code):
+        if not block.python:
+            return Padding(Text(block.text), (0, 4))
         code = Syntax(
             block.text, "python", theme="ansi_dark", background_color="default", word_wrap=True
         )
@@ -110,7 +113,9 @@ def show(explanation: Explanation, console: Console | None = None) -> None:
 
         console = Console()
         console.width = min(console.width, 100)
-    for block in blocks(explanation):
+    told = list(blocks(explanation))
+    for block, after in zip_longest(told, told[1:]):
         console.print(_rich_block(block))
-        if not isinstance(block, Heading | Table):
+        # rich's tables bring an empty line before and after
+        if not isinstance(block, Heading | Table) and not isinstance(after, Table):
             console.print()

@@ -49,14 +49,14 @@ def draw_energy(before: Axes, after: Axes, e: Explanation) -> None:
     middle = ext.channels[line]
     positions = place(e.sharing, 0, 0, *cell)[2:]
     channels = range(min(e.x.shape[1], 12))
-    x = [e.x[(0, c, *positions)].item() for c in channels]
-    y = [e.by_hand[(0, c, *positions)].item() for c in channels]
+    x = [e.x[0, c][positions].item() for c in channels]
+    y = [e.by_hand[0, c][positions].item() for c in channels]
     first, last = e.sharing.window(middle)
     colors = [
         MIDDLE if c == middle else NEIGHBOUR if first <= c <= last else OTHER for c in channels
     ]
     before.bar(channels, [v * v for v in x], color=colors, width=0.7)
-    total = sum(v * v for v in x[first : last + 1])
+    total = sum(e.x[0, c][positions].item() ** 2 for c in range(first, last + 1))
     _bars(before, e, f"x² by channel; Σ in the window = {total:.4g}")
     width = 0.38
     pale = [mix(color, "#FFFFFF", 0.5) for color in colors]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Proxy
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 
@@ -18,29 +19,19 @@ class Traceable(torch.nn.Module):
     def _is_traced(input: Any) -> bool:
         return isinstance(input, Proxy)
 
-    def _as_leaf(self, input: Any) -> Any:
+    def _as_leaf(self, input: Any) -> Tensor:
         tracer = input.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        path = tracer.path_of_module(self)
+        return tracer.create_proxy("call_module", path, (input,), {})  # type: ignore[no-any-return]
 
 
-class RunningStatistics(torch.nn.Module):
+class RunningStatistics(_NormBase):
     """Keeps running_mean and running_var in float32 or wider under .half() and .bfloat16().
 
     A deliberate difference from torch: float16 statistics lose the updates of small batches
     (pytorch#70901). Statistics that were built in half precision, by the layer's `dtype` argument,
     stay as asked.
     """
-
-    num_features: int
-    eps: float
-    momentum: float | None
-    affine: bool
-    track_running_stats: bool
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         wide = {
@@ -50,7 +41,7 @@ class RunningStatistics(torch.nn.Module):
             and not is_lazy(buffer)
             and buffer.dtype in (torch.float32, torch.float64)
         }
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in wide.items():
             after = self._buffers[name]
             assert after is not None

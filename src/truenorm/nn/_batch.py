@@ -55,7 +55,8 @@ class BatchNorm1d(BatchForward, torch.nn.BatchNorm1d):
     stored variance unbiased (divided by n − 1). In evaluation the running statistics are used. With
     `momentum=None` they are the plain average over all batches seen.
 
-    Shapes: input (N, C) or (N, C, L); output the same; weight, bias, running_mean, running_var (C,).
+    Shapes: input (N, C) or (N, C, L); output the same; weight, bias, running_mean and running_var
+    (C,).
 
     Errors: ValueError for another rank, one value per channel in training, eps or momentum out of
     range; RuntimeError for another channel count or device. Running statistics stay untouched.
@@ -111,7 +112,7 @@ class LazyBatchNorm1d(BatchForward, torch.nn.LazyBatchNorm1d):
 
     _dims = BatchNorm1d._dims
     _shapes = BatchNorm1d._shapes
-    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+    cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(BatchForward, torch.nn.LazyBatchNorm2d):
@@ -119,7 +120,7 @@ class LazyBatchNorm2d(BatchForward, torch.nn.LazyBatchNorm2d):
 
     _dims = BatchNorm2d._dims
     _shapes = BatchNorm2d._shapes
-    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+    cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(BatchForward, torch.nn.LazyBatchNorm3d):
@@ -127,4 +128,4 @@ class LazyBatchNorm3d(BatchForward, torch.nn.LazyBatchNorm3d):
 
     _dims = BatchNorm3d._dims
     _shapes = BatchNorm3d._shapes
-    cls_to_become = BatchNorm3d  # type: ignore[assignment]
+    cls_to_become = BatchNorm3d

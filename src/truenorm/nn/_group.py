@@ -34,6 +34,6 @@ class GroupNorm(Traceable, torch.nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._is_traced(input):
-            return self._as_leaf(input)  # type: ignore[no-any-return]
+            return self._as_leaf(input)
         _checks.check_eps(self.eps, "GroupNorm")
         return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

@@ -114,7 +114,7 @@ class LazyInstanceNorm1d(InstanceForward, torch.nn.LazyInstanceNorm1d):
 
     _dims = InstanceNorm1d._dims
     _shapes = InstanceNorm1d._shapes
-    cls_to_become = InstanceNorm1d  # type: ignore[assignment]
+    cls_to_become = InstanceNorm1d
 
 
 class LazyInstanceNorm2d(InstanceForward, torch.nn.LazyInstanceNorm2d):
@@ -122,7 +122,7 @@ class LazyInstanceNorm2d(InstanceForward, torch.nn.LazyInstanceNorm2d):
 
     _dims = InstanceNorm2d._dims
     _shapes = InstanceNorm2d._shapes
-    cls_to_become = InstanceNorm2d  # type: ignore[assignment]
+    cls_to_become = InstanceNorm2d
 
 
 class LazyInstanceNorm3d(InstanceForward, torch.nn.LazyInstanceNorm3d):
@@ -130,4 +130,4 @@ class LazyInstanceNorm3d(InstanceForward, torch.nn.LazyInstanceNorm3d):
 
     _dims = InstanceNorm3d._dims
     _shapes = InstanceNorm3d._shapes
-    cls_to_become = InstanceNorm3d  # type: ignore[assignment]
+    cls_to_become = InstanceNorm3d

@@ -26,8 +26,6 @@ class LayerNorm(Traceable, torch.nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._is_traced(input):
-            return self._as_leaf(input)  # type: ignore[no-any-return]
+            return self._as_leaf(input)
         _checks.check_eps(self.eps, "LayerNorm")
-        return functional.layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps
-        )
+        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

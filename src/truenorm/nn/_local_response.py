@@ -25,5 +25,5 @@ class LocalResponseNorm(Traceable, torch.nn.LocalResponseNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._is_traced(input):
-            return self._as_leaf(input)  # type: ignore[no-any-return]
+            return self._as_leaf(input)
         return functional.local_response_norm(input, self.size, self.alpha, self.beta, self.k)

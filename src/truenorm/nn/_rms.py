@@ -28,7 +28,7 @@ class RMSNorm(Traceable, torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._is_traced(x):
-            return self._as_leaf(x)  # type: ignore[no-any-return]
+            return self._as_leaf(x)
         if self.eps is not None:
             _checks.check_eps(self.eps, "RMSNorm")
         return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)

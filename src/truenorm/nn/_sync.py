@@ -58,5 +58,6 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
         """Replace every BatchNorm layer below `module` by a truenorm.SyncBatchNorm."""
         from ..convert import convert
 
-        converted = super().convert_sync_batchnorm(module, process_group)
+        base: Any = super()
+        converted: Module = base.convert_sync_batchnorm(module, process_group)
         return convert(converted, only=(torch.nn.SyncBatchNorm,))

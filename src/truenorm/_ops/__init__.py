@@ -1,0 +1,91 @@
+"""What functional.py calls: one function per kind of normalization.
+
+Eager calls go through `torch.autograd.Function` over an operator's raw handle (9 µs a call, against
+34 µs through `register_autograd`); the compiler sees the operator itself, with the same formula
+registered. Function transforms and forward-mode AD are served by the plain formulas.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import _plain
+from .._axes import BATCH, Axes
+from . import autograd, operators
+from .autograd import Running
+
+__all__ = ["Running", "local_response_norm", "normalize", "normalize_fixed"]
+
+
+def _transformed(*tensors: Tensor | None) -> bool:
+    """Whether a function transform or forward-mode AD is at work."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _wants_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    # empty inputs have no moments, and complex RMSNorm has no kernel
+    return x.numel() == 0 or x.is_complex() or _transformed(x, weight, bias)
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    axes: Axes,
+    eps: float,
+    running: Running | None = None,
+) -> Tensor:
+    """Normalize x by its own statistics, and update `running` with them."""
+    if _wants_plain(x, weight, bias):
+        y, mean, var = _plain.forward(x, weight, bias, axes, eps)
+        if running is not None:
+            _update_plain(x, running, mean, var)
+        return y
+    if torch.compiler.is_compiling():
+        y, mean, var = operators.forward(x, weight, bias, *axes, eps)
+        if running is not None:
+            operators.update_running(*running[:3], mean, var, running.values, running.momentum)
+        return cast(Tensor, y)
+    return cast(Tensor, autograd.Normalize.apply((axes, eps), running, x, weight, bias))  # type: ignore[no-untyped-call]
+
+
+def _update_plain(x: Tensor, running: Running, mean: Tensor, var: Tensor) -> None:
+    with torch.no_grad():
+        if x.numel():
+            _plain.update_running(*running[:3], mean, var, running.values, running.momentum)
+        elif running.num_batches_tracked is not None:
+            # as torch: an empty batch counts as a batch and leaves the statistics alone
+            running.num_batches_tracked.add_(1)
+
+
+def normalize_fixed(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Normalize x (N, C, *) by given statistics, one mean and variance per channel."""
+    if _wants_plain(x, weight, bias):
+        return _plain.apply(x, mean, var, weight, bias, BATCH, eps)
+    if torch.compiler.is_compiling():
+        return cast(Tensor, operators.apply(x, mean, var, weight, bias, eps))
+    return cast(Tensor, autograd.NormalizeFixed.apply(eps, mean, var, x, weight, bias))  # type: ignore[no-untyped-call]
+
+
+def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    """Divide each value of x (N, C, *) by a power of its neighbouring channels' energy."""
+    if _transformed(x):
+        return _plain.local_response_norm(x, size, alpha, beta, k)
+    if torch.compiler.is_compiling():
+        return cast(Tensor, operators.local_response_norm(x, size, alpha, beta, k))
+    return cast(Tensor, autograd.LocalResponseNorm.apply((size, alpha, beta, k), x))  # type: ignore[no-untyped-call]

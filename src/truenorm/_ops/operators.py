@@ -1,0 +1,178 @@
+"""The operators: schema, plain kernels, shape rule. autograd.py makes them differentiable.
+
+The schemas stand here, not in C++: without a native library the plain kernels still need them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import (
+    _axes,
+    _library,  # noqa: F401  (loads the native kernels)
+    _plain,
+)
+from .._axes import BATCH, Axes
+
+_AXES = "int num_groups, int feature_dims, bool centred"
+_SCHEMAS = {
+    "forward": f"(Tensor x, Tensor? weight, Tensor? bias, {_AXES}, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    "apply": "(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps)"
+    " -> Tensor",
+    "backward": f"(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, {_AXES},"
+    " float eps, bool fixed, int needs) -> (Tensor, Tensor, Tensor)",
+    "update_running_": "(Tensor(a!) running_mean, Tensor(b!) running_var,"
+    " Tensor(c!)? num_batches_tracked, Tensor mean, Tensor var, int count, float? momentum) -> ()",
+    "local_response_norm": "(Tensor x, int size, float alpha, float beta, float k) -> Tensor",
+    "local_response_norm_backward": "(Tensor grad, Tensor x, int size, float alpha, float beta,"
+    " float k) -> Tensor",
+}
+
+NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS = 1, 2, 4
+
+_library_def = torch.library.Library("truenorm", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library_def.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+# ---------------------------------------------------------------- plain kernels, any device
+
+
+def _plain_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    feature_dims: int,
+    centred: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _plain.forward(x, weight, bias, Axes(num_groups, feature_dims, centred), eps)
+
+
+def _plain_apply(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return _plain.apply(x, mean, var, weight, bias, BATCH, eps)
+
+
+def _plain_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    num_groups: int,
+    feature_dims: int,
+    centred: bool,
+    eps: float,
+    fixed: bool,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    axes = Axes(num_groups, feature_dims, centred)
+    gradients = _plain.backward(grad, x, mean, var, weight, axes, eps, fixed=fixed)
+    return tuple(  # type: ignore[return-value]
+        gradient if needs & 1 << i else gradient.new_empty(0)
+        for i, gradient in enumerate(gradients)
+    )
+
+
+for _name, _kernel in {
+    "forward": _plain_forward,
+    "apply": _plain_apply,
+    "backward": _plain_backward,
+    "update_running_": _plain.update_running,
+    "local_response_norm": _plain.local_response_norm,
+    "local_response_norm_backward": _plain.local_response_norm_backward,
+}.items():
+    _library_def.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+# ---------------------------------------------------------------- shape rules, for the compiler
+
+
+def _statistic_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    feature_dims: int,
+    centred: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    axes = Axes(num_groups, feature_dims, centred)
+    shape = (_axes.num_statistics(x.shape, axes),)
+    mean = x.new_empty(shape, dtype=_statistic_dtype(x))
+    return _axes.empty_result(x, axes), mean, torch.empty_like(mean)
+
+
+def _fake_apply(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return _axes.empty_result(x, BATCH)
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    num_groups: int,
+    feature_dims: int,
+    centred: bool,
+    eps: float,
+    fixed: bool,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    axes = Axes(num_groups, feature_dims, centred)
+    _, channels, _ = _axes.ncs(x.shape, axes)
+
+    def parameter(needed: int) -> Tensor:
+        return x.new_empty(channels if needs & needed else 0, dtype=_statistic_dtype(x))
+
+    grad_input = _axes.empty_result(x, axes) if needs & NEEDS_INPUT else x.new_empty(0)
+    return grad_input, parameter(NEEDS_WEIGHT), parameter(NEEDS_BIAS)
+
+
+def _fake_update_running(*args: Any) -> None:
+    return None
+
+
+def _fake_local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    return _axes.empty_result(x, BATCH)
+
+
+def _fake_local_response_norm_backward(
+    grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
+) -> Tensor:
+    return _axes.empty_result(x, BATCH)
+
+
+_RULES: dict[str, Callable[..., Any]] = {
+    "forward": _fake_forward,
+    "apply": _fake_apply,
+    "backward": _fake_backward,
+    "update_running_": _fake_update_running,
+    "local_response_norm": _fake_local_response_norm,
+    "local_response_norm_backward": _fake_local_response_norm_backward,
+}
+for _name, _rule in _RULES.items():
+    torch.library.register_fake(f"truenorm::{_name}", _rule)
+
+
+forward = torch.ops.truenorm.forward.default
+apply = torch.ops.truenorm.apply.default
+backward = torch.ops.truenorm.backward.default
+update_running = torch.ops.truenorm.update_running_.default
+local_response_norm = torch.ops.truenorm.local_response_norm.default
+local_response_norm_backward = torch.ops.truenorm.local_response_norm_backward.default

@@ -1,0 +1,142 @@
+"""torch.library.opcheck on every operator: schema, autograd registration, shape rule, AOT dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import LAYOUTS
+from torch import Tensor
+from torch.library import opcheck
+
+import truenorm  # noqa: F401  (registers the operators)
+
+OPS = torch.ops.truenorm
+# (num_groups, feature_dims, centred), the shape, the number of parameters
+AXES = {
+    "batch": ((0, 0, True), (3, 4, 5, 2), 4),
+    "instance": ((4, 0, True), (3, 4, 5, 2), 4),
+    "group": ((2, 0, True), (3, 4, 5, 2), 4),
+    "layer": ((1, 2, True), (3, 4, 5, 2), 10),
+    "rms": ((1, 1, False), (3, 4, 5, 2), 2),
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+BY_AXES = pytest.mark.parametrize("axes", AXES)
+# opcheck takes a second: a dense layout of each view in memory, and one that is copied
+BY_LAYOUT = pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+BY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d).split(".")[1] for d in DTYPES])
+# the double derivatives are float64 formulas in torch ops: half precision rounds them differently
+AUTOGRAD_TOLERANCES: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
+
+
+def tensor(shape: Any, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+
+def placed(shape: Any, layout: str, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
+    return LAYOUTS[layout](tensor(shape, dtype, grad=False)).requires_grad_(grad)
+
+
+def statistics(x: Tensor, spec: tuple[int, int, bool]) -> tuple[Tensor, Tensor]:
+    _, mean, var = OPS.forward.default(x.detach(), None, None, *spec, 1e-5)
+    return mean, var
+
+
+@BY_LAYOUT
+@BY_AXES
+def test_forward(axes: str, layout: str) -> None:
+    spec, shape, size = AXES[axes]
+    x = placed(shape, layout)
+    bias = None if axes == "rms" else tensor(size)
+    opcheck(OPS.forward.default, (x, tensor(size), bias, *spec, 1e-5))
+
+
+@BY_DTYPE
+@BY_AXES
+def test_forward_dtypes(axes: str, dtype: torch.dtype) -> None:
+    spec, shape, size = AXES[axes]
+    x = tensor(shape, dtype)
+    weight = tensor(size, dtype)
+    opcheck(OPS.forward.default, (x, weight, None, *spec, 1e-3), **AUTOGRAD_TOLERANCES)
+
+
+@BY_LAYOUT
+def test_apply(layout: str) -> None:
+    mean, var = tensor(4, grad=False), tensor(4, grad=False).abs() + 0.5
+    for dtype, with_weight in zip(DTYPES, (True, False, True, False), strict=True):
+        x = placed((3, 4, 5, 2), layout, dtype)
+        weight = tensor(4) if with_weight else None
+        arguments = (x, mean, var, weight, tensor(4), 1e-5)
+        opcheck(OPS.apply.default, arguments, **AUTOGRAD_TOLERANCES)
+
+
+@pytest.mark.parametrize("needs", [1, 6])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_backward_in_part(fixed: bool, needs: int) -> None:
+    spec, shape, size = AXES["batch"]
+    x = tensor(shape)
+    mean, var = statistics(x, spec)
+    if fixed:
+        mean, var = mean + 0.3, var + 0.7
+    arguments = (tensor(shape), x, mean, var, tensor(size), *spec, 1e-5, fixed, needs)
+    opcheck(OPS.backward.default, arguments, **AUTOGRAD_TOLERANCES)
+
+
+@pytest.mark.parametrize("of_grad", ["channels_last", "sliced"])
+@BY_AXES
+def test_backward(axes: str, of_grad: str) -> None:
+    spec, shape, size = AXES[axes]
+    x = placed(shape, "channels_last")
+    grad = placed(shape, of_grad)
+    arguments = (grad, x, *statistics(x, spec), tensor(size), *spec, 1e-5, False, 7)
+    opcheck(OPS.backward.default, arguments, **AUTOGRAD_TOLERANCES)
+
+
+@BY_DTYPE
+@pytest.mark.parametrize("axes", ["batch", "rms"])
+def test_backward_dtypes(axes: str, dtype: torch.dtype) -> None:
+    spec, shape, _ = AXES[axes]
+    x = tensor(shape, dtype)
+    arguments = (tensor(shape, dtype), x, *statistics(x, spec), None, *spec, 1e-5, False, 1)
+    opcheck(OPS.backward.default, arguments, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_update_running(dtype: torch.dtype, momentum: float | None) -> None:
+    running = [tensor(4, dtype, grad=False), tensor(4, dtype, grad=False)]
+    # batch statistics, and those of each sample
+    for statistic in (4, 12):
+        mean, var = (tensor(statistic, torch.float64, grad=False) for _ in range(2))
+        tracked = torch.tensor(3)
+        opcheck(OPS.update_running_.default, (*running, tracked, mean, var, 30, momentum))
+    if momentum is not None:
+        opcheck(OPS.update_running_.default, (*running, None, mean, var, 30, momentum))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (torch.float64, "contiguous"),
+        (torch.float32, "channels_last"),
+        (torch.bfloat16, "sliced"),
+        (torch.float16, "contiguous"),
+    ],
+)
+def test_local_response_norm(dtype: torch.dtype, layout: str) -> None:
+    x, grad = placed((3, 4, 5, 2), layout, dtype), tensor((3, 4, 5, 2), dtype)
+    spec = (3, 0.3, 0.75, 1.0)
+    opcheck(OPS.local_response_norm.default, (x, *spec), **AUTOGRAD_TOLERANCES)
+    opcheck(OPS.local_response_norm_backward.default, (grad, x, *spec), rtol=0.02, atol=0.02)
+
+
+def test_every_operator_is_here() -> None:
+    tested = {"forward", "apply", "backward", "update_running_"}
+    tested |= {"local_response_norm", "local_response_norm_backward"}
+    registered = {
+        name.removeprefix("truenorm::").split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("truenorm::")
+    }
+    assert registered == tested

@@ -1,0 +1,183 @@
+"""Breaks the native kernels on purpose, one place at a time, and expects the tests to notice.
+
+Each mutation replaces one piece of csrc/ in a copy of the tree, builds it, and runs
+tests/test_kernels.py against it; the exit status is 1 if any survives. Run by `make mutate`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutation(NamedTuple):
+    """What is broken, where, and how; `select` names the tests that must notice."""
+
+    promise: str
+    file: str
+    old: str
+    new: str
+    select: str
+
+
+MUTATIONS = [
+    Mutation(
+        "1 sums about zero instead of about a value of the row",
+        "kernels.cpp",
+        "const double shift = centred ? to_double(origin) : 0.0;",
+        "const double shift = 0.0 * to_double(origin);",
+        "offsets",
+    ),
+    Mutation(
+        "1 the mean as one float",
+        "layers.h",
+        "const double lo = mean - double(hi);\n    scale",
+        "const double lo = 0.0 * mean;\n    scale",
+        "offsets",
+    ),
+    Mutation(
+        "1 one-pass column moments",
+        "kernels.cpp",
+        "shift[v] = Lane<T>::load_double(first + v * D);",
+        "shift[v] = vd{} * Lane<T>::load_double(first + v * D);",
+        "offsets or formats",
+    ),
+    Mutation(
+        "1 the unbiased variance",
+        "rows.cpp",
+        "f.var[statistic] = m.m2 / m.count;",
+        "f.var[statistic] = m.m2 / (m.count - 1.0);",
+        "formats",
+    ),
+    Mutation(
+        "1 the gradient without its x̂ term",
+        "layers.h",
+        "slope(A(-rstd * mean_grad_x_hat))",
+        "slope(A(0.0 * mean_grad_x_hat))",
+        "formats",
+    ),
+    Mutation(
+        "1 the output gradient read in its own memory format",
+        "library.cpp",
+        "const Tensor dense_grad = laid_out(same_type, g);\n  const Values",
+        "const Tensor dense_grad = same_type;\n  const Values",
+        "formats",
+    ),
+    Mutation(
+        "1 positions left over by folding are forgotten",
+        "channels.cpp",
+        "for (int64_t j = 0; j < cut.left_over; ++j) {\n        double value;",
+        "for (int64_t j = 1; j < cut.left_over; ++j) {\n        double value;",
+        "formats",
+    ),
+    Mutation(
+        "2 1/std and its slope as one float32 number",
+        "kernels.cpp",
+        "return v[0] * sc + ((v[1] - h) * r * sl + sh);",
+        "return v[0] * sc + ((v[1] - h) * (r * sl) + sh);",
+        "scales",
+    ),
+    Mutation(
+        "3 outputs of half precision computed in float32",
+        "kernels.h",
+        "using output_t = std::conditional_t<std::is_same_v<T, float>, float, double>;",
+        "using output_t = std::conditional_t<std::is_same_v<T, double>, double, float>;",
+        "formats",
+    ),
+    Mutation(
+        "3 bfloat16 by truncation",
+        "simd.h",
+        "const vu_half rounded = bits + 0x7fffu + (bits >> 16 & 1u);",
+        "const vu_half rounded = bits + 0u * (bits >> 16 & 1u);",
+        "formats",
+    ),
+    Mutation(
+        "4 pieces cut by the number of threads",
+        "rows.cpp",
+        "const int64_t pieces = ceil_div(len, kPiece);\n  if (pieces == 1) {",
+        "const int64_t kPiece = 20000 / int64_t(torch::stable::get_num_threads());\n"
+        "  const int64_t pieces = ceil_div(len, kPiece);\n  if (pieces == 1) {",
+        "threads",
+    ),
+    Mutation(
+        "4 cut by the batch",
+        "channels.cpp",
+        "rows_per_piece = std::max(kMinRows, kPiece / cols);",
+        "rows_per_piece = std::max<int64_t>(2, kMinRows / g.n);",
+        "batch",
+    ),
+    Mutation(
+        "5 padding taken from the neighbour",
+        "kernels.cpp",
+        "const T* x_from = block(x + start + i, len - i, x[start + i], x_copy);",
+        "const T* x_from = x + start + i;",
+        "nan or formats",
+    ),
+]
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(c) for c in command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def build(source: Path, build_dir: Path) -> Path:
+    """The library of a tree; broken code may well warn."""
+    define = [f"-DPython_EXECUTABLE={sys.executable}", "-DTRUENORM_WERROR=OFF"]
+    steps = [
+        ["cmake", "-S", source, "-B", build_dir, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"],
+        ["cmake", "--build", build_dir],
+    ]
+    steps[0] += define
+    for step in steps:
+        done = run(*step)
+        if done.returncode:
+            raise SystemExit(f"the build failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return build_dir / "_native.so"
+
+
+def main() -> int:
+    survivors = []
+    with tempfile.TemporaryDirectory() as temporary:
+        tree, build_dir = Path(temporary, "tree"), Path(temporary, "build")
+        tree.mkdir()
+        for name in ("CMakeLists.txt", "build_backend", "csrc"):
+            source = ROOT / name
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, tree / name)
+        for mutation in MUTATIONS:
+            target = tree / "csrc" / mutation.file
+            original = target.read_text()
+            if original.count(mutation.old) < 1:
+                raise SystemExit(f"{mutation.file} no longer has {mutation.old!r}: update the list")
+            target.write_text(original.replace(mutation.old, mutation.new))
+            library = build(tree, build_dir)
+            done = run(
+                sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+                "tests/test_kernels.py", "-k", mutation.select,
+                TRUENORM_LIBRARY=str(library),
+            )  # fmt: skip
+            target.write_text(original)
+            noticed = done.returncode == 1
+            print(f"{'noticed ' if noticed else 'SURVIVED'}  {mutation.promise}", flush=True)
+            if not noticed:
+                survivors.append(mutation.promise)
+                print(done.stdout[-1500:], flush=True)
+    print(f"{len(MUTATIONS) - len(survivors)} of {len(MUTATIONS)} mutations noticed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
