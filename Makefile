@@ -18,7 +18,7 @@ BUILT_FROM := $(CPP) CMakeLists.txt pyproject.toml build_backend/truenorm_build.
 export TRUENORM_WERROR ?= ON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types format wheel verify sanitize clean
+.PHONY: help run test lint types format wheel verify sanitize mutate clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -56,6 +56,9 @@ sanitize: build/sanitize/_native.so  ## the kernel tests under ASan and UBSan (n
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		TRUENORM_LIBRARY="$(CURDIR)/$<" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest --capture=sys tests/test_kernels.py
+
+mutate: $(VENV)/dev  ## break the kernels on purpose, and see the tests notice
+	@$(BIN)/python tools/mutate.py
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -126,10 +126,11 @@ def test_the_whole_range_of_float16(case: Case, largest: float) -> None:
 
 
 @only_native
+# float64 shows the last bit of a sum, which a float32 output would round away
 @ALL
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_same_bits_for_any_number_of_threads(case: Case, dtype: torch.dtype) -> None:
-    layer = case.build()
+    layer = case.build(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     for place in layouts(case.shape).values():
         x, grad = place(case.input(dtype)), place(torch.randn(case.shape).to(dtype))
         with threads(1):
@@ -153,11 +154,12 @@ def test_the_same_bits_every_time_and_at_every_alignment(case: Case) -> None:
 
 @only_native
 @pytest.mark.parametrize("case", ALONE, ids=lambda c: c.id)
-def test_a_sample_does_not_depend_on_the_batch(case: Case) -> None:
-    layer = case.build()
-    others = torch.randn(6, *case.shape[1:]) * 1e3
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_sample_does_not_depend_on_the_batch(case: Case, dtype: torch.dtype) -> None:
+    layer = case.build(dtype=dtype)
+    others = torch.randn(6, *case.shape[1:], dtype=dtype) * 1e3
     for place in layouts(case.shape).values():
-        x, grad = case.input()[:1], torch.randn(1, *case.shape[1:])
+        x, grad = case.input(dtype)[:1], torch.randn(1, *case.shape[1:], dtype=dtype)
         alone = run(layer, place(x), place(grad))
         among = run(layer, place(torch.cat([others, x])), place(torch.cat([others, grad])))
         assert torch.equal(among.output[-1:], alone.output)

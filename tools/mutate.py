@@ -1,7 +1,8 @@
 """Breaks the native kernels on purpose, one place at a time, and expects the tests to notice.
 
 Each mutation replaces one piece of csrc/ in a copy of the tree, builds it, and runs
-tests/test_kernels.py against it; the exit status is 1 if any survives. Run by `make mutate`.
+tests/test_kernels.py against it; the exit status is 1 if any survives. Run by `make mutate`; words
+after the command pick the mutations whose description has one of them.
 """
 
 from __future__ import annotations
@@ -157,7 +158,8 @@ def main() -> int:
             source = ROOT / name
             copy = shutil.copytree if source.is_dir() else shutil.copy
             copy(source, tree / name)
-        for mutation in MUTATIONS:
+        chosen = [m for m in MUTATIONS if any(word in m.promise for word in sys.argv[1:] or [""])]
+        for mutation in chosen:
             target = tree / "csrc" / mutation.file
             original = target.read_text()
             if original.count(mutation.old) < 1:
@@ -175,7 +177,7 @@ def main() -> int:
             if not noticed:
                 survivors.append(mutation.promise)
                 print(done.stdout[-1500:], flush=True)
-    print(f"{len(MUTATIONS) - len(survivors)} of {len(MUTATIONS)} mutations noticed")
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations noticed")
     return 1 if survivors else 0
 
 

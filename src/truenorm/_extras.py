@@ -9,6 +9,10 @@ class CommandError(Exception):
     """Bad input to a command: one line that names the argument, its value and the remedy."""
 
 
+class MissingPackageError(CommandError, ImportError):
+    """An optional package is not installed; the message says which extra brings it."""
+
+
 def has(package: str) -> bool:
     """Whether an optional package is installed."""
     try:
@@ -21,7 +25,7 @@ _DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 def require(*packages: str, purpose: str) -> None:
-    """Raise a CommandError that says which extra brings what is missing."""
+    """Raise a MissingPackageError that says which extra brings what is missing."""
     missing = [_DISTRIBUTIONS.get(p, p) for p in packages if not has(p)]
     if missing:
         raise CommandError(f'{purpose} needs {" and ".join(missing)}: pip install "truenorm[demo]"')

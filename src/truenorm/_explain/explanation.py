@@ -76,7 +76,7 @@ class Explanation:
     def save_picture(self, path: str | Path) -> None:
         """Draw which values share a statistic, and the values before and after, as a PNG.
 
-        Errors: CommandError where matplotlib is missing; OSError where `path` cannot be written.
+        Errors: ImportError where matplotlib is missing; OSError where `path` cannot be written.
         """
         from .._extras import require
 
