@@ -127,8 +127,11 @@ def test_export_for_training(case: Case, strict: bool) -> None:
     for _ in range(2):
         x = case.input(offset=2.0)
         assert torch.equal(program(x), layer(x))
-        for name, value in layer.named_buffers():
-            assert torch.equal(dict(program.named_buffers())[name], value), name
+        # a strict export leaves out what is not read: InstanceNorm's num_batches_tracked, as in torch
+        state = dict(program.named_buffers())
+        assert {"running_mean", "running_var"} <= state.keys()
+        for name, value in state.items():
+            assert torch.equal(layer.get_buffer(name), value), name
 
 
 def test_export_with_a_dynamic_batch() -> None:
@@ -207,12 +210,14 @@ def test_symbolic_trace_of_a_functional_call() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@EVERY
+@pytest.mark.parametrize("case", [*CASES, CASES[13]._replace(shape=(2, 5, 7))], ids=[*IDS, "3D"])
 def test_autocast_dtypes_as_torch(case: Case, dtype: torch.dtype) -> None:
     ours, theirs = case.pair()
     for of_input in (torch.float32, dtype):
         x = case.input(of_input)
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast("cpu", dtype=dtype), warnings.catch_warnings():
+            # torch's RMSNorm says that it has no fast path for a half input and float32 parameters
+            warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
             y, expected = ours(x), theirs(x)
         assert y.dtype == expected.dtype
         torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)

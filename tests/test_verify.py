@@ -91,7 +91,7 @@ def _nan_leaks(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         ("GroupNorm", "group_norm", _wrong_gradient, "gradient float32"),
         ("InstanceNorm2d", "instance_norm", _slightly_off, "scale"),
         ("LocalResponseNorm", "local_response_norm", _slightly_off, "gradient scale"),
-        ("SyncBatchNorm", "batch_norm_tracked", _wrong_gradient, "gradient half"),
+        ("SyncBatchNorm", "batch_norm_tracked", _wrong_gradient, "gradient dtypes"),
     ],
 )
 def test_a_broken_layer_is_found(

@@ -28,4 +28,5 @@ def require(*packages: str, purpose: str) -> None:
     """Raise a MissingPackageError that says which extra brings what is missing."""
     missing = [_DISTRIBUTIONS.get(p, p) for p in packages if not has(p)]
     if missing:
-        raise CommandError(f'{purpose} needs {" and ".join(missing)}: pip install "truenorm[demo]"')
+        names = " and ".join(missing)
+        raise MissingPackageError(f'{purpose} needs {names}: pip install "truenorm[demo]"')

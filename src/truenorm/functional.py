@@ -309,4 +309,9 @@ def local_response_norm(
     if not (input.is_floating_point() or input.is_complex()):
         input = input.to(torch.get_default_dtype())
     _checks.check_floating(input)
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    if half and torch.is_autocast_enabled(input.device.type):
+        # as under torch's autocast, which widens the power, and on CPU the pooling of 4D and 5D
+        if input.dim() > 3 or input.device.type != "cpu":
+            input = input.float()
     return _ops.local_response_norm(input, size, alpha, beta, k)

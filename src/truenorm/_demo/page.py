@@ -19,11 +19,11 @@ def _number(value: float) -> str:
     return f"{digits} × 10<sup>{int(exponent)}</sup>".replace("-", "−")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """The first `words` columns hold words, the others numbers; cells are HTML."""
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column holds words, the others numbers; cells are HTML."""
 
     def cells(row: Sequence[str], tag: str) -> str:
-        kinds = ['<{0} class="word">' if i < words else "<{0}>" for i in range(len(row))]
+        kinds = ['<{0} class="word">' if i == 0 else "<{0}>" for i in range(len(row))]
         return "".join(k.format(tag) + c + f"</{tag}>" for k, c in zip(kinds, row, strict=True))
 
     body = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
@@ -88,16 +88,15 @@ def _training_table(r: Results) -> str:
 def _photo_table(r: Results) -> str:
     rows = [
         [
-            e.layer,
-            e.layout,
+            f"{e.layer}, {e.layout}",
             f"+ {e.offset:,.0f}" if e.offset else "none",
             _number(e.torch),
             _number(e.truenorm),
         ]
         for e in r.photo_errors
     ]
-    head = ["layer", "memory", "offset", "torch.nn’s error", "truenorm’s error"]
-    return _table(head, rows, words=2)
+    head = ["layer, memory", "offset", "torch.nn’s error", "truenorm’s error"]
+    return _table(head, rows)
 
 
 def _explained(r: Results) -> str:

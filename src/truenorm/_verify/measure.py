@@ -19,9 +19,10 @@ from .cases import Data, Spec, build, data, exact_output
 FLOAT32_OUTPUT = 2e-6
 # norm-wise, so large values do not stand out; the sums run over up to 1e5 values in blocks
 FLOAT32_GRADIENT = 5e-6
-# float64: rounding the mean to float64 costs 1.1e-16 of the offset, and summing as much again; at
-# an offset of 1e6 this is 2.3e-10. The first term is 5 standard deviations, rounded some 10 times
-FLOAT64_OUTPUT, FLOAT64_PER_OFFSET = 1e-14, 2.3e-16
+# float64 has no wider type to sum in: the mean is rounded, by up to 1.1e-16 of the offset, wherever
+# two blocks are merged, and 8 times over covers the merges that a value meets in these shapes
+# (8.9e-10 at an offset of 1e6). The first term is 5 standard deviations, rounded some 10 times
+FLOAT64_OUTPUT, FLOAT64_PER_OFFSET = 1e-14, 8 * 2.0**-53
 # results smaller than this part of a standard deviation are judged by the last place of this part:
 # below it, what is rounded is the mean, not the result
 SMALL = 2.0**-8

@@ -49,3 +49,15 @@ class RunningStatistics(_NormBase):
                 # from the values before: fn has already rounded those in `after`
                 self._buffers[name] = before.to(after.device)
         return self
+
+
+class LazyFeatures(torch.nn.Module):
+    """Reads num_features off a checkpoint too, where torch leaves it at 0."""
+
+    num_features: int
+
+    def initialize_parameters(self, input: Tensor) -> None:
+        super().initialize_parameters(input)  # type: ignore[misc]
+        if self.num_features == 0:
+            loaded = next(iter(self.state_dict().values()), None)
+            self.num_features = input.shape[1] if loaded is None else loaded.numel()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, functional
-from ._base import RunningStatistics, Traceable
+from ._base import LazyFeatures, RunningStatistics, Traceable
 
 
 class BatchForward(RunningStatistics, Traceable):
@@ -107,7 +107,7 @@ class BatchNorm3d(BatchForward, torch.nn.BatchNorm3d):
     _shapes = "(N, C, D, H, W)"
 
 
-class LazyBatchNorm1d(BatchForward, torch.nn.LazyBatchNorm1d):
+class LazyBatchNorm1d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm1d):
     """`BatchNorm1d` that reads `num_features` off dim 1 of its first input."""
 
     _dims = BatchNorm1d._dims
@@ -115,7 +115,7 @@ class LazyBatchNorm1d(BatchForward, torch.nn.LazyBatchNorm1d):
     cls_to_become = BatchNorm1d
 
 
-class LazyBatchNorm2d(BatchForward, torch.nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm2d):
     """`BatchNorm2d` that reads `num_features` off dim 1 of its first input."""
 
     _dims = BatchNorm2d._dims
@@ -123,7 +123,7 @@ class LazyBatchNorm2d(BatchForward, torch.nn.LazyBatchNorm2d):
     cls_to_become = BatchNorm2d
 
 
-class LazyBatchNorm3d(BatchForward, torch.nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm3d):
     """`BatchNorm3d` that reads `num_features` off dim 1 of its first input."""
 
     _dims = BatchNorm3d._dims

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, functional
-from ._base import RunningStatistics, Traceable
+from ._base import LazyFeatures, RunningStatistics, Traceable
 
 
 class InstanceForward(RunningStatistics, Traceable):
@@ -109,7 +109,7 @@ class InstanceNorm3d(InstanceForward, torch.nn.InstanceNorm3d):
     _shapes = "(C, D, H, W) or (N, C, D, H, W)"
 
 
-class LazyInstanceNorm1d(InstanceForward, torch.nn.LazyInstanceNorm1d):
+class LazyInstanceNorm1d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm1d):
     """`InstanceNorm1d` that reads `num_features` off dim 1 of its first input (batched)."""
 
     _dims = InstanceNorm1d._dims
@@ -117,7 +117,7 @@ class LazyInstanceNorm1d(InstanceForward, torch.nn.LazyInstanceNorm1d):
     cls_to_become = InstanceNorm1d
 
 
-class LazyInstanceNorm2d(InstanceForward, torch.nn.LazyInstanceNorm2d):
+class LazyInstanceNorm2d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm2d):
     """`InstanceNorm2d` that reads `num_features` off dim 1 of its first input (batched)."""
 
     _dims = InstanceNorm2d._dims
@@ -125,7 +125,7 @@ class LazyInstanceNorm2d(InstanceForward, torch.nn.LazyInstanceNorm2d):
     cls_to_become = InstanceNorm2d
 
 
-class LazyInstanceNorm3d(InstanceForward, torch.nn.LazyInstanceNorm3d):
+class LazyInstanceNorm3d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm3d):
     """`InstanceNorm3d` that reads `num_features` off dim 1 of its first input (batched)."""
 
     _dims = InstanceNorm3d._dims
