@@ -12,9 +12,9 @@ namespace {
 
 double inverse_std(double var, double eps) { return 1.0 / std::sqrt(var + eps); }
 
-constexpr int64_t kNarrow = 64;     // columns below which positions are folded into the row
-constexpr int64_t kMinRows = 64;    // rows that make a piece worth its partial result
-constexpr int64_t kMaxCols = 512;   // columns of a piece
+constexpr int64_t kNarrow = 64;    // columns below which positions are folded into the row
+constexpr int64_t kMinRows = 64;   // rows that make a piece worth its partial result
+constexpr int64_t kMaxCols = 512;  // columns of a piece
 
 // A matrix of few columns is read as one of `fold` times as many, `fold` positions to a row, so
 // that the vectors are full; the positions left over make one short row.
@@ -22,8 +22,7 @@ struct Cut {
   int64_t matrices, channels, fold, cols, rows, left_over;
   int64_t rows_per_piece, row_pieces, col_pieces;
 
-  explicit Cut(const Geometry& g)
-      : matrices(g.over_batch() ? 1 : g.n), channels(g.c) {
+  explicit Cut(const Geometry& g) : matrices(g.over_batch() ? 1 : g.n), channels(g.c) {
     const int64_t positions = g.over_batch() ? g.n * g.s : g.s;
     fold = g.c < kNarrow ? std::min(ceil_div(kNarrow, g.c), positions) : 1;
     cols = fold * g.c;
@@ -99,8 +98,7 @@ void statistics(const Forward<T>& f, const Cut& cut) {
     for (int64_t c = first; c < first + per_group; ++c) {
       for (int64_t piece = 0; piece < cut.row_pieces; ++piece)
         for (int64_t j = 0; j < cut.fold; ++j) {
-          const int64_t from =
-              (m * cut.row_pieces + piece) * cut.cols + j * cut.channels + c;
+          const int64_t from = (m * cut.row_pieces + piece) * cut.cols + j * cut.channels + c;
           total.merge({double(cut.rows_of(piece)), mean[from], m2[from]});
         }
       const int64_t rest = m * cut.matrix_values() + cut.rows * cut.cols;
@@ -120,8 +118,8 @@ template <class T>
 std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut) {
   const Geometry& g = b.geometry;
   const int64_t per_group = g.channels_per_group(), groups = g.groups();
-  const auto means = spread<double>(
-      cut, [&](int64_t m, int64_t c) { return b.mean[m * groups + c / per_group]; });
+  const auto means =
+      spread<double>(cut, [&](int64_t m, int64_t c) { return b.mean[m * groups + c / per_group]; });
   // the short row of positions left over is one more piece
   const int64_t pieces = cut.row_pieces + 1;
   const int64_t parts = cut.matrices * pieces * cut.cols;
@@ -264,7 +262,7 @@ void backward_channels(const Backward<T>& b) {
   });
 }
 
-#define TN_INSTANTIATE(T)                              \
+#define TN_INSTANTIATE(T)                               \
   template void forward_channels<T>(const Forward<T>&); \
   template void backward_channels<T>(const Backward<T>&);
 TN_INSTANTIATE(double)

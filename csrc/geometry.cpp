@@ -62,8 +62,8 @@ Geometry geometry(const int64_t* sizes, const int64_t* strides, int64_t dim, con
     g.n = product(sizes, sizes + split);
     g.c = product(sizes + split, sizes + dim);
     g.s = 1;
-    g.dense = fills(sizes, strides, split, dim, 1, true) &&
-              fills(sizes, strides, 0, split, g.c, false);
+    g.dense =
+        fills(sizes, strides, split, dim, 1, true) && fills(sizes, strides, 0, split, g.c, false);
     if (!g.dense) g.strides = contiguous_strides(g.sizes);
     return g;
   }
@@ -71,10 +71,10 @@ Geometry geometry(const int64_t* sizes, const int64_t* strides, int64_t dim, con
   g.c = sizes[1];
   g.s = product(sizes + 2, sizes + dim);
   const bool samples_outside = g.n == 1 || strides[0] == g.c * g.s;
-  const bool rows = samples_outside && fills(sizes, strides, 2, dim, 1, false) &&
-                    (g.c == 1 || strides[1] == g.s);
-  const bool channels = samples_outside && (g.c == 1 || strides[1] == 1) &&
-                        fills(sizes, strides, 2, dim, g.c, false);
+  const bool rows =
+      samples_outside && fills(sizes, strides, 2, dim, 1, false) && (g.c == 1 || strides[1] == g.s);
+  const bool channels =
+      samples_outside && (g.c == 1 || strides[1] == 1) && fills(sizes, strides, 2, dim, g.c, false);
   if (!rows && !channels) {
     g.dense = false;
     const bool last = dim > 2 && g.c > 1 && strides[1] == 1;

@@ -31,9 +31,7 @@ struct Geometry {
   int64_t groups() const { return over_batch() ? c : num_groups; }
   int64_t channels_per_group() const { return c / groups(); }
   int64_t num_statistics() const { return over_batch() ? c : n * num_groups; }
-  int64_t values_per_statistic() const {
-    return over_batch() ? n * s : channels_per_group() * s;
-  }
+  int64_t values_per_statistic() const { return over_batch() ? n * s : channels_per_group() * s; }
 };
 
 // Dense as it is, or the layout that one copy must bring it to; _axes.kept_strides states the rule.

@@ -1,5 +1,6 @@
 // The inner loops of kernels.h, for one instruction set.
 #include "kernels.h"
+
 #include "simd.h"
 
 #if !defined(TRUENORM_ISA)
@@ -87,7 +88,8 @@ void column_moments(const T* x, int64_t rows, int64_t cols, int64_t ld, double* 
   for (; c < cols; c += kLanes) column_block<T, 1>(x + c, rows, cols - c, ld, mean + c, m2 + c);
 }
 
-// ------------------------------------------------------------------------------- element by element
+// ------------------------------------------------------------------------------- element by
+// element
 
 // out[i] = f(in[0][i], …, coef[0][i], …), 16 values at a time; the last few through padded copies.
 template <class L, int In, int Coefs, class T, class A, class Fn>
@@ -125,12 +127,11 @@ template <class A>
 constexpr const A* kNone[1] = {nullptr};
 
 template <class T>
-void apply(const T* x, T* y, int64_t len, output_t<T> hi, output_t<T> scale,
-           output_t<T> shift) {
+void apply(const T* x, T* y, int64_t len, output_t<T> hi, output_t<T> scale, output_t<T> shift) {
   using V = typename Out<T>::V;
   const V h = splat<V>(hi), sc = splat<V>(scale), sh = splat<V>(shift);
   map<Out<T>, 1, 1>({x}, kNone<output_t<T>>, 0, y, len,
-               [&](const V* v, const V*) { return (v[0] - h) * sc + sh; });
+                    [&](const V* v, const V*) { return (v[0] - h) * sc + sh; });
 }
 
 template <class T>
@@ -138,7 +139,7 @@ void apply_each(const T* x, T* y, int64_t len, const output_t<T>* hi, const outp
                 const output_t<T>* shift) {
   using V = typename Out<T>::V;
   map<Out<T>, 1, 3>({x}, {hi, scale, shift}, 3, y, len,
-               [](const V* v, const V* c) { return (v[0] - c[0]) * c[1] + c[2]; });
+                    [](const V* v, const V* c) { return (v[0] - c[0]) * c[1] + c[2]; });
 }
 
 template <class T>
@@ -148,16 +149,16 @@ void apply_row(const T* x, T* y, int64_t len, output_t<T> hi, output_t<T> lo, ou
   const V h = splat<V>(hi), l = splat<V>(lo), r = splat<V>(rstd);
   if (weight && bias)
     map<Out<T>, 1, 2>({x}, {weight, bias}, 2, y, len,
-                 [&](const V* v, const V* c) { return ((v[0] - h) - l) * r * c[0] + c[1]; });
+                      [&](const V* v, const V* c) { return ((v[0] - h) - l) * r * c[0] + c[1]; });
   else if (weight)
     map<Out<T>, 1, 1>({x}, {weight}, 1, y, len,
-                 [&](const V* v, const V* c) { return ((v[0] - h) - l) * r * c[0]; });
+                      [&](const V* v, const V* c) { return ((v[0] - h) - l) * r * c[0]; });
   else if (bias)
     map<Out<T>, 1, 1>({x}, {bias}, 1, y, len,
-                 [&](const V* v, const V* c) { return ((v[0] - h) - l) * r + c[0]; });
+                      [&](const V* v, const V* c) { return ((v[0] - h) - l) * r + c[0]; });
   else
     map<Out<T>, 1, 1>({x}, kNone<output_t<T>>, 0, y, len,
-                 [&](const V* v, const V*) { return ((v[0] - h) - l) * r; });
+                      [&](const V* v, const V*) { return ((v[0] - h) - l) * r; });
 }
 
 template <class T>
@@ -166,9 +167,8 @@ void grad_apply(const T* grad, const T* x, T* grad_x, int64_t len, compute_t<T> 
   using V = typename Grad<T>::V;
   const V sc = splat<V>(scale), h = splat<V>(hi), r = splat<V>(rstd), sl = splat<V>(slope),
           sh = splat<V>(shift);
-  map<Grad<T>, 2, 1>({grad, x}, kNone<compute_t<T>>, 0, grad_x, len, [&](const V* v, const V*) {
-    return v[0] * sc + ((v[1] - h) * r * sl + sh);
-  });
+  map<Grad<T>, 2, 1>({grad, x}, kNone<compute_t<T>>, 0, grad_x, len,
+                     [&](const V* v, const V*) { return v[0] * sc + ((v[1] - h) * r * sl + sh); });
 }
 
 template <class T>
@@ -176,10 +176,9 @@ void grad_apply_each(const T* grad, const T* x, T* grad_x, int64_t len, const co
                      const compute_t<T>* hi, const compute_t<T>* rstd, const compute_t<T>* slope,
                      const compute_t<T>* shift) {
   using V = typename Grad<T>::V;
-  map<Grad<T>, 2, 5>({grad, x}, {scale, hi, rstd, slope, shift}, 5, grad_x, len,
-               [](const V* v, const V* c) {
-                 return v[0] * c[0] + ((v[1] - c[1]) * c[2] * c[3] + c[4]);
-               });
+  map<Grad<T>, 2, 5>(
+      {grad, x}, {scale, hi, rstd, slope, shift}, 5, grad_x, len,
+      [](const V* v, const V* c) { return v[0] * c[0] + ((v[1] - c[1]) * c[2] * c[3] + c[4]); });
 }
 
 template <class T>
@@ -192,23 +191,23 @@ void grad_apply_row(const T* grad, const T* x, T* grad_x, int64_t len, const com
       return v[0] * c[0] * r + ((v[1] - h) * r * sl + sh);
     });
   else
-    map<Grad<T>, 2, 1>({grad, x}, kNone<compute_t<T>>, 0, grad_x, len, [&](const V* v, const V*) {
-      return v[0] * r + ((v[1] - h) * r * sl + sh);
-    });
+    map<Grad<T>, 2, 1>({grad, x}, kNone<compute_t<T>>, 0, grad_x, len,
+                       [&](const V* v, const V*) { return v[0] * r + ((v[1] - h) * r * sl + sh); });
 }
 
 template <class T>
 void grad_scale(const T* grad, T* grad_x, int64_t len, compute_t<T> scale) {
   using V = typename Grad<T>::V;
   const V sc = splat<V>(scale);
-  map<Grad<T>, 1, 1>({grad}, kNone<compute_t<T>>, 0, grad_x, len, [&](const V* v, const V*) { return v[0] * sc; });
+  map<Grad<T>, 1, 1>({grad}, kNone<compute_t<T>>, 0, grad_x, len,
+                     [&](const V* v, const V*) { return v[0] * sc; });
 }
 
 template <class T>
 void grad_scale_each(const T* grad, T* grad_x, int64_t len, const compute_t<T>* scale) {
   using V = typename Grad<T>::V;
   map<Grad<T>, 1, 1>({grad}, {scale}, 1, grad_x, len,
-               [](const V* v, const V* c) { return v[0] * c[0]; });
+                     [](const V* v, const V* c) { return v[0] * c[0]; });
 }
 
 // ------------------------------------------------------------------------------- gradient sums
@@ -360,10 +359,11 @@ void narrow(const double* in, T* out, int64_t len) {
 
 template <class T>
 constexpr Kernels<T> kernels_of() {
-  return {moments<T>,         column_moments<T>, apply<T>,      apply_each<T>,
-          apply_row<T>,       grad_sums<T>,      column_grad_sums<T>, row_grad_sums<T>,
-          row_param_sums<T>,  grad_apply<T>,     grad_apply_each<T>,  grad_apply_row<T>,
-          grad_scale<T>,      grad_scale_each<T>, widen<T>,     narrow<T>};
+  return {
+      moments<T>,         column_moments<T>,   apply<T>,         apply_each<T>,      apply_row<T>,
+      grad_sums<T>,       column_grad_sums<T>, row_grad_sums<T>, row_param_sums<T>,  grad_apply<T>,
+      grad_apply_each<T>, grad_apply_row<T>,   grad_scale<T>,    grad_scale_each<T>, widen<T>,
+      narrow<T>};
 }
 
 }  // namespace
@@ -374,8 +374,7 @@ constexpr Kernels<T> kernels_of() {
 namespace TRUENORM_ISA {
 extern const InstructionSet instruction_set;
 const InstructionSet instruction_set = {TN_STRING(TRUENORM_ISA), kernels_of<double>(),
-                                        kernels_of<float>(), kernels_of<bf16>(),
-                                        kernels_of<f16>()};
+                                        kernels_of<float>(), kernels_of<bf16>(), kernels_of<f16>()};
 }  // namespace TRUENORM_ISA
 
 }  // namespace truenorm

@@ -95,20 +95,34 @@ struct InstructionSet {
 
 template <class T>
 const Kernels<T>& table(const InstructionSet& set) {
-  if constexpr (std::is_same_v<T, double>) return set.f64;
-  else if constexpr (std::is_same_v<T, float>) return set.f32;
-  else if constexpr (std::is_same_v<T, bf16>) return set.bf;
-  else return set.hf;
+  if constexpr (std::is_same_v<T, double>)
+    return set.f64;
+  else if constexpr (std::is_same_v<T, float>)
+    return set.f32;
+  else if constexpr (std::is_same_v<T, bf16>)
+    return set.bf;
+  else
+    return set.hf;
 }
 
 #if defined(TRUENORM_X86)
-namespace avx2 { extern const InstructionSet instruction_set; }
-namespace avx512 { extern const InstructionSet instruction_set; }
-namespace baseline { extern const InstructionSet instruction_set; }
+namespace avx2 {
+extern const InstructionSet instruction_set;
+}
+namespace avx512 {
+extern const InstructionSet instruction_set;
+}
+namespace baseline {
+extern const InstructionSet instruction_set;
+}
 #elif defined(__aarch64__)
-namespace neon { extern const InstructionSet instruction_set; }
+namespace neon {
+extern const InstructionSet instruction_set;
+}
 #else
-namespace baseline { extern const InstructionSet instruction_set; }
+namespace baseline {
+extern const InstructionSet instruction_set;
+}
 #endif
 
 // The one in use: the best of this machine, or the one that TRUENORM_ISA names; null if it names

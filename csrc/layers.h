@@ -67,8 +67,7 @@ struct Affine {
   A hi, scale, shift;
 
   Affine() = default;
-  Affine(double mean, double rstd, const A* weight, const A* bias, int64_t channel)
-      : hi(A(mean)) {
+  Affine(double mean, double rstd, const A* weight, const A* bias, int64_t channel) : hi(A(mean)) {
     const double slope = weight ? rstd * double(weight[channel]) : rstd;
     const double lo = mean - double(hi);
     scale = A(slope);

@@ -68,11 +68,16 @@ class Values {
 template <class Body>
 void with_type(const Tensor& x, const Body& body) {
   switch (x.scalar_type()) {
-    case ScalarType::Double: return body(double{});
-    case ScalarType::Float: return body(float{});
-    case ScalarType::BFloat16: return body(bf16{});
-    case ScalarType::Half: return body(f16{});
-    default: STD_TORCH_CHECK(false, "truenorm has no kernel for this dtype");
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::BFloat16:
+      return body(bf16{});
+    case ScalarType::Half:
+      return body(f16{});
+    default:
+      STD_TORCH_CHECK(false, "truenorm has no kernel for this dtype");
   }
 }
 
@@ -86,14 +91,18 @@ const InstructionSet& kernels() {
 
 template <class T>
 void run(const Forward<T>& f) {
-  if (f.geometry.memory == Memory::rows) forward_rows(f);
-  else forward_channels(f);
+  if (f.geometry.memory == Memory::rows)
+    forward_rows(f);
+  else
+    forward_channels(f);
 }
 
 template <class T>
 void run(const Backward<T>& b) {
-  if (b.geometry.memory == Memory::rows) backward_rows(b);
-  else backward_channels(b);
+  if (b.geometry.memory == Memory::rows)
+    backward_rows(b);
+  else
+    backward_channels(b);
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor> weight,
@@ -133,11 +142,10 @@ Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& var, std::option
 // which gradients are wanted: NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS of _ops.py
 constexpr int64_t kInput = 1, kWeight = 2, kBias = 4;
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
-                                            const Tensor& mean, const Tensor& var,
-                                            std::optional<Tensor> weight, int64_t num_groups,
-                                            int64_t feature_dims, bool centred, double eps,
-                                            bool fixed, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                            const Tensor& var, std::optional<Tensor> weight,
+                                            int64_t num_groups, int64_t feature_dims, bool centred,
+                                            double eps, bool fixed, int64_t needs) {
   const Geometry g = geometry_of(x, {num_groups, feature_dims, centred});
   Tensor grad_x = needs & kInput ? empty_strided(g.sizes, g.strides, x.scalar_type())
                                  : empty(0, x.scalar_type());
@@ -155,8 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   const Values<double> m(mean), v(var);
   with_type(x, [&]<class T>(T) {
     const Values<compute_t<T>> w(weight);
-    run(Backward<T>{g, table<T>(kernels()), eps,
-                    static_cast<const T*>(dense_grad.const_data_ptr()),
+    run(Backward<T>{g, table<T>(kernels()), eps, static_cast<const T*>(dense_grad.const_data_ptr()),
                     static_cast<const T*>(dense_x.const_data_ptr()),
                     needs & kInput ? static_cast<T*>(grad_x.mutable_data_ptr()) : nullptr, w.get(),
                     m.get(), v.get(), needs & kWeight ? doubles(grad_weight) : nullptr,
@@ -168,10 +175,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
 // running = (1 − momentum) · running + momentum · observed, the variance unbiased, both averaged
 // over samples where each sample has its own.
 void update_running(Tensor running_mean, Tensor running_var,
-                    std::optional<Tensor> num_batches_tracked, const Tensor& mean,
-                    const Tensor& var, int64_t count, std::optional<double> momentum) {
-  const int64_t channels = running_mean.numel(), samples = mean.numel() / std::max<int64_t>(
-                                                                              channels, 1);
+                    std::optional<Tensor> num_batches_tracked, const Tensor& x, const Tensor& mean,
+                    const Tensor& var, std::optional<double> momentum) {
+  if (mean.numel() == 0) return;
+  const int64_t channels = running_mean.numel(), samples = mean.numel() / channels;
+  // of x only the shape counts: how many values each new statistic spans
+  const int64_t count = x.numel() / mean.numel();
   double factor = momentum.value_or(0.0);
   if (num_batches_tracked) {
     auto* batches = static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
@@ -220,11 +229,10 @@ Tensor local_response_backward(const Tensor& grad, const Tensor& x, int64_t size
   const Tensor dense_grad = laid_out(
       grad.scalar_type() == x.scalar_type() ? grad : torch::stable::to(grad, x.scalar_type()), g);
   with_type(x, [&]<class T>(T) {
-    local_response_norm_backward<T>(g, table<T>(kernels()),
-                                    static_cast<const T*>(dense_grad.const_data_ptr()),
-                                    static_cast<const T*>(dense_x.const_data_ptr()),
-                                    static_cast<T*>(grad_x.mutable_data_ptr()), size, alpha, beta,
-                                    k);
+    local_response_norm_backward<T>(
+        g, table<T>(kernels()), static_cast<const T*>(dense_grad.const_data_ptr()),
+        static_cast<const T*>(dense_x.const_data_ptr()), static_cast<T*>(grad_x.mutable_data_ptr()),
+        size, alpha, beta, k);
   });
   return grad_x;
 }

@@ -119,10 +119,10 @@ void local_response_norm_backward(const Geometry& g, const Kernels<T>& kernels, 
   });
 }
 
-#define TN_INSTANTIATE(T)                                                                       \
+#define TN_INSTANTIATE(T)                                                                         \
   template void local_response_norm<T>(const Geometry&, const Kernels<T>&, const T*, T*, int64_t, \
-                                       double, double, double);                                  \
-  template void local_response_norm_backward<T>(const Geometry&, const Kernels<T>&, const T*,      \
+                                       double, double, double);                                   \
+  template void local_response_norm_backward<T>(const Geometry&, const Kernels<T>&, const T*,     \
                                                 const T*, T*, int64_t, double, double, double);
 TN_INSTANTIATE(double)
 TN_INSTANTIATE(float)

@@ -18,8 +18,10 @@ void parallel(int64_t tasks, int64_t cost, const Body& body) {
     for (int64_t i = begin; i < end; ++i) body(i);
   };
   // asking the pool costs more than a small input's whole work
-  if (tasks <= grain) range(0, tasks);
-  else torch::stable::parallel_for(0, tasks, grain, range);
+  if (tasks <= grain)
+    range(0, tasks);
+  else
+    torch::stable::parallel_for(0, tasks, grain, range);
 }
 
 template <class T>

@@ -67,8 +67,8 @@ void forward_groups(const Forward<T>& f) {
   const auto begin = [&](int64_t i) { return i % pieces * kPiece; };
   const auto end = [&](int64_t i) { return std::min(len, (i % pieces + 1) * kPiece); };
   parallel(statistics * pieces, kPiece, [&](int64_t i) {
-    partial[i] = f.kernels.moments(f.x + i / pieces * len + begin(i), 1, end(i) - begin(i), 0,
-                                   g.centred);
+    partial[i] =
+        f.kernels.moments(f.x + i / pieces * len + begin(i), 1, end(i) - begin(i), 0, g.centred);
   });
   for (int64_t statistic = 0; statistic < statistics; ++statistic) {
     Moments m;
@@ -282,9 +282,8 @@ void backward_elementwise(const Backward<T>& b) {
     if (pieces == 1) {
       parallel(statistics, len, [&](int64_t i) { write_piece(i, 0, sum_piece(i, 0)); });
     } else {
-      parallel(statistics * pieces, kPiece, [&](int64_t i) {
-        partial[i] = sum_piece(i / pieces, i % pieces * kPiece);
-      });
+      parallel(statistics * pieces, kPiece,
+               [&](int64_t i) { partial[i] = sum_piece(i / pieces, i % pieces * kPiece); });
       parallel(statistics * pieces, kPiece, [&](int64_t i) {
         GradSums total;
         for (int64_t p = 0; p < pieces; ++p) {
@@ -372,18 +371,23 @@ void backward_batch(const Backward<T>& b) {
 
 template <class T>
 void forward_rows(const Forward<T>& f) {
-  if (f.geometry.over_batch()) forward_batch(f);
-  else forward_groups(f);
+  if (f.geometry.over_batch())
+    forward_batch(f);
+  else
+    forward_groups(f);
 }
 
 template <class T>
 void backward_rows(const Backward<T>& b) {
-  if (b.geometry.over_batch()) backward_batch(b);
-  else if (b.geometry.s == 1) backward_elementwise(b);
-  else backward_groups(b);
+  if (b.geometry.over_batch())
+    backward_batch(b);
+  else if (b.geometry.s == 1)
+    backward_elementwise(b);
+  else
+    backward_groups(b);
 }
 
-#define TN_INSTANTIATE(T)                          \
+#define TN_INSTANTIATE(T)                           \
   template void forward_rows<T>(const Forward<T>&); \
   template void backward_rows<T>(const Backward<T>&);
 TN_INSTANTIATE(double)

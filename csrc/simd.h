@@ -77,7 +77,7 @@ TN_INLINE uint16_t float_to_half(float f) {
   bits &= 0x7fffffffu;
   if (bits > 0x7f800000u) return sign | 0x7e00u;
   if (bits >= 0x47800000u) return sign | 0x7c00u;  // 65536 and above
-  if (bits < 0x38800000u) {                         // below the smallest normal, 2^-14
+  if (bits < 0x38800000u) {                        // below the smallest normal, 2^-14
     float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     // adding 2^-1 aligns the last half bit with the last float bit: the addition rounds to even
@@ -120,12 +120,8 @@ struct Lane<float> {
   static constexpr int lanes = F;
   TN_INLINE V load(const float* p) { return load_raw<vf>(p); }
   TN_INLINE void store(float* p, V v) { store_raw(p, v); }
-  TN_INLINE vd load_double(const float* p) {
-    return widen_half(load_raw<vf_half>(p));
-  }
-  TN_INLINE void store_double(float* p, vd v) {
-    store_raw(p, __builtin_convertvector(v, vf_half));
-  }
+  TN_INLINE vd load_double(const float* p) { return widen_half(load_raw<vf_half>(p)); }
+  TN_INLINE void store_double(float* p, vd v) { store_raw(p, __builtin_convertvector(v, vf_half)); }
 };
 
 template <>
@@ -177,8 +173,8 @@ struct Lane<f16> {
   }
   TN_INLINE void store(f16* p, V v) {
 #if defined(__AVX512F__)
-    store_raw(p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v,
-                                       _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    store_raw(
+        p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
     store_raw(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else

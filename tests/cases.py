@@ -1,4 +1,4 @@
-"""The layers under test, the memory layouts they meet, and what the float64 reference says of them."""
+"""The layers under test, the layouts they meet, and what the float64 reference says of them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ IDS = [case.id for case in CASES]
 
 
 def randomize(layer: Module) -> Module:
-    """Parameters and statistics that no shortcut can guess: a weight of 1 would hide a missing one."""
+    """Parameters and statistics that no shortcut can guess: a weight of 1 hides a missing one."""
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_().add_(0.3)
@@ -155,7 +155,5 @@ def exact(layer: Any, x: Tensor, grad: Tensor) -> Result:
         running = (layer.running_mean, layer.running_var)
         training = not uses_running(layer)
         back = reference.batch_norm_backward(grad, x, *running, weight, bias, training, eps)
-        result = Result(
-            reference.batch_norm(x, *running, weight, bias, training, eps), *back
-        )
+        result = Result(reference.batch_norm(x, *running, weight, bias, training, eps), *back)
     return result._replace(output=result.output[0], input=result.input[0]) if unbatched else result

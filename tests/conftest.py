@@ -10,7 +10,7 @@ import pytest
 import torch
 
 with warnings.catch_warnings():
-    # without the native library truenorm warns and serves plain PyTorch ops: the suite runs on those
+    # without the native library truenorm warns, and the suite runs on plain PyTorch ops
     warnings.filterwarnings("ignore", "truenorm runs on plain PyTorch ops", RuntimeWarning)
     import truenorm
 
@@ -18,6 +18,9 @@ with warnings.catch_warnings():
     # torch scripts its own formulas at the first forward derivative, and warns about scripting
     warnings.simplefilter("ignore", DeprecationWarning)
     importlib.import_module("torch._decomp.decompositions_for_jvp")
+    # its test databases miss the optional hypothesis
+    warnings.simplefilter("ignore", ImportWarning)
+    importlib.import_module("torch.testing._internal.common_utils")
 
 
 def pytest_report_header() -> list[str]:

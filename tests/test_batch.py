@@ -9,6 +9,7 @@ import torch
 from cases import LAYOUTS, randomize, run
 from checking import check_layer, same_layout
 from tolerances import FLOAT32_FORWARD, FLOAT64, assert_gradient, assert_output, relative
+
 from truenorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, LazyBatchNorm2d, reference
 
 SHAPES = {

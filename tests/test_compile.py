@@ -1,4 +1,4 @@
-"""torch.compile, torch.export, torch.fx, fake and meta tensors, autocast: no graph break, same bits."""
+"""torch.compile, export, fx, fake and meta tensors, autocast: no graph break, the same bits."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def assert_same_training(case: Case, backend: str, training: bool, **options: An
         expected = run(eager, x, grad)
         at = x.clone().requires_grad_()
         y = compiled(at)
-        parameters = {n: p for n, p in other.named_parameters()}
+        parameters = dict(other.named_parameters())
         found = torch.autograd.grad(y, [at, *parameters.values()], grad)
         assert_equal((y, found[0]), (expected.output, expected.input))
         for name, gradient in zip(parameters, found[1:], strict=True):
@@ -120,14 +120,16 @@ def test_export(case: Case, strict: bool) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-@pytest.mark.parametrize("case", [CASES[2], CUMULATIVE, CASES[5]], ids=["batch", "cumulative", "instance"])
+@pytest.mark.parametrize(
+    "case", [CASES[2], CUMULATIVE, CASES[5]], ids=["batch", "cumulative", "instance"]
+)
 def test_export_for_training(case: Case, strict: bool) -> None:
     layer, x = case.build(), case.input()
     program = torch.export.export(copy.deepcopy(layer), (x,), strict=strict).module()
     for _ in range(2):
         x = case.input(offset=2.0)
         assert torch.equal(program(x), layer(x))
-        # a strict export leaves out what is not read: InstanceNorm's num_batches_tracked, as in torch
+        # a strict export leaves out what is not read, as InstanceNorm's num_batches_tracked
         state = dict(program.named_buffers())
         assert {"running_mean", "running_var"} <= state.keys()
         for name, value in state.items():

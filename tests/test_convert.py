@@ -49,7 +49,7 @@ class ResNet(Module):
 
 
 class UNet(Module):
-    """Instance, group and local response norms, a skip over them; the middle layer is used twice."""
+    """Instance, group and local response norms, with a skip; the middle is used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,9 @@ def test_every_layer_and_back(net: Any) -> None:
     assert len(norms(model)) >= 5
     assert all(is_ours(m) for m in norms(model))
     assert [type(m).__name__ for m in model.modules()] == [t.__name__ for t in before.values()]
-    assert all(a is b for a, b in zip([*model.parameters(), *model.buffers()], tensors, strict=True))
+    assert all(
+        a is b for a, b in zip([*model.parameters(), *model.buffers()], tensors, strict=True)
+    )
     assert revert(model) is model
     assert {name: type(m) for name, m in model.named_modules()} == before
     assert list(model.state_dict()) == order

@@ -1,4 +1,4 @@
-"""The word drop-in: signatures, repr, state, pickle, copies, parametrizations and checkpoints of torch."""
+"""Drop-in: signatures, repr, state, pickle, copies, parametrizations and checkpoints as torch's."""
 
 from __future__ import annotations
 
@@ -177,7 +177,9 @@ def test_reset_parameters_and_running_stats() -> None:
         assert torch.equal(layer.state_dict()[name], value)
 
 
-@pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[9], CASES[10], CASES[12]], ids=lambda c: c.id)
+@pytest.mark.parametrize(
+    "case", [CASES[2], CASES[6], CASES[9], CASES[10], CASES[12]], ids=lambda c: c.id
+)
 def test_a_parametrized_weight(case: Case) -> None:
     class Positive(torch.nn.Module):
         def forward(self, w: Tensor) -> Tensor:
@@ -216,13 +218,18 @@ def test_tensor_subclasses_are_kept_as_torch_keeps_them(case: Case) -> None:
     x = case.input().as_subclass(Tagged)
     y, expected = ours.eval()(x), theirs.eval()(x)
     assert type(y) is type(expected) is Tagged
-    assert relative(y.as_subclass(Tensor).detach(), expected.as_subclass(Tensor).detach()) < FLOAT32_BETWEEN
+    assert (
+        relative(y.as_subclass(Tensor).detach(), expected.as_subclass(Tensor).detach())
+        < FLOAT32_BETWEEN
+    )
 
 
 def test_functions_can_be_overridden() -> None:
     class Refuses:
         @classmethod
-        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             return func.__name__
 
     for name in FUNCTIONS:

@@ -9,6 +9,7 @@ import torch
 from cases import LAYOUTS, randomize
 from checking import check_layer, same_layout
 from tolerances import assert_output
+
 from truenorm import GroupNorm, InstanceNorm2d, LayerNorm
 
 SHAPES = [

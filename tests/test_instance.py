@@ -1,4 +1,4 @@
-"""InstanceNorm1d, 2d, 3d: statistics of each sample's channel, running statistics, modes, layouts."""
+"""InstanceNorm1d, 2d, 3d: statistics of a sample's channel, running ones, modes, layouts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from cases import LAYOUTS, randomize, run
 from checking import check_layer, same_layout
 from tolerances import assert_output
+
 from truenorm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LazyInstanceNorm1d, reference
 
 SHAPES = {
@@ -36,7 +37,7 @@ def data(*shape: int, dtype: torch.dtype = torch.float32, offset: float = 5.0) -
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("cls", "shape"), ALL)
 def test_every_layout(cls: Any, shape: tuple[int, ...], layout: str, mode: str) -> None:
-    """`own` without running statistics, `tracking` while they move, `running` normalized by them."""
+    """`own`: no running statistics; `tracking`: they move; `running`: they normalize."""
     layer = build(cls, channels(cls, shape), track_running_stats=mode != "own")
     layer.train(mode == "tracking")
     x = LAYOUTS[layout](data(*shape))

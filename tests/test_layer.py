@@ -9,6 +9,7 @@ import torch
 from cases import LAYOUTS, exact, randomize, run
 from checking import check_layer, same_layout
 from tolerances import FLOAT32_GRADIENT, assert_output
+
 from truenorm import LayerNorm, RMSNorm, reference
 
 SHAPES = [

@@ -1,4 +1,4 @@
-"""torch.library.opcheck on every operator: schema, autograd registration, shape rule, AOT dispatch."""
+"""torch.library.opcheck on every operator: schema, autograd, shape rule, AOT dispatch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def tensor(shape: Any, dtype: torch.dtype = torch.float32, grad: bool = True) ->
     return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_(grad)
 
 
-def placed(shape: Any, layout: str, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
+def placed(
+    shape: Any, layout: str, dtype: torch.dtype = torch.float32, grad: bool = True
+) -> Tensor:
     return LAYOUTS[layout](tensor(shape, dtype, grad=False)).requires_grad_(grad)
 
 
@@ -106,13 +108,14 @@ def test_backward_dtypes(axes: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_update_running(dtype: torch.dtype, momentum: float | None) -> None:
     running = [tensor(4, dtype, grad=False), tensor(4, dtype, grad=False)]
+    x = torch.randn(3, 4, 10)
     # batch statistics, and those of each sample
     for statistic in (4, 12):
         mean, var = (tensor(statistic, torch.float64, grad=False) for _ in range(2))
         tracked = torch.tensor(3)
-        opcheck(OPS.update_running_.default, (*running, tracked, mean, var, 30, momentum))
+        opcheck(OPS.update_running_.default, (*running, tracked, x, mean, var, momentum))
     if momentum is not None:
-        opcheck(OPS.update_running_.default, (*running, None, mean, var, 30, momentum))
+        opcheck(OPS.update_running_.default, (*running, None, x, mean, var, momentum))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, IDS, Case, exact, randomize, run
 from tolerances import FLOAT64, relative
+
 from truenorm import reference
 
 
@@ -17,7 +18,9 @@ def f64(values: Any) -> torch.Tensor:
 
 
 def close(actual: torch.Tensor, expected: Any) -> bool:
-    return torch.allclose(actual, torch.as_tensor(expected, dtype=torch.float64), rtol=FLOAT64, atol=FLOAT64)
+    return torch.allclose(
+        actual, torch.as_tensor(expected, dtype=torch.float64), rtol=FLOAT64, atol=FLOAT64
+    )
 
 
 # Two samples, two channels, two positions; eps is chosen so that every root is a whole number.
@@ -72,7 +75,9 @@ def test_running_update_by_hand() -> None:
     mean, var = reference.running_update(f64([0.0, 8.0]), f64([1.0, 1.0]), f64(X), 0.75)
     assert close(mean, [3.0, 5.0])
     assert close(var, [0.25 + 5.0, 0.25 + 8.0])
-    mean, var = reference.running_update(f64([0.0, 8.0]), f64([1.0, 1.0]), f64(X), 0.75, per_sample=True)
+    mean, var = reference.running_update(
+        f64([0.0, 8.0]), f64([1.0, 1.0]), f64(X), 0.75, per_sample=True
+    )
     assert close(mean, [3.0, 5.0])
     assert close(var, [0.25 + 1.5, 0.25 + 12.0])
 
@@ -125,9 +130,13 @@ def test_backward_is_the_derivative_of_forward(name: str, affine: str) -> None:
             assert actual is None
             continue
         step, direction = 1e-5, torch.randn_like(at)
-        slope = value(**{argument: at + step * direction}) - value(**{argument: at - step * direction})
+        slope = value(**{argument: at + step * direction}) - value(
+            **{argument: at - step * direction}
+        )
         # central differences are true to the square of the step
-        assert (actual * direction).sum().item() == pytest.approx(slope.item() / (2 * step), rel=1e-6)
+        assert (actual * direction).sum().item() == pytest.approx(
+            slope.item() / (2 * step), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

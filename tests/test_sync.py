@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import truenorm
 from cases import LAYOUTS, randomize
 from checking import check_layer
 from tolerances import FLOAT32_BETWEEN, assert_output, relative
+
+import truenorm
 from truenorm import BatchNorm2d, SyncBatchNorm, reference
 
 
@@ -19,7 +20,9 @@ def data(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(7, 5), (3, 5, 9), (3, 5, 7, 3), (2, 5, 3, 3, 3), (2, 5, 1, 3, 1, 3)])
+@pytest.mark.parametrize(
+    "shape", [(7, 5), (3, 5, 9), (3, 5, 7, 3), (2, 5, 3, 3, 3), (2, 5, 1, 3, 1, 3)]
+)
 def test_every_rank_and_layout(shape: tuple[int, ...], layout: str, training: bool) -> None:
     layer = randomize(SyncBatchNorm(5)).train(training)
     check_layer(layer, LAYOUTS[layout](data(*shape)))

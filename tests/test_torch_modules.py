@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import truenorm
 from cases import randomize
 from checking import same_layout
 from counts import passed
@@ -24,8 +23,12 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 from torch.testing._internal.common_utils import noncontiguous_like
 
+import truenorm
+
 ENTRIES = {
-    info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in truenorm.__all__
+    info.module_cls.__name__: info
+    for info in module_db
+    if info.module_cls.__name__ in truenorm.__all__
 }
 NAMES = list(ENTRIES)
 BOTH_MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -138,9 +141,7 @@ def test_factory_kwargs(name: str, dtype: torch.dtype) -> None:
     for sample in samples(name, dtype, training=True):
         built = sample.constructor_input
         if name != "LocalResponseNorm":  # creates no tensor, and takes no factory arguments
-            layer = getattr(truenorm, name)(
-                *built.args, **built.kwargs, device="cpu", dtype=dtype
-            )
+            layer = getattr(truenorm, name)(*built.args, **built.kwargs, device="cpu", dtype=dtype)
             state = layer.state_dict().values()
             assert all(v.dtype == dtype for v in state if v.is_floating_point())
             with torch.device("meta"):

@@ -1,8 +1,8 @@
-"""torch's own OpInfo database: every sample of every norm operator, run through truenorm.functional.
+"""torch's own OpInfo database: every sample of every norm operator, through truenorm.functional.
 
-What torch.testing's TestCommon, TestGradients, TestFwdGradients and TestMathBits check of an operator
-is checked here: values in every dtype, noncontiguous and lazily negated or conjugated inputs, error
-inputs, and every kind of derivative that the database says is supported.
+What torch.testing's TestCommon, TestGradients, TestFwdGradients and TestMathBits check is checked
+here: values in every dtype, noncontiguous and lazily negated or conjugated inputs, error inputs,
+and every kind of derivative that the database says is supported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import truenorm.functional as F
 from checking import same_layout
 from counts import passed
 from tolerances import last_place
@@ -21,6 +20,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._comparison import default_tolerances
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_map_only
+
+import truenorm.functional as F
 
 Op = Callable[..., torch.Tensor]
 
@@ -238,8 +239,8 @@ def derivative_inputs(name: str, dtype: torch.dtype) -> Iterator[tuple[Op, list[
         def of(*values: torch.Tensor, sample: Any = sample) -> torch.Tensor:
             given = iter(values)
 
-            def replace(t: torch.Tensor) -> torch.Tensor:
-                return next(given) if t.requires_grad else t.clone()
+            def replace(tensor: torch.Tensor) -> torch.Tensor:
+                return next(given) if tensor.requires_grad else tensor.clone()
 
             return call(
                 OURS[name],

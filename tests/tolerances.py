@@ -35,7 +35,7 @@ def assert_output(actual: Tensor, exact: Tensor) -> None:
     assert not torch.isnan(actual).any()
     error = (actual.double() - exact).abs()
     if actual.dtype in _MANTISSA:
-        # rounded once, to the nearest: half a unit, and what the rounding to float32 on the way adds
+        # rounded once, to the nearest: half a unit, and what rounding to float32 on the way adds
         unit = last_place(exact.to(actual.dtype), actual.dtype)
         assert bool((error <= 0.501 * unit).all()), f"{(error / unit).max():.3f} units off"
         return

@@ -123,12 +123,16 @@ def update_running(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor | None,
+    x: Tensor,
     mean: Tensor,
     var: Tensor,
-    count: int,
     momentum: float | None,
 ) -> None:
-    """running = (1 − momentum) · running + momentum · observed; momentum None: 1 / batches seen."""
+    """running = (1 − momentum) · running + momentum · observed; momentum None: 1 / batches seen.
+
+    Of x only the shape counts: it says how many values each new statistic spans.
+    """
+    count = x.numel() // mean.numel()
     factor: float | Tensor
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -145,7 +149,11 @@ def update_running(
 def _window_sum(values: Tensor, size: int, before: int) -> Tensor:
     """Sum over channels c − before … c − before + size − 1 of (N, C, S)."""
     padded = torch.nn.functional.pad(values, (0, 0, before, size - 1 - before))
-    return padded.unfold(1, size, 1).sum(-1)
+    channels = values.shape[1]
+    total = padded.narrow(1, 0, channels)
+    for shift in range(1, size):
+        total = total + padded.narrow(1, shift, channels)
+    return total
 
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:

@@ -86,7 +86,9 @@ def batch_norm_tracked(
     _checks.check_floating(input)
     if input.dim() < 2 and not input.numel():
         return input.clone()  # as torch, which looks for channels only where there are values
-    _checks.check_at_least_2d(input, IndexError)
+    # torch fails over the channels it looks for, or over the statistics it checks first
+    one_dim_error = IndexError if training and running_mean is None else RuntimeError
+    _checks.check_at_least_2d(input, one_dim_error)
     _checks.check_eps(eps, "batch_norm", training=training)
     _checks.check_both_running(running_mean, running_var)
     _checks.check_per_channel("running_mean", running_mean, input)
@@ -101,7 +103,7 @@ def batch_norm_tracked(
     _checks.check_more_than_one_value(input, count, per_sample=False)
     running = None
     if running_mean is not None and running_var is not None:
-        running = _ops.Running(running_mean, running_var, num_batches_tracked, count, momentum)
+        running = _ops.Running(running_mean, running_var, num_batches_tracked, momentum)
     return _ops.normalize(input, weight, bias, _axes.BATCH, eps, running)
 
 
@@ -162,7 +164,7 @@ def instance_norm(
     _checks.check_more_than_one_value(input, count, per_sample=True)
     running = None
     if running_mean is not None and running_var is not None:
-        running = _ops.Running(running_mean, running_var, None, count, momentum)
+        running = _ops.Running(running_mean, running_var, None, momentum)
     return _ops.normalize(input, weight, bias, axes, eps, running)
 
 
@@ -309,9 +311,9 @@ def local_response_norm(
     if not (input.is_floating_point() or input.is_complex()):
         input = input.to(torch.get_default_dtype())
     _checks.check_floating(input)
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    if half and torch.is_autocast_enabled(input.device.type):
-        # as under torch's autocast, which widens the power, and on CPU the pooling of 4D and 5D
-        if input.dim() > 3 or input.device.type != "cpu":
-            input = input.float()
+    # as under torch's autocast, which widens the power, and on CPU the pooling of 4D and 5D
+    device = input.device.type
+    widened = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if widened and (input.dim() > 3 or device != "cpu"):
+        input = input.to(torch.promote_types(input.dtype, torch.float32))
     return _ops.local_response_norm(input, size, alpha, beta, k)

@@ -11,28 +11,18 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _plain
 from .._axes import BATCH, Axes
 from . import autograd, operators
-from .autograd import Running
+from .autograd import Running, transformed
 
 __all__ = ["Running", "local_response_norm", "normalize", "normalize_fixed"]
 
 
-def _transformed(*tensors: Tensor | None) -> bool:
-    """Whether a function transform or forward-mode AD is at work."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    if forward_ad._current_level < 0:
-        return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
 def _wants_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     # empty inputs have no moments, and complex RMSNorm has no kernel
-    return x.numel() == 0 or x.is_complex() or _transformed(x, weight, bias)
+    return x.numel() == 0 or x.is_complex() or transformed(x, weight, bias)
 
 
 def normalize(
@@ -52,7 +42,7 @@ def normalize(
     if torch.compiler.is_compiling():
         y, mean, var = operators.forward(x, weight, bias, *axes, eps)
         if running is not None:
-            operators.update_running(*running[:3], mean, var, running.values, running.momentum)
+            operators.update_running(*running[:3], x, mean, var, running.momentum)
         return cast(Tensor, y)
     return cast(Tensor, autograd.Normalize.apply((axes, eps), running, x, weight, bias))  # type: ignore[no-untyped-call]
 
@@ -60,7 +50,7 @@ def normalize(
 def _update_plain(x: Tensor, running: Running, mean: Tensor, var: Tensor) -> None:
     with torch.no_grad():
         if x.numel():
-            _plain.update_running(*running[:3], mean, var, running.values, running.momentum)
+            _plain.update_running(*running[:3], x, mean, var, running.momentum)
         elif running.num_batches_tracked is not None:
             # as torch: an empty batch counts as a batch and leaves the statistics alone
             running.num_batches_tracked.add_(1)
@@ -84,7 +74,7 @@ def normalize_fixed(
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     """Divide each value of x (N, C, *) by a power of its neighbouring channels' energy."""
-    if _transformed(x):
+    if transformed(x):
         return _plain.local_response_norm(x, size, alpha, beta, k)
     if torch.compiler.is_compiling():
         return cast(Tensor, operators.local_response_norm(x, size, alpha, beta, k))

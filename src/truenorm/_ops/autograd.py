@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from .. import _plain
 from .._axes import BATCH, Axes
@@ -24,13 +24,21 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 class Running(NamedTuple):
-    """Running statistics to update, and how: `values` is how many each new statistic spans."""
+    """Running statistics to update, and how."""
 
     mean: Tensor
     var: Tensor
     num_batches_tracked: Tensor | None
-    values: int
     momentum: float | None
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether a function transform or forward-mode AD is at work: the plain formulas serve both."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _differentiate(
@@ -108,7 +116,11 @@ def _pull_back(ctx: Any, grad: Tensor, needs_input_grad: Sequence[bool]) -> Grad
     x, weight, mean, var = ctx.saved_tensors
     axes, eps, fixed = ctx.spec
     needs = sum(1 << i for i, needed in enumerate(needs_input_grad) if needed)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    found: Any
+    if transformed(grad, x, weight):
+        m, v = (mean, var) if fixed else _plain.moments(x, axes)
+        found = _plain.backward(grad, x, m, v, weight, axes, eps, fixed=fixed)
+    elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
         found = _Backward.apply(mean, var, (axes, eps, fixed, needs), grad, x, weight)  # type: ignore[no-untyped-call]
     else:
         found = operators.backward(grad, x, mean, var, weight, *axes, eps, fixed, needs)
@@ -133,9 +145,7 @@ class Normalize(Function):
         with _below_autograd():
             y, mean, var = operators.forward._op(x, weight, bias, *axes, eps)
             if running is not None:
-                operators.update_running._op(
-                    *running[:3], mean, var, running.values, running.momentum
-                )
+                operators.update_running._op(*running[:3], x, mean, var, running.momentum)
         _save(ctx, x, weight, bias, mean, var, axes, eps, False)
         return y
 
@@ -186,6 +196,8 @@ class _ResponseBackward(Function):
 
 def _response_pull_back(ctx: Any, grad: Tensor) -> Any:
     (x,) = ctx.saved_tensors
+    if transformed(grad, x):
+        return _plain.local_response_norm_backward(grad, x, *ctx.spec)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _ResponseBackward.apply(ctx.spec, grad, x)  # type: ignore[no-untyped-call]
     return operators.local_response_norm_backward(grad, x, *ctx.spec)

@@ -27,7 +27,7 @@ _SCHEMAS = {
     "backward": f"(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, {_AXES},"
     " float eps, bool fixed, int needs) -> (Tensor, Tensor, Tensor)",
     "update_running_": "(Tensor(a!) running_mean, Tensor(b!) running_var,"
-    " Tensor(c!)? num_batches_tracked, Tensor mean, Tensor var, int count, float? momentum) -> ()",
+    " Tensor(c!)? num_batches_tracked, Tensor x, Tensor mean, Tensor var, float? momentum) -> ()",
     "local_response_norm": "(Tensor x, int size, float alpha, float beta, float k) -> Tensor",
     "local_response_norm_backward": "(Tensor grad, Tensor x, int size, float alpha, float beta,"
     " float k) -> Tensor",

@@ -23,9 +23,6 @@ FLOAT32_GRADIENT = 5e-6
 # two blocks are merged, and 8 times over covers the merges that a value meets in these shapes
 # (8.9e-10 at an offset of 1e6). The first term is 5 standard deviations, rounded some 10 times
 FLOAT64_OUTPUT, FLOAT64_PER_OFFSET = 1e-14, 8 * 2.0**-53
-# results smaller than this part of a standard deviation are judged by the last place of this part:
-# below it, what is rounded is the mean, not the result
-SMALL = 2.0**-8
 
 
 def output_promise(dtype: torch.dtype, offset: float) -> float:
@@ -120,8 +117,7 @@ def last_places(y: Tensor, exact: Tensor) -> float:
     """Largest distance from the correctly rounded result, in units in its last place."""
     info = torch.finfo(y.dtype)
     rounded = exact.to(y.dtype).double()
-    floor = SMALL * float(exact.square().mean().sqrt())
-    _, exponent = torch.frexp(rounded.abs().clamp(min=max(floor, info.tiny)))
+    _, exponent = torch.frexp(rounded.abs().clamp(min=info.tiny))
     place = torch.ldexp(torch.full_like(rounded, info.eps), exponent - 1)
     return _finite(((y.detach().double() - rounded).abs() / place).max())
 

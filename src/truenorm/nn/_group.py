@@ -29,7 +29,8 @@ class GroupNorm(Traceable, torch.nn.GroupNorm):
     Source: Wu and He 2018, https://arxiv.org/abs/1803.08494. Arguments as in torch.nn.GroupNorm.
     """
 
-    @functools.wraps(torch.nn.GroupNorm.__init__)  # its signature is that of the installed torch
+    # its signature is that of the installed torch
+    @functools.wraps(torch.nn.GroupNorm.__init__)  # type: ignore[misc]
     def __init__(self, num_groups: int, num_channels: int, *args: Any, **kwargs: Any) -> None:
         _checks.check_num_groups_divide(num_groups, num_channels)
         super().__init__(num_groups, num_channels, *args, **kwargs)
