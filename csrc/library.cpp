@@ -156,6 +156,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     torch::stable::zero_(grad_bias);
     return {grad_x, grad_weight, grad_bias};
   }
+  if (g.values_per_statistic() == 1 && g.centred && !fixed && (needs & kInput)) {
+    // one value is its own mean: its gradient is zero, not the rounding of what cancels
+    torch::stable::zero_(grad_x);
+    needs &= ~kInput;
+  }
   const Tensor dense_x = laid_out(x, g);
   const Tensor same_type =
       grad.scalar_type() == x.scalar_type() ? grad : torch::stable::to(grad, x.scalar_type());

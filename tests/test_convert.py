@@ -211,6 +211,17 @@ def test_layers_on_meta_and_in_half() -> None:
     assert model[1](torch.randn(2, 5, 3, 3).half()).dtype == torch.float16
 
 
+def test_half_precision_and_back() -> None:
+    model = convert(nn.Sequential(nn.BatchNorm1d(5), nn.BatchNorm1d(5, affine=False))).bfloat16()
+    x = torch.randn(7, 5, dtype=torch.bfloat16)
+    model(x)
+    assert [layer.running_var.dtype for layer in model] == [torch.float32, torch.float32]
+    expected = model[0].running_var.bfloat16()
+    revert(model)
+    assert torch.equal(model[0].running_var, expected)
+    model(x)  # torch takes statistics of the parameters' dtype only
+
+
 def test_subclasses_are_left_alone() -> None:
     class Mine(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:

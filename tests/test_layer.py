@@ -10,6 +10,7 @@ from cases import LAYOUTS, exact, randomize, run
 from checking import check_layer, same_layout
 from tolerances import FLOAT32_GRADIENT, assert_output
 
+import truenorm
 from truenorm import LayerNorm, RMSNorm, reference
 
 SHAPES = [
@@ -162,3 +163,10 @@ def test_a_row_does_not_depend_on_the_others(cls: Any) -> None:
     y = layer(x)
     for i in range(7):
         assert torch.equal(layer(x[i : i + 1])[0], y[i])
+
+
+def test_one_value_has_no_gradient() -> None:
+    layer = truenorm.LayerNorm(1, eps=1e-30)
+    x = torch.randn(7, 1, requires_grad=True)
+    (found,) = torch.autograd.grad(layer(x * 1e3), x, torch.randn(7, 1))
+    assert torch.equal(found, torch.zeros(7, 1))

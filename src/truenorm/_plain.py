@@ -134,16 +134,16 @@ def update_running(
     """
     count = x.numel() // mean.numel()
     factor: float | Tensor
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
     if momentum is not None:
         factor = momentum
     else:
         assert num_batches_tracked is not None
-        factor = 1.0 / _wide(num_batches_tracked)
+        factor = 1.0 / (_wide(num_batches_tracked) + 1.0)
     seen = observed(_wide(mean), _wide(var), running_mean.numel(), count)
     for running, new in zip((running_mean, running_var), seen, strict=True):
         running.copy_((1.0 - factor) * _wide(running) + factor * new)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
 
 
 def _window_sum(values: Tensor, size: int, before: int) -> Tensor:

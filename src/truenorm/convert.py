@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 from torch.nn import Module
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from . import nn
@@ -20,23 +21,29 @@ _TO_TRUENORM: dict[type[Module], type[Module]] = {
 }
 _TO_TORCH = {ours: theirs for theirs, ours in _TO_TRUENORM.items()}
 
+_HALF = (torch.float16, torch.bfloat16)
+
 M = TypeVar("M", bound=Module)
 
 
-def _swap(model: M, classes: dict[type[Module], type[Module]]) -> M:
+def _swap(model: Module, classes: dict[type[Module], type[Module]]) -> list[Module]:
+    """Swap classes below `model`; the layers that were swapped."""
     if not isinstance(model, Module):
         raise TypeError(
             f"`model` must be a torch.nn.Module, but got {type(model).__name__}: pass the model "
             "itself, not its state_dict or its output"
         )
+    swapped = []
     for module in model.modules():
         kind = type(module)
         if kind in classes:
             module.__class__ = classes[kind]
+            swapped.append(module)
         elif parametrize.is_parametrized(module) and kind.__bases__[0] in classes:
             # torch gives each parametrized layer a class of its own, derived from the layer's
             kind.__bases__ = (classes[kind.__bases__[0]],)
-    return model
+            swapped.append(module)
+    return swapped
 
 
 def convert(model: M, *, only: tuple[type[Module], ...] | None = None) -> M:
@@ -61,12 +68,22 @@ def convert(model: M, *, only: tuple[type[Module], ...] | None = None) -> M:
                     f"torch.nn's normalization layers: choose from {known}"
                 )
         classes = {kind: _TO_TRUENORM[kind] for kind in only}
-    return _swap(model, classes)
+    _swap(model, classes)
+    return model
 
 
 def revert(model: M) -> M:
     """Make every truenorm layer of `model` torch's again, in place: the inverse of `convert`.
 
+    A layer whose parameters are in half precision has its running statistics cast to their dtype:
+    truenorm keeps those in float32, and torch refuses the mixture.
+
     Errors: TypeError where `model` is no module.
     """
-    return _swap(model, _TO_TORCH)
+    for module in _swap(model, _TO_TORCH):
+        weight = getattr(module, "weight", None)
+        if isinstance(module, _NormBase) and weight is not None and weight.dtype in _HALF:
+            for name in ("running_mean", "running_var"):
+                if (statistic := module._buffers.get(name)) is not None:
+                    module._buffers[name] = statistic.to(weight.dtype)
+    return model
