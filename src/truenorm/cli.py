@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import NoReturn
 
@@ -52,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except SystemExit as exit:  # argparse's own, after --help and --version
         return exit.code if isinstance(exit.code, int) else 0
+    except BrokenPipeError:
+        # the reader, `head` say, has seen enough; python would complain again when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("truenorm: interrupted", file=sys.stderr)
         return 130
