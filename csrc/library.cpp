@@ -5,6 +5,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -31,6 +36,24 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
 
 Tensor empty(int64_t size, ScalarType type) { return empty_strided({size}, {1}, type); }
 
+// Linux hands out fresh memory page by page, and the faults cost more than the arithmetic: ask for
+// huge pages before the first touch.
+constexpr size_t kHugeFrom = size_t{4} << 20;
+
+Tensor empty_result(const Geometry& g, ScalarType type) {
+  Tensor result = empty_strided(g.sizes, g.strides, type);
+#if defined(__linux__)
+  const size_t bytes = size_t(g.numel()) * result.element_size();
+  if (bytes >= kHugeFrom) {
+    const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
+    const auto begin = (uintptr_t(result.mutable_data_ptr()) + page - 1) & ~(page - 1);
+    const auto end = (uintptr_t(result.mutable_data_ptr()) + bytes) & ~(page - 1);
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+  return result;
+}
+
 Geometry geometry_of(const Tensor& x, const Axes& axes) {
   return geometry(x.sizes().data(), x.strides().data(), x.dim(), axes);
 }
@@ -55,7 +78,8 @@ class Values {
     if (!p) return;
     constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
     tensor_ = p->scalar_type() == type ? *p : torch::stable::to(*p, type);
-    tensor_ = torch::stable::contiguous(*tensor_);
+    // a call of contiguous() costs more than a small input's whole work
+    if (!tensor_->is_contiguous()) tensor_ = torch::stable::contiguous(*tensor_);
     data_ = static_cast<const A*>(tensor_->const_data_ptr());
   }
   const A* get() const { return data_; }
@@ -109,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor
                                            std::optional<Tensor> bias, int64_t num_groups,
                                            int64_t feature_dims, bool centred, double eps) {
   const Geometry g = geometry_of(x, {num_groups, feature_dims, centred});
-  Tensor y = empty_strided(g.sizes, g.strides, x.scalar_type());
+  Tensor y = empty_result(g, x.scalar_type());
   Tensor mean = empty(g.num_statistics(), ScalarType::Double);
   Tensor var = empty(g.num_statistics(), ScalarType::Double);
   STD_TORCH_CHECK(g.numel() > 0, "truenorm::forward takes no empty tensor: it has no moments");
@@ -126,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor
 Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& var, std::optional<Tensor> weight,
              std::optional<Tensor> bias, double eps) {
   const Geometry g = geometry_of(x, {0, 0, true});
-  Tensor y = empty_strided(g.sizes, g.strides, x.scalar_type());
+  Tensor y = empty_result(g, x.scalar_type());
   if (g.numel() == 0) return y;
   const Tensor dense = laid_out(x, g);
   const Values<double> m(mean), v(var);
@@ -139,6 +163,38 @@ Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& var, std::option
   return y;
 }
 
+// Gradients of weight and bias: shaped like the channels of x, in weight's dtype, or where there is
+// none in the one that x is computed in. _ops/operators.py states the same rule.
+struct Params {
+  std::vector<int64_t> sizes;
+  ScalarType type;
+
+  Params(const Tensor& x, const std::optional<Tensor>& weight, const Geometry& g,
+         int64_t feature_dims)
+      : type(weight                                  ? weight->scalar_type()
+             : x.scalar_type() == ScalarType::Double ? ScalarType::Double
+                                                     : ScalarType::Float) {
+    if (feature_dims > 0)
+      sizes.assign(g.sizes.end() - feature_dims, g.sizes.end());
+    else
+      sizes = {g.c};
+  }
+
+  Tensor gradient(bool wanted) const {
+    if (!wanted) return empty(0, type);
+    std::vector<int64_t> strides(sizes.size());
+    int64_t step = 1;
+    for (size_t d = sizes.size(); d-- > 0; step *= sizes[d]) strides[d] = step;
+    return empty_strided(sizes, strides, type);
+  }
+};
+
+void store(const double* values, Tensor& to) {
+  with_type(to, [&]<class T>(T) {
+    table<T>(kernels()).narrow(values, static_cast<T*>(to.mutable_data_ptr()), to.numel());
+  });
+}
+
 // which gradients are wanted: NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS of _ops.py
 constexpr int64_t kInput = 1, kWeight = 2, kBias = 4;
 
@@ -147,10 +203,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
                                             int64_t num_groups, int64_t feature_dims, bool centred,
                                             double eps, bool fixed, int64_t needs) {
   const Geometry g = geometry_of(x, {num_groups, feature_dims, centred});
-  Tensor grad_x = needs & kInput ? empty_strided(g.sizes, g.strides, x.scalar_type())
-                                 : empty(0, x.scalar_type());
-  Tensor grad_weight = empty(needs & kWeight ? g.c : 0, ScalarType::Double);
-  Tensor grad_bias = empty(needs & kBias ? g.c : 0, ScalarType::Double);
+  Tensor grad_x = needs & kInput ? empty_result(g, x.scalar_type()) : empty(0, x.scalar_type());
+  const Params params(x, weight, g, feature_dims);
+  Tensor grad_weight = params.gradient(needs & kWeight);
+  Tensor grad_bias = params.gradient(needs & kBias);
   if (g.numel() == 0) {
     torch::stable::zero_(grad_weight);
     torch::stable::zero_(grad_bias);
@@ -166,14 +222,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
       grad.scalar_type() == x.scalar_type() ? grad : torch::stable::to(grad, x.scalar_type());
   const Tensor dense_grad = laid_out(same_type, g);
   const Values<double> m(mean), v(var);
+  const auto sums = scratch<double>(2 * g.c);
+  double* const of_weight = needs & kWeight ? sums.get() : nullptr;
+  double* const of_bias = needs & kBias ? sums.get() + g.c : nullptr;
   with_type(x, [&]<class T>(T) {
     const Values<compute_t<T>> w(weight);
     run(Backward<T>{g, table<T>(kernels()), eps, static_cast<const T*>(dense_grad.const_data_ptr()),
                     static_cast<const T*>(dense_x.const_data_ptr()),
                     needs & kInput ? static_cast<T*>(grad_x.mutable_data_ptr()) : nullptr, w.get(),
-                    m.get(), v.get(), needs & kWeight ? doubles(grad_weight) : nullptr,
-                    needs & kBias ? doubles(grad_bias) : nullptr, fixed});
+                    m.get(), v.get(), of_weight, of_bias, fixed});
   });
+  if (of_weight) store(of_weight, grad_weight);
+  if (of_bias) store(of_bias, grad_bias);
   return {grad_x, grad_weight, grad_bias};
 }
 
@@ -215,7 +275,7 @@ void update_running(Tensor running_mean, Tensor running_var,
 
 Tensor local_response(const Tensor& x, int64_t size, double alpha, double beta, double k) {
   const Geometry g = geometry_of(x, {0, 0, true});
-  Tensor y = empty_strided(g.sizes, g.strides, x.scalar_type());
+  Tensor y = empty_result(g, x.scalar_type());
   if (g.numel() == 0) return y;
   const Tensor dense = laid_out(x, g);
   with_type(x, [&]<class T>(T) {
@@ -228,7 +288,7 @@ Tensor local_response(const Tensor& x, int64_t size, double alpha, double beta, 
 Tensor local_response_backward(const Tensor& grad, const Tensor& x, int64_t size, double alpha,
                                double beta, double k) {
   const Geometry g = geometry_of(x, {0, 0, true});
-  Tensor grad_x = empty_strided(g.sizes, g.strides, x.scalar_type());
+  Tensor grad_x = empty_result(g, x.scalar_type());
   if (g.numel() == 0) return grad_x;
   const Tensor dense_x = laid_out(x, g);
   const Tensor dense_grad = laid_out(

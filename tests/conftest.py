@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
+import tempfile
 import warnings
+
+# torch keeps compiled graphs on disk, by the operators' names: those of another version of truenorm
+# must not be run in their stead
+CACHE = tempfile.TemporaryDirectory(prefix="truenorm-tests-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
 
 import counts
 import pytest

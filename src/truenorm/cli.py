@@ -1,4 +1,4 @@
-"""The command `truenorm`: explain, verify, demo and info."""
+"""The command `truenorm`: explain, verify, bench, demo and info."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command, with its four commands."""
-    from . import __version__, _verify
+    """The parser of the command, with its five commands."""
+    from . import __version__, _bench, _verify
     from ._demo import command as demo
     from ._explain import command as explain
 
@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="command", required=True)
     explain.add_parser(subparsers)
     _verify.add_parser(subparsers)
+    _bench.add_parser(subparsers)
     demo.add_parser(subparsers)
     info = subparsers.add_parser("info", help="say which path serves which device")
     info.set_defaults(func=_info)

@@ -50,7 +50,7 @@ def _differentiate(
         views = [i.view_as(i) if i is not None and i.requires_grad else i for i in inputs]
         outputs = gradients(*views)
         used = [
-            (output, grad.to(output.dtype))
+            (output, grad.reshape(output.shape).to(output.dtype))
             for output, grad in zip(outputs, incoming, strict=True)
             if grad is not None and output.requires_grad
         ]
@@ -108,6 +108,7 @@ def _save(
     """What every norm saves: the input as it is, its statistics, and the weight."""
     ctx.save_for_backward(x, weight, mean, var)
     ctx.spec = spec
+    ctx.weight_like = None if weight is None else (weight.shape, weight.dtype)
     ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
 
 
@@ -115,23 +116,32 @@ def _pull_back(ctx: Any, grad: Tensor, needs_input_grad: Sequence[bool]) -> Grad
     """Gradients of (x, weight, bias), in their shapes and dtypes."""
     x, weight, mean, var = ctx.saved_tensors
     axes, eps, fixed = ctx.spec
-    needs = sum(1 << i for i, needed in enumerate(needs_input_grad) if needed)
+    needs_x, needs_weight, needs_bias = needs_input_grad
+    needs = needs_x * NEEDS_INPUT + needs_weight * NEEDS_WEIGHT + needs_bias * NEEDS_BIAS
     found: Any
-    if transformed(grad, x, weight):
+    if torch.compiler.is_compiling():
+        found = operators.backward(grad, x, mean, var, weight, *axes, eps, fixed, needs)
+    elif transformed(grad, x, weight):
         m, v = (mean, var) if fixed else _plain.moments(x, axes)
         found = _plain.backward(grad, x, m, v, weight, axes, eps, fixed=fixed)
-    elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    elif torch.is_grad_enabled():
         found = _Backward.apply(mean, var, (axes, eps, fixed, needs), grad, x, weight)  # type: ignore[no-untyped-call]
     else:
-        found = operators.backward(grad, x, mean, var, weight, *axes, eps, fixed, needs)
-    grad_x = found[0] if needs & NEEDS_INPUT else None
-    grad_weight = grad_bias = None
-    if needs & NEEDS_WEIGHT:
-        grad_weight = found[1].to(weight.dtype).view(weight.shape)
-    if needs & NEEDS_BIAS:
-        shape, dtype = ctx.bias_like
-        grad_bias = found[2].to(dtype).view(shape)
-    return grad_x, grad_weight, grad_bias
+        with _below_autograd():
+            found = operators.backward._op(grad, x, mean, var, weight, *axes, eps, fixed, needs)
+    grad_x, grad_weight, grad_bias = found
+    return (
+        grad_x if needs_x else None,
+        _as(grad_weight, ctx.weight_like) if needs_weight else None,
+        _as(grad_bias, ctx.bias_like) if needs_bias else None,
+    )
+
+
+def _as(gradient: Tensor, like: tuple[torch.Size, torch.dtype]) -> Tensor:
+    shape, dtype = like
+    if gradient.shape != shape:
+        gradient = gradient.view(shape)
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 class Normalize(Function):
@@ -196,11 +206,14 @@ class _ResponseBackward(Function):
 
 def _response_pull_back(ctx: Any, grad: Tensor) -> Any:
     (x,) = ctx.saved_tensors
+    if torch.compiler.is_compiling():
+        return operators.local_response_norm_backward(grad, x, *ctx.spec)
     if transformed(grad, x):
         return _plain.local_response_norm_backward(grad, x, *ctx.spec)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
         return _ResponseBackward.apply(ctx.spec, grad, x)  # type: ignore[no-untyped-call]
-    return operators.local_response_norm_backward(grad, x, *ctx.spec)
+    with _below_autograd():
+        return operators.local_response_norm_backward._op(grad, x, *ctx.spec)
 
 
 class LocalResponseNorm(Function):

@@ -43,6 +43,16 @@ for _name, _schema in _SCHEMAS.items():
 # ---------------------------------------------------------------- plain kernels, any device
 
 
+def _parameter_like(
+    x: Tensor, weight: Tensor | None, feature_dims: int
+) -> tuple[torch.Size, torch.dtype]:
+    """Shape and dtype of the gradients of weight and bias."""
+    shape = x.shape[-feature_dims:] if feature_dims else x.shape[1:2]
+    if weight is not None:
+        return shape, weight.dtype
+    return shape, torch.promote_types(x.dtype, torch.float32)
+
+
 def _plain_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -75,10 +85,12 @@ def _plain_backward(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     axes = Axes(num_groups, feature_dims, centred)
-    gradients = _plain.backward(grad, x, mean, var, weight, axes, eps, fixed=fixed)
-    return tuple(  # type: ignore[return-value]
-        gradient if needs & 1 << i else gradient.new_empty(0)
-        for i, gradient in enumerate(gradients)
+    found = _plain.backward(grad, x, mean, var, weight, axes, eps, fixed=fixed)
+    shape, dtype = _parameter_like(x, weight, feature_dims)
+    return (
+        found[0] if needs & NEEDS_INPUT else x.new_empty(0),
+        found[1].view(shape).to(dtype) if needs & NEEDS_WEIGHT else x.new_empty(0, dtype=dtype),
+        found[2].view(shape).to(dtype) if needs & NEEDS_BIAS else x.new_empty(0, dtype=dtype),
     )
 
 
@@ -135,10 +147,10 @@ def _fake_backward(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     axes = Axes(num_groups, feature_dims, centred)
-    _, channels, _ = _axes.ncs(x.shape, axes)
+    shape, dtype = _parameter_like(x, weight, feature_dims)
 
     def parameter(needed: int) -> Tensor:
-        return x.new_empty(channels if needs & needed else 0, dtype=_statistic_dtype(x))
+        return x.new_empty(shape if needs & needed else 0, dtype=dtype)
 
     grad_input = _axes.empty_result(x, axes) if needs & NEEDS_INPUT else x.new_empty(0)
     return grad_input, parameter(NEEDS_WEIGHT), parameter(NEEDS_BIAS)
