@@ -7,14 +7,14 @@ import os
 import tempfile
 import warnings
 
+import counts
+import pytest
+import torch
+
 # torch keeps compiled graphs on disk, by the operators' names: those of another version of truenorm
 # must not be run in their stead
 CACHE = tempfile.TemporaryDirectory(prefix="truenorm-tests-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
-
-import counts
-import pytest
-import torch
 
 with warnings.catch_warnings():
     # without the native library truenorm warns, and the suite runs on plain PyTorch ops
