@@ -18,11 +18,12 @@ BUILT_FROM := $(CPP) CMakeLists.txt pyproject.toml build_backend/truenorm_build.
 export TRUENORM_WERROR ?= ON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types format wheel verify sanitize mutate clean
+.PHONY: help run test lint types format wheel verify bench bench-quick sanitize mutate \
+	clean
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
-		printf 'make %-9s %s\n' "$$name" "$$text"; done
+	@sed -nE 's/^([a-z-]+):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
+		printf 'make %-11s %s\n' "$$name" "$$text"; done
 
 run: $(VENV)/demo  ## install what is needed, and show what the library does
 	@$(BIN)/truenorm demo
@@ -51,6 +52,17 @@ wheel: $(VENV)/tools  ## build dist/*.whl, native core included
 
 verify: $(VENV)/demo  ## check the numerical promises on this machine
 	@$(BIN)/truenorm verify
+
+# what else to measure: make bench BENCH="--threads 1 2 --compile"
+BENCH ?=
+
+bench: $(VENV)/demo  ## time every layer beside torch's (BENCH=...: other options of the command)
+	@mkdir -p benchmarks/results
+	@$(BIN)/truenorm bench --json benchmarks/results/cpu-$$(date +%F).json \
+		--chart docs/images/bench-cpu.png $(BENCH)
+
+bench-quick: $(VENV)/demo  ## the same in under two minutes, on fewer cases; writes nothing
+	@$(BIN)/truenorm bench --quick $(BENCH)
 
 sanitize: build/sanitize/_native.so  ## the kernel tests under ASan and UBSan (needs g++)
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \

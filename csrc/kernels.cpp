@@ -16,7 +16,7 @@ TN_INLINE const T* block(const T* from, int64_t count, T with, Padded<T>& padded
   return count >= kLanes ? from : Padded<T>::fill(padded, from, count, with);
 }
 
-// ------------------------------------------------------------------------------- moments
+// ------------------------------------------------------------------- moments
 
 template <class T>
 Moments moments(const T* x, int64_t runs, int64_t len, int64_t stride, bool centred) {
@@ -88,8 +88,7 @@ void column_moments(const T* x, int64_t rows, int64_t cols, int64_t ld, double* 
   for (; c < cols; c += kLanes) column_block<T, 1>(x + c, rows, cols - c, ld, mean + c, m2 + c);
 }
 
-// ------------------------------------------------------------------------------- element by
-// element
+// ------------------------------------------------------------------- element by element
 
 // out[i] = f(in[0][i], …, coef[0][i], …), 16 values at a time; the last few through padded copies.
 template <class L, int In, int Coefs, class T, class A, class Fn>
@@ -210,7 +209,7 @@ void grad_scale_each(const T* grad, T* grad_x, int64_t len, const compute_t<T>* 
                      [](const V* v, const V* c) { return v[0] * c[0]; });
 }
 
-// ------------------------------------------------------------------------------- gradient sums
+// ------------------------------------------------------------------- gradient sums
 
 template <class T>
 GradSums grad_sums(const T* grad, const T* x, int64_t runs, int64_t len, int64_t stride,
@@ -331,7 +330,7 @@ void row_param_sums(const T* grad, const T* x, int64_t rows, int64_t cols, int64
                           sum_grad + c);
 }
 
-// ------------------------------------------------------------------------------- conversions
+// ------------------------------------------------------------------- conversions
 
 template <class T>
 void widen(const T* in, double* out, int64_t len) {

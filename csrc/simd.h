@@ -232,8 +232,6 @@ struct Sum {
   }
 };
 
-TN_INLINE vd splat_double(double value) { return value - vd{}; }
-
 template <class V, class A>
 TN_INLINE V splat(A value) {
   return value - V{};

@@ -29,7 +29,7 @@ def test_version_and_help(capsys) -> None:
     assert run(capsys, "--version")[:2] == (0, f"truenorm {truenorm.__version__}\n")
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    for name in ("explain", "verify", "demo", "info"):
+    for name in ("explain", "verify", "bench", "demo", "info"):
         assert name in out
 
 

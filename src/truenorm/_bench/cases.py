@@ -127,7 +127,7 @@ _BATCH_1D: tuple[tuple[Shape, str, bool], ...] = (
     ((32, 512, 4096), "PointNet", False),
     ((65536, 128), "PointNet, points in rows", False),
 )
-_NNUNET = (
+_NNUNET: tuple[tuple[Shape, bool], ...] = (
     ((2, 32, 128, 128, 128), False),
     ((2, 64, 64, 64, 64), False),
     ((2, 128, 32, 32, 32), True),
@@ -135,14 +135,14 @@ _NNUNET = (
     ((2, 320, 8, 8, 8), True),
     ((2, 320, 4, 4, 4), False),
 )
-_CYCLEGAN = ((64, 256, 256), (128, 128, 128), (256, 64, 64))
-_DIFFUSION = ((2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16))
-_FEATURES = (
+_CYCLEGAN: tuple[Shape, ...] = ((64, 256, 256), (128, 128, 128), (256, 64, 64))
+_DIFFUSION: tuple[Shape, ...] = ((2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16))
+_FEATURES: tuple[tuple[Shape, str, bool], ...] = (
     ((8, 1024, 768), "GPT-2", True),
     ((4096, 4096), "a 7B language model", False),
     ((2, 512, 1024), "BERT-large", True),
 )
-_LRN = (
+_LRN: tuple[tuple[Shape, str, bool], ...] = (
     ((32, 64, 27, 27), "AlexNet", True),
     ((8, 192, 13, 13), "AlexNet", True),
     ((8, 192, 56, 56), "GoogLeNet", False),
@@ -159,8 +159,8 @@ def _instance() -> Iterator[Case]:
         for batch, network in ((1, "CycleGAN"), (8, "style transfer")):
             for size in _CYCLEGAN:
                 kwargs, quick = {"num_features": size[0]}, (batch, size[0]) == (1, 64)
-                shape = (batch, *size)
-                yield Case("InstanceNorm2d", kwargs, shape, network, channels_last, quick=quick)
+                whole = (batch, *size)
+                yield Case("InstanceNorm2d", kwargs, whole, network, channels_last, quick=quick)
         for shape, quick in _NNUNET:
             kwargs = {"num_features": shape[1], "affine": True}
             yield Case("InstanceNorm3d", kwargs, shape, "nnU-Net", channels_last, quick=quick)
@@ -179,14 +179,13 @@ def _batch() -> Iterator[Case]:
 
 def _others() -> Iterator[Case]:
     for channels_last in (False, True):
-        for shape in _DIFFUSION:
-            kwargs: dict[str, Any] = {"num_groups": 32, "num_channels": shape[1]}
-            quick = shape[1] != 640
-            yield Case("GroupNorm", kwargs, shape, "diffusion U-Net", channels_last, quick=quick)
+        for size in _DIFFUSION:
+            kwargs: dict[str, Any] = {"num_groups": 32, "num_channels": size[1]}
+            quick = size[1] != 640
+            yield Case("GroupNorm", kwargs, size, "diffusion U-Net", channels_last, quick=quick)
     for layer in ("LayerNorm", "RMSNorm"):
         for shape, network, quick in _FEATURES:
-            kwargs = {"normalized_shape": shape[-1]}
-            yield Case(layer, kwargs, shape, network, quick=quick)
+            yield Case(layer, {"normalized_shape": shape[-1]}, shape, network, quick=quick)
     kwargs = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0}
     for shape, network, quick in _LRN:
         yield Case("LocalResponseNorm", kwargs, shape, network, quick=quick)

@@ -9,14 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from .._explain.palette import COLORS, FAINT, INK, PAPER, QUIET
-from .report import Result, families, machine
+from .results import Result, families, machine
 from .timing import BOTH, COMPILE, DIRECTIONS, FORWARD, TORCH
 
 DPI = 150
-_ROW, _WIDTH, _TOP, _BOTTOM = 0.185, 10.0, 1.35, 0.45
+_ROW, _WIDTH, _TOP, _BOTTOM = 0.185, 10.0, 1.55, 0.45
 _OURS, _SLOWER, _FLOOR, _COMPILE = "#2F4B9B", COLORS[1], INK, COLORS[6]
 _TITLES = {FORWARD: "forward", BOTH: "forward and backward"}
 _LEFT, _RIGHT = 0.315, 0.985
@@ -52,7 +52,7 @@ def _panel(ax: Axes, rows: Sequence[tuple[str, Result | None]], direction: str) 
     ax.tick_params(axis="x", colors=QUIET, labelsize=8.5, color=FAINT, labeltop=True, top=True)
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.minorticks_off()
     ax.grid(axis="x", color=FAINT, linewidth=0.8)
     ax.set_axisbelow(True)
     for side in ax.spines.values():
@@ -82,6 +82,8 @@ def _limits(results: Sequence[Result], direction: str) -> tuple[float, float]:
         if ratio is not None:
             floor = result.timings[direction].of_floor().median
             reached += [ratio.low, ratio.high, ratio.median / floor]
+            if compiled := result.timings[direction].ratio(COMPILE):
+                reached.append(ratio.median / compiled.median)
     return min(reached) / 1.25, max(reached) * 1.25
 
 

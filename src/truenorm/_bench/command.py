@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import gc
 import json
 import os
 from pathlib import Path
@@ -18,7 +17,7 @@ from .._library import info
 from .._verify.sections import DTYPES
 from . import report
 from .cases import CASES, FAMILIES, LAYERS, Case
-from .report import Result
+from .results import Result, as_json, families, machine
 from .subject import Subject, validate
 from .timing import DIRECTIONS, FULL, QUICK, Plan, time_case
 
@@ -123,7 +122,7 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     threads = list(dict.fromkeys(args.threads or [torch.get_num_threads()]))
     dtypes = list(dict.fromkeys(args.dtype))
     plan = QUICK if args.quick else FULL
-    print(f"{report.machine()['processor']}, {os.cpu_count()} cores\n{info()}\n", flush=True)
+    print(f"{machine()['processor']}, {os.cpu_count()} cores\n{info()}\n", flush=True)
     results: list[Result] = []
     with report.progress(len(cases) * len(dtypes)) as progress:
         lines = report.Lines(cases, compiled=args.compile, write=progress.write)
@@ -138,14 +137,12 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
                 for result in found:
                     lines.result(result)
                 results += found
-                # before the next case's tensors are made
-                gc.collect()
-    rows = report.families(results)
+    rows = families(results)
     wrong = sum(bool(r.wrong) for r in results)
     print(f"\n{report.summary(rows)}\n{len(results)} measurements, {wrong} wrong")
     if args.json is not None:
         about = {"date": str(datetime.date.today()), "quick": args.quick, "threads": threads}
-        text = json.dumps(report.as_json(results, rows, **about), indent=1, ensure_ascii=False)
+        text = json.dumps(as_json(results, rows, **about), indent=1, ensure_ascii=False)
         args.json.write_text(text + "\n", encoding="utf-8")
     if args.chart is not None:
         from .chart import draw

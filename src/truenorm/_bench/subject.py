@@ -35,10 +35,10 @@ class Subject:
         self.case, self.dtype = case, dtype
         generator = torch.Generator().manual_seed(20)
         self.ours: Any = case.build(nn).to(dtype)
-        for name, value in (*self.ours.named_parameters(), *self.ours.named_buffers()):
-            if value.is_floating_point():
-                values = torch.rand(value.shape, generator=generator) + 0.5
-                value.data.copy_(values - 1.0 if name in ("bias", "running_mean") else values)
+        for name, held in (*self.ours.named_parameters(), *self.ours.named_buffers()):
+            if held.is_floating_point():
+                least = -0.5 if name in ("bias", "running_mean") else 0.5
+                held.data.copy_(torch.rand(held.shape, generator=generator) + least)
         self.theirs: Any = case.build(torch.nn).to(dtype)
         self.theirs.load_state_dict(self.ours.state_dict())
 
@@ -53,19 +53,23 @@ def _pieces(case: Case) -> Iterator[tuple[slice, slice]]:
     """(samples, channels), together the whole input, none cutting through a statistic."""
     samples, channels = case.shape[:2]
     positions = case.numel // (samples * channels)
-    sample_step = channel_step = 0
     if case.layer.startswith("BatchNorm"):
         sample_step, channel_step = samples, _PIECE // (samples * positions)
-    elif case.layer.startswith("InstanceNorm") and channels * positions > _PIECE:
-        sample_step, channel_step = 1, _PIECE // positions
+    elif case.layer.startswith("InstanceNorm"):
+        sample_step, channel_step = _PIECE // (channels * positions), _PIECE // positions
     else:
         sample_step, channel_step = _PIECE // (channels * positions), channels
-    for first in range(0, samples, max(1, sample_step)):
-        for channel in range(0, channels, max(1, channel_step)):
-            yield (
-                slice(first, first + max(1, sample_step)),
-                slice(channel, channel + max(1, channel_step)),
-            )
+    for s in _steps(samples, sample_step):
+        for c in _steps(channels, channel_step):
+            yield s, c
+
+
+def _steps(size: int, step: int) -> Iterator[slice]:
+    if step >= size:
+        yield slice(None)
+        return
+    for first in range(0, size, max(1, step)):
+        yield slice(first, first + max(1, step))
 
 
 def _exact(layer: Any, x: Tensor, grad: Tensor, channels: slice) -> tuple[Tensor, Gradients]:

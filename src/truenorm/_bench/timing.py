@@ -50,7 +50,7 @@ class Plan:
     round_seconds: float = 1e-3
 
 
-FULL, QUICK = Plan(), Plan(minimum=5, maximum=15, seconds=0.4)
+FULL, QUICK = Plan(), Plan(minimum=5, maximum=21, seconds=0.8)
 
 
 class Quartiles(NamedTuple):
@@ -126,7 +126,6 @@ def in_turn(contenders: Mapping[str, Callable[[], object]], plan: Plan) -> dict[
     seconds: dict[str, list[float]] = {name: [] for name in names}
     # a collection would be charged to whoever runs just then
     collecting = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         start = time.perf_counter()
