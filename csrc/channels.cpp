@@ -2,7 +2,6 @@
 // statistics see one matrix of all samples' positions; the others one matrix per sample, whose
 // columns are merged where a group has several channels.
 #include <cmath>
-#include <vector>
 
 #include "layers.h"
 #include "parallel.h"
@@ -154,8 +153,9 @@ std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut) {
 
 template <class T>
 void param_grads(const Backward<T>& b, const Cut& cut, const GradSums* sums) {
+  if (!b.grad_weight && !b.grad_bias) return;
   const int64_t per_group = b.geometry.channels_per_group(), groups = b.geometry.groups();
-  for (int64_t c = 0; c < cut.channels; ++c) {
+  parallel(cut.channels, 16 * cut.matrices, [&](int64_t c) {
     double weight = 0.0, bias = 0.0;
     for (int64_t m = 0; m < cut.matrices; ++m) {
       const GradSums& s = sums[m * cut.channels + c];
@@ -164,51 +164,41 @@ void param_grads(const Backward<T>& b, const Cut& cut, const GradSums* sums) {
     }
     if (b.grad_weight) b.grad_weight[c] = weight;
     if (b.grad_bias) b.grad_bias[c] = bias;
-  }
+  });
 }
 
-template <class A>
-struct Spread {
-  std::unique_ptr<A[]> scale, hi, rstd, slope, shift;
-};
-
-// The five coefficients of grad_x, per matrix and column.
+// The five coefficients of grad_x, per matrix and column, one array after the other.
 template <class T>
-Spread<compute_t<T>> coefficients(const Backward<T>& b, const Cut& cut, const GradSums* sums) {
+std::unique_ptr<compute_t<T>[]> coefficients(const Backward<T>& b, const Cut& cut,
+                                             const GradSums* sums) {
   using A = compute_t<T>;
   const Geometry& g = b.geometry;
   const int64_t per_group = g.channels_per_group(), groups = g.groups();
-  const auto weight = [&](int64_t c) { return b.weight ? double(b.weight[c]) : 1.0; };
-  std::vector<GradSums> means(size_t(cut.matrices * groups));
   const double count = double(g.values_per_statistic());
-  for (int64_t m = 0; m < cut.matrices; ++m)
-    for (int64_t c = 0; c < cut.channels; ++c) {
-      const int64_t i = m * groups + c / per_group;
-      const GradSums& s = sums[m * cut.channels + c];
-      means[size_t(i)].grad += weight(c) * s.grad / count;
-      means[size_t(i)].grad_x += weight(c) * s.grad_x * inverse_std(b.var[i], b.eps) / count;
-    }
-  const auto of = [&](int64_t m, int64_t c) {
-    const int64_t i = m * groups + c / per_group;
-    return GradAffine<A>(b.mean[i], inverse_std(b.var[i], b.eps), weight(c), means[size_t(i)].grad,
-                         means[size_t(i)].grad_x);
-  };
   const int64_t size = cut.matrices * cut.cols;
-  Spread<A> s{scratch<A>(size), scratch<A>(size), scratch<A>(size), scratch<A>(size),
-              scratch<A>(size)};
-  for (int64_t m = 0; m < cut.matrices; ++m)
-    for (int64_t c = 0; c < cut.channels; ++c) {
-      const GradAffine<A> a = of(m, c);
-      for (int64_t j = 0; j < cut.fold; ++j) {
-        const int64_t to = m * cut.cols + j * cut.channels + c;
-        s.scale[to] = a.scale;
-        s.hi[to] = a.hi;
-        s.rstd[to] = a.rstd;
-        s.slope[to] = a.slope;
-        s.shift[to] = a.shift;
+  auto memory = scratch<A>(5 * size);
+  parallel(cut.matrices * groups, 16 * per_group, [&](int64_t i) {
+    const int64_t m = i / groups, first = i % groups * per_group;
+    const double rstd = inverse_std(b.var[i], b.eps);
+    const auto weight = [&](int64_t c) { return b.weight ? double(b.weight[c]) : 1.0; };
+    GradSums mean;
+    for (int64_t c = first; c < first + per_group; ++c) {
+      const GradSums& s = sums[m * cut.channels + c];
+      mean.grad += weight(c) * s.grad / count;
+      mean.grad_x += weight(c) * s.grad_x * rstd / count;
+    }
+    for (int64_t c = first; c < first + per_group; ++c) {
+      const GradAffine<A> a(b.mean[i], rstd, weight(c), mean.grad, mean.grad_x);
+      for (int64_t to = m * cut.cols + c; to < (m + 1) * cut.cols; to += cut.channels) {
+        memory[to] = a.scale;
+        memory[to + size] = a.hi;
+        memory[to + 2 * size] = a.rstd;
+        memory[to + 3 * size] = a.slope;
+        memory[to + 4 * size] = a.shift;
       }
     }
-  return s;
+  });
+  return memory;
 }
 
 }  // namespace
@@ -220,17 +210,23 @@ void forward_channels(const Forward<T>& f) {
   const Cut cut(g);
   if (!f.fixed) statistics(f, cut);
   const int64_t per_group = g.channels_per_group(), groups = g.groups();
-  const auto affine = [&](int64_t m, int64_t c) {
-    const int64_t i = m * groups + c / per_group;
-    return Affine<A>(f.mean[i], inverse_std(f.var[i], f.eps), f.weight, f.bias, c);
-  };
-  const auto hi = spread<A>(cut, [&](int64_t m, int64_t c) { return affine(m, c).hi; });
-  const auto scale = spread<A>(cut, [&](int64_t m, int64_t c) { return affine(m, c).scale; });
-  const auto shift = spread<A>(cut, [&](int64_t m, int64_t c) { return affine(m, c).shift; });
+  const int64_t size = cut.matrices * cut.cols;
+  const auto memory = scratch<A>(3 * size);
+  A *const hi = memory.get(), *const scale = hi + size, *const shift = scale + size;
+  parallel(cut.matrices, 8 * cut.channels, [&](int64_t m) {
+    for (int64_t c = 0; c < cut.channels; ++c) {
+      const int64_t i = m * groups + c / per_group;
+      const Affine<A> a(f.mean[i], inverse_std(f.var[i], f.eps), f.weight, f.bias, c);
+      for (int64_t to = m * cut.cols + c; to < (m + 1) * cut.cols; to += cut.channels) {
+        hi[to] = a.hi;
+        scale[to] = a.scale;
+        shift[to] = a.shift;
+      }
+    }
+  });
   over_rows(cut, [&](int64_t m, int64_t offset, int64_t count) {
     const int64_t from = m * cut.cols;
-    f.kernels.apply_each(f.x + offset, f.y + offset, count, hi.get() + from, scale.get() + from,
-                         shift.get() + from);
+    f.kernels.apply_each(f.x + offset, f.y + offset, count, hi + from, scale + from, shift + from);
   });
 }
 
@@ -253,12 +249,12 @@ void backward_channels(const Backward<T>& b) {
     });
     return;
   }
-  const Spread<A> s = coefficients(b, cut, sums.get());
+  const auto memory = coefficients(b, cut, sums.get());
+  const int64_t size = cut.matrices * cut.cols;
   over_rows(cut, [&](int64_t m, int64_t offset, int64_t count) {
-    const int64_t from = m * cut.cols;
-    b.kernels.grad_apply_each(b.grad + offset, b.x + offset, b.grad_x + offset, count,
-                              s.scale.get() + from, s.hi.get() + from, s.rstd.get() + from,
-                              s.slope.get() + from, s.shift.get() + from);
+    const A* of = memory.get() + m * cut.cols;
+    b.kernels.grad_apply_each(b.grad + offset, b.x + offset, b.grad_x + offset, count, of,
+                              of + size, of + 2 * size, of + 3 * size, of + 4 * size);
   });
 }
 

@@ -10,10 +10,23 @@
 namespace truenorm {
 namespace {
 
-// A block of up to 16 values: in place where it is whole, else a copy padded with `with`.
-template <class T>
-TN_INLINE const T* block(const T* from, int64_t count, T with, Padded<T>& padded) {
-  return count >= kLanes ? from : Padded<T>::fill(padded, from, count, with);
+constexpr int kWide = 4;  // blocks of 16 columns that are kept in registers together
+
+// How a run of `len` values is read, 16 at a time: body(first, keep) for whole blocks with keep 0,
+// then for the last few with the block that ends where the run does, whose first `keep` values have
+// been read before. A run of fewer than 16 is the caller's to pad.
+template <class Body>
+TN_INLINE void blocks(int64_t len, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= len; i += kLanes) body(i, 0);
+  if (i < len) body(len - kLanes, int(i + kLanes - len));
+}
+
+// v, with the lanes that were read before as zero.
+TN_INLINE vd unread(vd v, int r, int keep) {
+  vl lane;
+  for (int i = 0; i < D; ++i) lane[i] = r * D + i;
+  return (vd)((vl)v & (lane >= keep));
 }
 
 // ------------------------------------------------------------------- moments
@@ -26,18 +39,22 @@ Moments moments(const T* x, int64_t runs, int64_t len, int64_t stride, bool cent
   const double shift = centred ? to_double(origin) : 0.0;
   const vd shifts = splat<vd>(shift);
   Sum sum, square;
+  const auto add = [&](const T* from, int keep) TN_FLAT {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      vd d = Lane<T>::load_double(from + r * D) - shifts;
+      if (keep) d = unread(d, r, keep);
+      sum.r[r] += d;
+      square.r[r] += d * d;
+    }
+  };
   Padded<T> padded;
   for (int64_t run = 0; run < runs; ++run) {
     const T* p = x + run * stride;
-    for (int64_t i = 0; i < len; i += kLanes) {
-      const T* from = block(p + i, len - i, origin, padded);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const vd d = Lane<T>::load_double(from + r * D) - shifts;
-        sum.r[r] += d;
-        square.r[r] += d * d;
-      }
-    }
+    if (len < kLanes)
+      add(Padded<T>::fill(padded, p, len, origin), 0);
+    else
+      blocks(len, [&](int64_t i, int keep) TN_FLAT { add(p + i, keep); });
   }
   const double n = double(runs * len);
   const double s = Sum::total(sum), q = Sum::total(square);
@@ -46,74 +63,88 @@ Moments moments(const T* x, int64_t runs, int64_t len, int64_t stride, bool cent
   return {n, shift + s / n, m2 < 0.0 ? 0.0 : m2};
 }
 
+// Calls body<B>(column) for blocks of 64 and then of 16 columns; the last one ends with the
+// columns.
+template <class Wide4, class One>
+TN_INLINE void column_blocks(int64_t cols, const Wide4& wide, const One& one) {
+  int64_t c = 0;
+  for (; c + kWide * kLanes <= cols; c += kWide * kLanes) wide(c);
+  for (; c + kLanes <= cols; c += kLanes) one(c);
+  if (c < cols) one(cols - kLanes);
+}
+
 template <class T, int B>
-TN_INLINE void column_block(const T* x, int64_t rows, int64_t cols, int64_t ld, double* mean,
-                            double* m2) {
+TN_INLINE void column_block(const T* x, int64_t rows, int64_t ld, double* mean, double* m2) {
   constexpr int V = B * R;
   vd shift[V], sum[V] = {}, square[V] = {};
-  Padded<T> padded;
-  const T* first = B > 1 ? x : block(x, cols, T{}, padded);
 #pragma GCC unroll 64
-  for (int v = 0; v < V; ++v) shift[v] = Lane<T>::load_double(first + v * D);
+  for (int v = 0; v < V; ++v) shift[v] = Lane<T>::load_double(x + v * D);
   for (int64_t row = 1; row < rows; ++row) {
-    const T* from = B > 1 ? x + row * ld : block(x + row * ld, cols, T{}, padded);
 #pragma GCC unroll 64
     for (int v = 0; v < V; ++v) {
-      const vd d = Lane<T>::load_double(from + v * D) - shift[v];
+      const vd d = Lane<T>::load_double(x + row * ld + v * D) - shift[v];
       sum[v] += d;
       square[v] += d * d;
     }
   }
   const double n = double(rows);
-  double out_mean[V * D], out_m2[V * D];
   for (int v = 0; v < V; ++v) {
     const vd centre = sum[v] / n;
     const vd spread = square[v] - sum[v] * centre;
-    store_raw(out_mean + v * D, shift[v] + centre);
-    store_raw(out_m2 + v * D, spread);
-  }
-  for (int64_t c = 0; c < (B > 1 ? B * kLanes : (cols < kLanes ? cols : kLanes)); ++c) {
-    mean[c] = out_mean[c];
-    m2[c] = out_m2[c] < 0.0 ? 0.0 : out_m2[c];
+    store_raw(mean + v * D, shift[v] + centre);
+    store_raw(m2 + v * D, spread < 0.0 ? vd{} : spread);
   }
 }
 
-constexpr int kWide = 4;  // blocks of 16 columns that are kept in registers together
-
 template <class T>
 void column_moments(const T* x, int64_t rows, int64_t cols, int64_t ld, double* mean, double* m2) {
-  int64_t c = 0;
-  for (; c + kWide * kLanes <= cols; c += kWide * kLanes)
-    column_block<T, kWide>(x + c, rows, kWide * kLanes, ld, mean + c, m2 + c);
-  for (; c < cols; c += kLanes) column_block<T, 1>(x + c, rows, cols - c, ld, mean + c, m2 + c);
+  if (cols < kLanes) {
+    // too few for a vector: one row at a time through a padded copy of the whole matrix's width
+    for (int64_t c = 0; c < cols; ++c) {
+      const Moments m = moments(x + c, rows, 1, ld, true);
+      mean[c] = m.mean;
+      m2[c] = m.m2;
+    }
+    return;
+  }
+  column_blocks(
+      cols, [&](int64_t c) { column_block<T, kWide>(x + c, rows, ld, mean + c, m2 + c); },
+      [&](int64_t c) { column_block<T, 1>(x + c, rows, ld, mean + c, m2 + c); });
 }
 
 // ------------------------------------------------------------------- element by element
 
-// out[i] = f(in[0][i], …, coef[0][i], …), 16 values at a time; the last few through padded copies.
+// out[i] = f(in[0][i], …, coef[0][i], …), 16 values at a time. The last block ends where the run
+// does and writes some values a second time, the same; a short run goes through padded copies.
 template <class L, int In, int Coefs, class T, class A, class Fn>
 TN_INLINE void map(const T* const (&in)[In], const A* const (&coef)[Coefs], int used, T* out,
                    int64_t len, Fn f) {
   using V = typename L::V;
-  constexpr int lanes = L::lanes;
-  Padded<T> in_copy[In], out_copy;
-  Padded<A> coef_copy[Coefs];
-  for (int64_t i = 0; i < len; i += kLanes) {
-    const int64_t count = len - i < kLanes ? len - i : kLanes;
-    const T* from[In];
-    const A* with[Coefs];
-    for (int k = 0; k < In; ++k) from[k] = block(in[k] + i, count, T{}, in_copy[k]);
-    for (int k = 0; k < used; ++k) with[k] = block(coef[k] + i, count, A{}, coef_copy[k]);
-    T* to = count == kLanes ? out + i : out_copy.values;
+  const auto one = [&](const T* const* from, const A* const* with, T* to) TN_FLAT {
 #pragma GCC unroll 8
-    for (int j = 0; j < kLanes; j += lanes) {
-      V values[In], coefs[Coefs];
+    for (int j = 0; j < kLanes; j += L::lanes) {
+      V values[In], coefs[Coefs] = {};
       for (int k = 0; k < In; ++k) values[k] = L::load(from[k] + j);
       for (int k = 0; k < used; ++k) coefs[k] = load_raw<V>(with[k] + j);
       L::store(to + j, f(values, coefs));
     }
-    if (count < kLanes) std::memcpy(out + i, out_copy.values, size_t(count) * sizeof(T));
+  };
+  const T* from[In];
+  const A* with[Coefs];
+  if (len < kLanes) {
+    Padded<T> in_copy[In], out_copy;
+    Padded<A> coef_copy[Coefs];
+    for (int k = 0; k < In; ++k) from[k] = Padded<T>::fill(in_copy[k], in[k], len, T{});
+    for (int k = 0; k < used; ++k) with[k] = Padded<A>::fill(coef_copy[k], coef[k], len, A{});
+    one(from, with, out_copy.values);
+    std::memcpy(out, out_copy.values, size_t(len) * sizeof(T));
+    return;
   }
+  blocks(len, [&](int64_t i, int) TN_FLAT {
+    for (int k = 0; k < In; ++k) from[k] = in[k] + i;
+    for (int k = 0; k < used; ++k) with[k] = coef[k] + i;
+    one(from, with, out + i);
+  });
 }
 
 // the vectors of outputs and of gradients
@@ -211,149 +242,154 @@ void grad_scale_each(const T* grad, T* grad_x, int64_t len, const compute_t<T>* 
 
 // ------------------------------------------------------------------- gradient sums
 
+// Sums of g and of g · (x − mean) along runs, g being the gradient times `weight` where there is
+// one.
 template <class T>
-GradSums grad_sums(const T* grad, const T* x, int64_t runs, int64_t len, int64_t stride,
-                   double mean) {
+TN_INLINE GradSums sum_gradients(const T* grad, const T* x, int64_t runs, int64_t len,
+                                 int64_t stride, double mean, const compute_t<T>* weight) {
+  using A = compute_t<T>;
   const vd means = splat<vd>(mean);
   Sum sum_grad, sum_grad_x;
-  Padded<T> grad_copy, x_copy;
-  for (int64_t run = 0; run < runs; ++run) {
-    const int64_t start = run * stride;
-    for (int64_t i = 0; i < len; i += kLanes) {
-      const T* g_from = block(grad + start + i, len - i, T{}, grad_copy);
-      const T* x_from = block(x + start + i, len - i, x[start + i], x_copy);
+  const auto add = [&](const T* g_from, const T* x_from, const A* w_from, int keep) TN_FLAT {
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const vd g = Lane<T>::load_double(g_from + r * D);
-        sum_grad.r[r] += g;
-        sum_grad_x.r[r] += g * (Lane<T>::load_double(x_from + r * D) - means);
-      }
+    for (int r = 0; r < R; ++r) {
+      vd g = Lane<T>::load_double(g_from + r * D);
+      if (weight) g *= Lane<A>::load_double(w_from + r * D);
+      vd gx = g * (Lane<T>::load_double(x_from + r * D) - means);
+      if (keep) g = unread(g, r, keep), gx = unread(gx, r, keep);
+      sum_grad.r[r] += g;
+      sum_grad_x.r[r] += gx;
     }
+  };
+  Padded<T> grad_copy, x_copy;
+  Padded<A> weight_copy;
+  for (int64_t run = 0; run < runs; ++run) {
+    const T *g = grad + run * stride, *v = x + run * stride;
+    if (len < kLanes)
+      add(Padded<T>::fill(grad_copy, g, len, T{}), Padded<T>::fill(x_copy, v, len, v[0]),
+          weight ? Padded<A>::fill(weight_copy, weight, len, A{}) : nullptr, 0);
+    else
+      blocks(len,
+             [&](int64_t i, int keep) { add(g + i, v + i, weight ? weight + i : nullptr, keep); });
   }
   return {Sum::total(sum_grad), Sum::total(sum_grad_x)};
 }
 
-template <class T, int B>
-TN_INLINE void column_grad_block(const T* grad, const T* x, int64_t rows, int64_t cols, int64_t ld,
-                                 const double* mean, double* sum_grad, double* sum_grad_x) {
-  constexpr int V = B * R;
-  vd means[V], sum_g[V] = {}, sum_gx[V] = {};
-  Padded<double> mean_copy;
-  Padded<T> grad_copy, x_copy;
-  const double* mean_from = B > 1 ? mean : block(mean, cols, 0.0, mean_copy);
-  for (int v = 0; v < V; ++v) means[v] = load_raw<vd>(mean_from + v * D);
-  for (int64_t row = 0; row < rows; ++row) {
-    const T* g_from = B > 1 ? grad + row * ld : block(grad + row * ld, cols, T{}, grad_copy);
-    const T* x_from = B > 1 ? x + row * ld : block(x + row * ld, cols, T{}, x_copy);
-#pragma GCC unroll 64
-    for (int v = 0; v < V; ++v) {
-      const vd g = Lane<T>::load_double(g_from + v * D);
-      sum_g[v] += g;
-      sum_gx[v] += g * (Lane<T>::load_double(x_from + v * D) - means[v]);
-    }
-  }
-  const size_t bytes =
-      size_t(B > 1 || cols >= kLanes ? int64_t(B) * kLanes : cols) * sizeof(double);
-  std::memcpy(sum_grad, sum_g, bytes);
-  std::memcpy(sum_grad_x, sum_gx, bytes);
-}
-
 template <class T>
-void column_grad_sums(const T* grad, const T* x, int64_t rows, int64_t cols, int64_t ld,
-                      const double* mean, double* sum_grad, double* sum_grad_x) {
-  int64_t c = 0;
-  for (; c + kWide * kLanes <= cols; c += kWide * kLanes)
-    column_grad_block<T, kWide>(grad + c, x + c, rows, kWide * kLanes, ld, mean + c, sum_grad + c,
-                                sum_grad_x + c);
-  for (; c < cols; c += kLanes)
-    column_grad_block<T, 1>(grad + c, x + c, rows, cols - c, ld, mean + c, sum_grad + c,
-                            sum_grad_x + c);
+GradSums grad_sums(const T* grad, const T* x, int64_t runs, int64_t len, int64_t stride,
+                   double mean) {
+  return sum_gradients<T>(grad, x, runs, len, stride, mean, nullptr);
 }
 
 template <class T>
 GradSums row_grad_sums(const T* grad, const T* x, int64_t len, double mean,
                        const compute_t<T>* weight) {
-  using A = compute_t<T>;
-  const vd means = splat<vd>(mean);
-  Sum sum_grad, sum_grad_x;
-  Padded<T> grad_copy, x_copy;
-  Padded<A> weight_copy;
-  for (int64_t i = 0; i < len; i += kLanes) {
-    const T* g_from = block(grad + i, len - i, T{}, grad_copy);
-    const T* x_from = block(x + i, len - i, x[i], x_copy);
-    const A* w_from = weight ? block(weight + i, len - i, A{}, weight_copy) : nullptr;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      vd g = Lane<T>::load_double(g_from + r * D);
-      if (weight) g *= Lane<A>::load_double(w_from + r * D);
-      sum_grad.r[r] += g;
-      sum_grad_x.r[r] += g * (Lane<T>::load_double(x_from + r * D) - means);
-    }
-  }
-  return {Sum::total(sum_grad), Sum::total(sum_grad_x)};
+  return weight ? sum_gradients<T>(grad, x, 1, len, 0, mean, weight)
+                : sum_gradients<T>(grad, x, 1, len, 0, mean, nullptr);
 }
 
 template <class T, int B>
-TN_INLINE void row_param_block(const T* grad, const T* x, int64_t rows, int64_t cols, int64_t ld,
+TN_INLINE void column_grad_block(const T* grad, const T* x, int64_t rows, int64_t ld,
+                                 const double* mean, double* sum_grad, double* sum_grad_x) {
+  constexpr int V = B * R;
+  vd means[V], sum_g[V] = {}, sum_gx[V] = {};
+  for (int v = 0; v < V; ++v) means[v] = load_raw<vd>(mean + v * D);
+  for (int64_t row = 0; row < rows; ++row) {
+#pragma GCC unroll 64
+    for (int v = 0; v < V; ++v) {
+      const vd g = Lane<T>::load_double(grad + row * ld + v * D);
+      sum_g[v] += g;
+      sum_gx[v] += g * (Lane<T>::load_double(x + row * ld + v * D) - means[v]);
+    }
+  }
+  std::memcpy(sum_grad, sum_g, sizeof(sum_g));
+  std::memcpy(sum_grad_x, sum_gx, sizeof(sum_gx));
+}
+
+template <class T>
+void column_grad_sums(const T* grad, const T* x, int64_t rows, int64_t cols, int64_t ld,
+                      const double* mean, double* sum_grad, double* sum_grad_x) {
+  if (cols < kLanes) {
+    for (int64_t c = 0; c < cols; ++c) {
+      const GradSums s = grad_sums(grad + c, x + c, rows, 1, ld, mean[c]);
+      sum_grad[c] = s.grad;
+      sum_grad_x[c] = s.grad_x;
+    }
+    return;
+  }
+  const auto block = [&]<int B>(int64_t c, std::integral_constant<int, B>) {
+    column_grad_block<T, B>(grad + c, x + c, rows, ld, mean + c, sum_grad + c, sum_grad_x + c);
+  };
+  column_blocks(
+      cols, [&](int64_t c) { block(c, std::integral_constant<int, kWide>{}); },
+      [&](int64_t c) { block(c, std::integral_constant<int, 1>{}); });
+}
+
+template <class T, int B>
+TN_INLINE void row_param_block(const T* grad, const T* x, int64_t rows, int64_t ld,
                                const double* mean, const double* rstd, double* sum_grad_x_hat,
                                double* sum_grad) {
   constexpr int V = B * R;
   vd sum_g[V] = {}, sum_gx[V] = {};
-  Padded<T> grad_copy, x_copy;
   for (int64_t row = 0; row < rows; ++row) {
-    const T* g_from = B > 1 ? grad + row * ld : block(grad + row * ld, cols, T{}, grad_copy);
-    const T* x_from = B > 1 ? x + row * ld : block(x + row * ld, cols, T{}, x_copy);
     const vd m = splat<vd>(mean[row]), r = splat<vd>(rstd[row]);
 #pragma GCC unroll 64
     for (int v = 0; v < V; ++v) {
-      const vd g = Lane<T>::load_double(g_from + v * D);
+      const vd g = Lane<T>::load_double(grad + row * ld + v * D);
       sum_g[v] += g;
-      sum_gx[v] += g * ((Lane<T>::load_double(x_from + v * D) - m) * r);
+      sum_gx[v] += g * ((Lane<T>::load_double(x + row * ld + v * D) - m) * r);
     }
   }
-  const size_t bytes =
-      size_t(B > 1 || cols >= kLanes ? int64_t(B) * kLanes : cols) * sizeof(double);
-  std::memcpy(sum_grad, sum_g, bytes);
-  std::memcpy(sum_grad_x_hat, sum_gx, bytes);
+  std::memcpy(sum_grad, sum_g, sizeof(sum_g));
+  std::memcpy(sum_grad_x_hat, sum_gx, sizeof(sum_gx));
 }
 
 template <class T>
 void row_param_sums(const T* grad, const T* x, int64_t rows, int64_t cols, int64_t ld,
                     const double* mean, const double* rstd, double* sum_grad_x_hat,
                     double* sum_grad) {
-  int64_t c = 0;
-  for (; c + kWide * kLanes <= cols; c += kWide * kLanes)
-    row_param_block<T, kWide>(grad + c, x + c, rows, kWide * kLanes, ld, mean, rstd,
-                              sum_grad_x_hat + c, sum_grad + c);
-  for (; c < cols; c += kLanes)
-    row_param_block<T, 1>(grad + c, x + c, rows, cols - c, ld, mean, rstd, sum_grad_x_hat + c,
-                          sum_grad + c);
+  if (cols < kLanes) {
+    for (int64_t c = 0; c < cols; ++c) {
+      double g_sum = 0.0, gx_sum = 0.0;
+      for (int64_t row = 0; row < rows; ++row) {
+        const double g = to_double(grad[row * ld + c]);
+        g_sum += g;
+        gx_sum += g * ((to_double(x[row * ld + c]) - mean[row]) * rstd[row]);
+      }
+      sum_grad[c] = g_sum;
+      sum_grad_x_hat[c] = gx_sum;
+    }
+    return;
+  }
+  const auto block = [&]<int B>(int64_t c, std::integral_constant<int, B>) {
+    row_param_block<T, B>(grad + c, x + c, rows, ld, mean, rstd, sum_grad_x_hat + c, sum_grad + c);
+  };
+  column_blocks(
+      cols, [&](int64_t c) { block(c, std::integral_constant<int, kWide>{}); },
+      [&](int64_t c) { block(c, std::integral_constant<int, 1>{}); });
 }
 
 // ------------------------------------------------------------------- conversions
 
 template <class T>
 void widen(const T* in, double* out, int64_t len) {
-  Padded<T> padded;
-  Padded<double> result;
-  for (int64_t i = 0; i < len; i += kLanes) {
-    const T* from = block(in + i, len - i, T{}, padded);
-    double* to = len - i >= kLanes ? out + i : result.values;
-    for (int r = 0; r < R; ++r) store_raw(to + r * D, Lane<T>::load_double(from + r * D));
-    if (len - i < kLanes) std::memcpy(out + i, to, size_t(len - i) * sizeof(double));
-  }
+  int64_t i = 0;
+  for (; i + D <= len; i += D) store_raw(out + i, Lane<T>::load_double(in + i));
+  for (; i < len; ++i) out[i] = to_double(in[i]);
 }
 
 template <class T>
 void narrow(const double* in, T* out, int64_t len) {
+  int64_t i = 0;
+  for (; i + D <= len; i += D) Lane<T>::store_double(out + i, load_raw<vd>(in + i));
+  if (i == len) return;
   Padded<double> padded;
   Padded<T> result;
-  for (int64_t i = 0; i < len; i += kLanes) {
-    const double* from = block(in + i, len - i, 0.0, padded);
-    T* to = len - i >= kLanes ? out + i : result.values;
-    for (int r = 0; r < R; ++r) Lane<T>::store_double(to + r * D, load_raw<vd>(from + r * D));
-    if (len - i < kLanes) std::memcpy(out + i, to, size_t(len - i) * sizeof(T));
+  Padded<double>::fill(padded, in + i, len - i, 0.0);
+  for (int r = 0; r < R; ++r) {
+    Lane<T>::store_double(result.values + r * D, load_raw<vd>(padded.values + r * D));
   }
+  std::memcpy(out + i, result.values, size_t(len - i) * sizeof(T));
 }
 
 template <class T>

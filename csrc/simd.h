@@ -13,6 +13,7 @@
 #include "kernels.h"
 
 #define TN_INLINE static inline __attribute__((always_inline))
+#define TN_FLAT __attribute__((always_inline))  // for a lambda that an inner loop calls
 
 namespace truenorm {
 namespace {
@@ -30,7 +31,7 @@ constexpr int D = kBytes / 8;  // doubles in a vector
 
 typedef float vf __attribute__((vector_size(kBytes)));
 typedef double vd __attribute__((vector_size(kBytes)));
-typedef int32_t vi __attribute__((vector_size(kBytes)));
+typedef int64_t vl __attribute__((vector_size(kBytes)));
 typedef uint32_t vu __attribute__((vector_size(kBytes)));
 typedef uint16_t vh __attribute__((vector_size(kBytes / 2)));
 // as many narrow elements as there are doubles in a vector
@@ -223,10 +224,16 @@ constexpr int R = kLanes / D;
 struct Sum {
   vd r[R] = {};
 
+  // lane i + lane i + 8, then + 4, + 2, + 1: the same order for every width of a vector
   TN_INLINE double total(const Sum& s) {
-    double lanes[kLanes];
-    std::memcpy(lanes, s.r, sizeof(lanes));
-    for (int width = kLanes / 2; width > 0; width /= 2)
+    Sum t = s;
+#pragma GCC unroll 8
+    for (int width = R / 2; width > 0; width /= 2)
+      for (int r = 0; r < width; ++r) t.r[r] += t.r[r + width];
+    double lanes[D];
+    std::memcpy(lanes, t.r, sizeof(lanes));
+#pragma GCC unroll 8
+    for (int width = D / 2; width > 0; width /= 2)
       for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
     return lanes[0];
   }

@@ -46,8 +46,8 @@ MUTATIONS = [
     Mutation(
         "1 one-pass column moments",
         "kernels.cpp",
-        "shift[v] = Lane<T>::load_double(first + v * D);",
-        "shift[v] = vd{} * Lane<T>::load_double(first + v * D);",
+        "shift[v] = Lane<T>::load_double(x + v * D);",
+        "shift[v] = vd{} * Lane<T>::load_double(x + v * D);",
         "offsets or formats",
     ),
     Mutation(
@@ -115,10 +115,17 @@ MUTATIONS = [
         "batch",
     ),
     Mutation(
-        "5 padding taken from the neighbour",
+        "1 the last values of a run counted twice",
         "kernels.cpp",
-        "const T* x_from = block(x + start + i, len - i, x[start + i], x_copy);",
-        "const T* x_from = x + start + i;",
+        "if (keep) d = unread(d, r, keep);",
+        "if (keep > 100) d = unread(d, r, keep);",
+        "formats",
+    ),
+    Mutation(
+        "5 padding with something else than the run's own values",
+        "kernels.cpp",
+        "Padded<T>::fill(padded, p, len, origin)",
+        "Padded<T>::fill(padded, p, len, T{})",
         "nan or formats",
     ),
 ]
