@@ -18,7 +18,7 @@ AXES = {
     "batch": ((0, 0, True), (3, 4, 5, 2), 4),
     "instance": ((4, 0, True), (3, 4, 5, 2), 4),
     "group": ((2, 0, True), (3, 4, 5, 2), 4),
-    "layer": ((1, 2, True), (3, 4, 5, 2), 10),
+    "layer": ((1, 2, True), (3, 4, 5, 2), (5, 2)),
     "rms": ((1, 1, False), (3, 4, 5, 2), 2),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

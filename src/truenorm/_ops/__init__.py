@@ -25,6 +25,14 @@ def _wants_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     return x.numel() == 0 or x.is_complex() or transformed(x, weight, bias)
 
 
+def _wants_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
+
+
 def normalize(
     x: Tensor,
     weight: Tensor | None,
@@ -44,6 +52,8 @@ def normalize(
         if running is not None:
             operators.update_running(*running[:3], x, mean, var, running.momentum)
         return cast(Tensor, y)
+    if not _wants_gradient(x, weight, bias):
+        return autograd.normalize_raw(axes, eps, running, x, weight, bias)[0]
     return cast(Tensor, autograd.Normalize.apply((axes, eps), running, x, weight, bias))  # type: ignore[no-untyped-call]
 
 
@@ -69,6 +79,8 @@ def normalize_fixed(
         return _plain.apply(x, mean, var, weight, bias, BATCH, eps)
     if torch.compiler.is_compiling():
         return cast(Tensor, operators.apply(x, mean, var, weight, bias, eps))
+    if not _wants_gradient(x, weight, bias):
+        return autograd.apply_raw(eps, mean, var, x, weight, bias)
     return cast(Tensor, autograd.NormalizeFixed.apply(eps, mean, var, x, weight, bias))  # type: ignore[no-untyped-call]
 
 

@@ -108,8 +108,7 @@ def _save(
     """What every norm saves: the input as it is, its statistics, and the weight."""
     ctx.save_for_backward(x, weight, mean, var)
     ctx.spec = spec
-    ctx.weight_like = None if weight is None else (weight.shape, weight.dtype)
-    ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _pull_back(ctx: Any, grad: Tensor, needs_input_grad: Sequence[bool]) -> Grads:
@@ -123,25 +122,39 @@ def _pull_back(ctx: Any, grad: Tensor, needs_input_grad: Sequence[bool]) -> Grad
         found = operators.backward(grad, x, mean, var, weight, *axes, eps, fixed, needs)
     elif transformed(grad, x, weight):
         m, v = (mean, var) if fixed else _plain.moments(x, axes)
-        found = _plain.backward(grad, x, m, v, weight, axes, eps, fixed=fixed)
+        gradients = _plain.backward(grad, x, m, v, weight, axes, eps, fixed=fixed)
+        shape, dtype = operators.parameter_like(x, weight, axes.feature_dims)
+        found = gradients[0], *(g.view(shape).to(dtype) for g in gradients[1:])
     elif torch.is_grad_enabled():
         found = _Backward.apply(mean, var, (axes, eps, fixed, needs), grad, x, weight)  # type: ignore[no-untyped-call]
     else:
         with _below_autograd():
             found = operators.backward._op(grad, x, mean, var, weight, *axes, eps, fixed, needs)
     grad_x, grad_weight, grad_bias = found
+    if needs_bias and grad_bias.dtype != ctx.bias_dtype:
+        grad_bias = grad_bias.to(ctx.bias_dtype)
     return (
         grad_x if needs_x else None,
-        _as(grad_weight, ctx.weight_like) if needs_weight else None,
-        _as(grad_bias, ctx.bias_like) if needs_bias else None,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
     )
 
 
-def _as(gradient: Tensor, like: tuple[torch.Size, torch.dtype]) -> Tensor:
-    shape, dtype = like
-    if gradient.shape != shape:
-        gradient = gradient.view(shape)
-    return gradient if gradient.dtype == dtype else gradient.to(dtype)
+def normalize_raw(
+    axes: Axes, eps: float, running: Running | None, x: Tensor, weight: Any, bias: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, mean and variance, by the kernel alone; `running` moves towards them."""
+    with _below_autograd():
+        y, mean, var = operators.forward._op(x, weight, bias, *axes, eps)
+        if running is not None:
+            operators.update_running._op(*running[:3], x, mean, var, running.momentum)
+    return y, mean, var
+
+
+def apply_raw(eps: float, mean: Tensor, var: Tensor, x: Tensor, weight: Any, bias: Any) -> Tensor:
+    """Output for given statistics, by the kernel alone."""
+    with _below_autograd():
+        return operators.apply._op(x, mean, var, weight, bias, eps)  # type: ignore[no-any-return]
 
 
 class Normalize(Function):
@@ -152,10 +165,7 @@ class Normalize(Function):
         ctx: Any, spec: Any, running: Running | None, x: Tensor, weight: Any, bias: Any
     ) -> Any:
         axes, eps = spec
-        with _below_autograd():
-            y, mean, var = operators.forward._op(x, weight, bias, *axes, eps)
-            if running is not None:
-                operators.update_running._op(*running[:3], x, mean, var, running.momentum)
+        y, mean, var = normalize_raw(axes, eps, running, x, weight, bias)
         _save(ctx, x, weight, bias, mean, var, axes, eps, False)
         return y
 
@@ -171,8 +181,7 @@ class NormalizeFixed(Function):
     def forward(
         ctx: Any, eps: float, mean: Tensor, var: Tensor, x: Tensor, weight: Any, bias: Any
     ) -> Any:
-        with _below_autograd():
-            y = operators.apply._op(x, mean, var, weight, bias, eps)
+        y = apply_raw(eps, mean, var, x, weight, bias)
         if any(ctx.needs_input_grad):
             # running statistics change in place at the next training step: keep today's values
             mean, var = mean.clone(), var.clone()

@@ -43,7 +43,7 @@ for _name, _schema in _SCHEMAS.items():
 # ---------------------------------------------------------------- plain kernels, any device
 
 
-def _parameter_like(
+def parameter_like(
     x: Tensor, weight: Tensor | None, feature_dims: int
 ) -> tuple[torch.Size, torch.dtype]:
     """Shape and dtype of the gradients of weight and bias."""
@@ -86,7 +86,7 @@ def _plain_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     axes = Axes(num_groups, feature_dims, centred)
     found = _plain.backward(grad, x, mean, var, weight, axes, eps, fixed=fixed)
-    shape, dtype = _parameter_like(x, weight, feature_dims)
+    shape, dtype = parameter_like(x, weight, feature_dims)
     return (
         found[0] if needs & NEEDS_INPUT else x.new_empty(0),
         found[1].view(shape).to(dtype) if needs & NEEDS_WEIGHT else x.new_empty(0, dtype=dtype),
@@ -147,7 +147,7 @@ def _fake_backward(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     axes = Axes(num_groups, feature_dims, centred)
-    shape, dtype = _parameter_like(x, weight, feature_dims)
+    shape, dtype = parameter_like(x, weight, feature_dims)
 
     def parameter(needed: int) -> Tensor:
         return x.new_empty(shape if needs & needed else 0, dtype=dtype)

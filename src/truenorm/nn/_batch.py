@@ -30,15 +30,18 @@ class BatchForward(RunningStatistics, Traceable):
             _checks.check_momentum(self.momentum)
         # as torch: the running statistics serve evaluation wherever they exist, and are updated
         # in training only while they are tracked
-        tracked = not self.training or self.track_running_stats
+        running_mean, running_var = self.running_mean, self.running_var
+        training = self.training or (running_mean is None and running_var is None)
+        if self.training and not self.track_running_stats:
+            running_mean = running_var = None
         return functional.batch_norm_tracked(
             input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.num_batches_tracked if tracked else None,
+            running_mean,
+            running_var,
+            self.num_batches_tracked if training and running_mean is not None else None,
             self.weight,
             self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
+            training,
             self.momentum,
             self.eps,
         )
