@@ -12,8 +12,8 @@ namespace {
 double inverse_std(double var, double eps) { return 1.0 / std::sqrt(var + eps); }
 
 constexpr int64_t kNarrow = 64;    // columns below which positions are folded into the row
-constexpr int64_t kMinRows = 64;   // rows that make a piece worth its partial result
-constexpr int64_t kMaxCols = 512;  // columns of a piece
+constexpr int64_t kMinRows = 256;  // rows that make a piece worth its partial result
+constexpr int64_t kMaxCols = 128;  // columns of a piece
 
 // A matrix of few columns is read as one of `fold` times as many, `fold` positions to a row, so
 // that the vectors are full; the positions left over make one short row.
@@ -80,6 +80,15 @@ std::unique_ptr<A[]> spread(const Cut& cut, const Value& value) {
   return values;
 }
 
+// body(matrix, first column, columns) for every matrix and block of columns.
+template <class Body>
+void over_columns(const Cut& cut, int64_t cost, const Body& body) {
+  parallel(cut.matrices * cut.col_pieces, std::min(kMaxCols, cut.cols) * cost, [&](int64_t i) {
+    const int64_t col = i % cut.col_pieces * kMaxCols;
+    body(i / cut.col_pieces, col, std::min(kMaxCols, cut.cols - col));
+  });
+}
+
 template <class T>
 void statistics(const Forward<T>& f, const Cut& cut) {
   const Geometry& g = f.geometry;
@@ -90,16 +99,33 @@ void statistics(const Forward<T>& f, const Cut& cut) {
     f.kernels.column_moments(f.x + offset, cut.rows_of(piece), cols, cut.cols, mean.get() + to,
                              m2.get() + to);
   });
+  // Moments::merge, for many columns side by side: into the first piece, the others in order
+  over_columns(cut, cut.row_pieces, [&](int64_t m, int64_t col, int64_t cols) {
+    double* const to_mean = mean.get() + m * cut.row_pieces * cut.cols + col;
+    double* const to_m2 = m2.get() + m * cut.row_pieces * cut.cols + col;
+    double count = double(cut.rows_of(0));
+    for (int64_t piece = 1; piece < cut.row_pieces; ++piece) {
+      const double *from_mean = to_mean + piece * cut.cols, *from_m2 = to_m2 + piece * cut.cols;
+      const double total = count + double(cut.rows_of(piece));
+      const double share = double(cut.rows_of(piece)) / total;
+      for (int64_t c = 0; c < cols; ++c) {
+        const double delta = from_mean[c] - to_mean[c];
+        to_mean[c] += delta * share;
+        to_m2[c] += from_m2[c] + delta * delta * count * share;
+      }
+      count = total;
+    }
+  });
+  // folded positions, those left over, and the channels of a group
   const int64_t per_group = g.channels_per_group(), groups = g.groups();
-  parallel(cut.matrices * groups, per_group * cut.fold * cut.row_pieces, [&](int64_t i) {
+  parallel(cut.matrices * groups, 4 * per_group * cut.fold, [&](int64_t i) {
     const int64_t m = i / groups, first = i % groups * per_group;
     Moments total;
     for (int64_t c = first; c < first + per_group; ++c) {
-      for (int64_t piece = 0; piece < cut.row_pieces; ++piece)
-        for (int64_t j = 0; j < cut.fold; ++j) {
-          const int64_t from = (m * cut.row_pieces + piece) * cut.cols + j * cut.channels + c;
-          total.merge({double(cut.rows_of(piece)), mean[from], m2[from]});
-        }
+      for (int64_t j = 0; j < cut.fold; ++j) {
+        const int64_t from = m * cut.row_pieces * cut.cols + j * cut.channels + c;
+        total.merge({double(cut.rows), mean[from], m2[from]});
+      }
       const int64_t rest = m * cut.matrix_values() + cut.rows * cut.cols;
       for (int64_t j = 0; j < cut.left_over; ++j) {
         double value;
@@ -129,24 +155,36 @@ std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut) {
                                means.get() + m * cut.cols + col, grad.get() + to,
                                grad_x.get() + to);
   });
-  auto sums = scratch<GradSums>(cut.matrices * cut.channels);
-  parallel(cut.matrices, cut.cols * pieces, [&](int64_t m) {
-    if (cut.left_over > 0) {
+  if (cut.left_over > 0) {
+    parallel(cut.matrices, cut.cols, [&](int64_t m) {
       const int64_t rest = m * cut.matrix_values() + cut.rows * cut.cols;
       const int64_t to = (m * pieces + cut.row_pieces) * cut.cols;
       b.kernels.column_grad_sums(b.grad + rest, b.x + rest, 1, cut.left_over * cut.channels,
                                  cut.cols, means.get() + m * cut.cols, grad.get() + to,
                                  grad_x.get() + to);
-    }
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      const int64_t folded = piece < cut.row_pieces ? cut.fold : cut.left_over;
+    });
+  }
+  over_columns(cut, cut.row_pieces, [&](int64_t m, int64_t col, int64_t cols) {
+    double* const to = grad.get() + m * pieces * cut.cols + col;
+    double* const to_x = grad_x.get() + m * pieces * cut.cols + col;
+    for (int64_t piece = 1; piece < cut.row_pieces; ++piece)
+      for (int64_t c = 0; c < cols; ++c) {
+        to[c] += to[piece * cut.cols + c];
+        to_x[c] += to_x[piece * cut.cols + c];
+      }
+  });
+  auto sums = scratch<GradSums>(cut.matrices * cut.channels);
+  parallel(cut.matrices, cut.cols, [&](int64_t m) {
+    const auto add = [&](int64_t piece, int64_t folded) {
       for (int64_t j = 0; j < folded; ++j)
         for (int64_t c = 0; c < cut.channels; ++c) {
           const int64_t from = (m * pieces + piece) * cut.cols + j * cut.channels + c;
           sums[m * cut.channels + c].grad += grad[from];
           sums[m * cut.channels + c].grad_x += grad_x[from];
         }
-    }
+    };
+    add(0, cut.fold);
+    add(cut.row_pieces, cut.left_over);
   });
   return sums;
 }
