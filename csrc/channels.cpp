@@ -145,28 +145,31 @@ std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut) {
   const int64_t per_group = g.channels_per_group(), groups = g.groups();
   const auto means =
       spread<double>(cut, [&](int64_t m, int64_t c) { return b.mean[m * groups + c / per_group]; });
+  const auto rstds = spread<double>(cut, [&](int64_t m, int64_t c) {
+    return inverse_std(b.var[m * groups + c / per_group], b.eps);
+  });
   // the short row of positions left over is one more piece
   const int64_t pieces = cut.row_pieces + 1;
   const int64_t parts = cut.matrices * pieces * cut.cols;
-  const auto grad = scratch<double>(parts), grad_x = scratch<double>(parts);
+  const auto grad = scratch<double>(parts), of_x_hat = scratch<double>(parts);
   over_pieces(cut, [&](int64_t m, int64_t piece, int64_t col, int64_t cols, int64_t offset) {
     const int64_t to = (m * pieces + piece) * cut.cols + col;
     b.kernels.column_grad_sums(b.grad + offset, b.x + offset, cut.rows_of(piece), cols, cut.cols,
-                               means.get() + m * cut.cols + col, grad.get() + to,
-                               grad_x.get() + to);
+                               means.get() + m * cut.cols + col, rstds.get() + m * cut.cols + col,
+                               grad.get() + to, of_x_hat.get() + to);
   });
   if (cut.left_over > 0) {
     parallel(cut.matrices, cut.cols, [&](int64_t m) {
       const int64_t rest = m * cut.matrix_values() + cut.rows * cut.cols;
       const int64_t to = (m * pieces + cut.row_pieces) * cut.cols;
       b.kernels.column_grad_sums(b.grad + rest, b.x + rest, 1, cut.left_over * cut.channels,
-                                 cut.cols, means.get() + m * cut.cols, grad.get() + to,
-                                 grad_x.get() + to);
+                                 cut.cols, means.get() + m * cut.cols, rstds.get() + m * cut.cols,
+                                 grad.get() + to, of_x_hat.get() + to);
     });
   }
   over_columns(cut, cut.row_pieces, [&](int64_t m, int64_t col, int64_t cols) {
     double* const to = grad.get() + m * pieces * cut.cols + col;
-    double* const to_x = grad_x.get() + m * pieces * cut.cols + col;
+    double* const to_x = of_x_hat.get() + m * pieces * cut.cols + col;
     for (int64_t piece = 1; piece < cut.row_pieces; ++piece)
       for (int64_t c = 0; c < cols; ++c) {
         to[c] += to[piece * cut.cols + c];
@@ -180,7 +183,7 @@ std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut) {
         for (int64_t c = 0; c < cut.channels; ++c) {
           const int64_t from = (m * pieces + piece) * cut.cols + j * cut.channels + c;
           sums[m * cut.channels + c].grad += grad[from];
-          sums[m * cut.channels + c].grad_x += grad_x[from];
+          sums[m * cut.channels + c].grad_x_hat += of_x_hat[from];
         }
     };
     add(0, cut.fold);
@@ -192,12 +195,11 @@ std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut) {
 template <class T>
 void param_grads(const Backward<T>& b, const Cut& cut, const GradSums* sums) {
   if (!b.grad_weight && !b.grad_bias) return;
-  const int64_t per_group = b.geometry.channels_per_group(), groups = b.geometry.groups();
   parallel(cut.channels, 16 * cut.matrices, [&](int64_t c) {
     double weight = 0.0, bias = 0.0;
     for (int64_t m = 0; m < cut.matrices; ++m) {
       const GradSums& s = sums[m * cut.channels + c];
-      weight += s.grad_x * inverse_std(b.var[m * groups + c / per_group], b.eps);
+      weight += s.grad_x_hat;
       bias += s.grad;
     }
     if (b.grad_weight) b.grad_weight[c] = weight;
@@ -223,10 +225,10 @@ std::unique_ptr<compute_t<T>[]> coefficients(const Backward<T>& b, const Cut& cu
     for (int64_t c = first; c < first + per_group; ++c) {
       const GradSums& s = sums[m * cut.channels + c];
       mean.grad += weight(c) * s.grad / count;
-      mean.grad_x += weight(c) * s.grad_x * rstd / count;
+      mean.grad_x_hat += weight(c) * s.grad_x_hat / count;
     }
     for (int64_t c = first; c < first + per_group; ++c) {
-      const GradAffine<A> a(b.mean[i], rstd, weight(c), mean.grad, mean.grad_x);
+      const GradAffine<A> a(b.mean[i], rstd, weight(c), mean.grad, mean.grad_x_hat);
       for (int64_t to = m * cut.cols + c; to < (m + 1) * cut.cols; to += cut.channels) {
         memory[to] = a.scale;
         memory[to + size] = a.hi;

@@ -1,10 +1,11 @@
 // The inner loops, one table of function pointers per element type; kernels.cpp fills it once for
 // each instruction set. Nothing here knows of tensors, threads or layers.
 //
-// Promises, kept by every function: sums are float64 over 16 fixed lanes, so a result depends on
-// the values and their number alone, never on alignment or threads; tails run the same vector code
-// on a padded copy, so a value's result does not depend on its place; and nothing is contracted to
-// a fused multiply-add, so that every instruction set gives the same bits.
+// Promises, kept by every function: moments are summed in float64; sums of gradients in the type
+// they are computed in, for eight steps at most, and then in float64; both over fixed lanes, so a
+// result depends on the values and their number alone, never on alignment or threads; tails run the
+// same vector code on a padded copy, so a value's result does not depend on its place; and nothing
+// is contracted to a fused multiply-add, so that every instruction set gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -31,10 +32,10 @@ using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T>
 using output_t = std::conditional_t<std::is_same_v<T, float>, float, double>;
 
-// Sums over one channel: of the gradient, and of gradient · (x − mean).
+// Sums over one channel: of the gradient, and of gradient · x̂, x̂ = (x − mean) · rstd.
 struct GradSums {
   double grad = 0.0;
-  double grad_x = 0.0;
+  double grad_x_hat = 0.0;
 };
 
 template <class T>
@@ -58,15 +59,17 @@ struct Kernels {
                     const Y* bias);
 
   GradSums (*grad_sums)(const T* grad, const T* x, int64_t runs, int64_t len, int64_t stride,
-                        double mean);
+                        double mean, double rstd);
   void (*column_grad_sums)(const T* grad, const T* x, int64_t rows, int64_t cols, int64_t ld,
-                           const double* mean, double* sum_grad, double* sum_grad_x);
-  // sums of grad · weight and grad · weight · (x − mean) along a row; weight may be null
-  GradSums (*row_grad_sums)(const T* grad, const T* x, int64_t len, double mean, const A* weight);
-  // per column, over rows with their own mean and rstd: sums of grad · x̂ and of grad
+                           const double* mean, const double* rstd, double* sum_grad,
+                           double* sum_grad_x_hat);
+  // the same sums of grad · weight along a row; weight may be null
+  GradSums (*row_grad_sums)(const T* grad, const T* x, int64_t len, double mean, double rstd,
+                            const A* weight);
+  // per column, over rows with a mean and rstd of their own
   void (*row_param_sums)(const T* grad, const T* x, int64_t rows, int64_t cols, int64_t ld,
-                         const double* mean, const double* rstd, double* sum_grad_x_hat,
-                         double* sum_grad);
+                         const double* mean, const double* rstd, double* sum_grad,
+                         double* sum_grad_x_hat);
 
   // grad_x = grad · scale + (x − hi) · rstd · slope + shift
   void (*grad_apply)(const T* grad, const T* x, T* grad_x, int64_t len, A scale, A hi, A rstd,

@@ -141,11 +141,11 @@ template <class T>
 struct GroupGrad {
   double mean, rstd, mean_grad, mean_grad_x_hat;
 
-  GroupGrad(const Backward<T>& b, int64_t statistic, double sum_grad, double sum_grad_x)
+  GroupGrad(const Backward<T>& b, int64_t statistic, double sum_grad, double sum_grad_x_hat)
       : mean(b.mean[statistic]), rstd(inverse_std(b.var[statistic], b.eps)) {
     const double count = double(b.geometry.values_per_statistic());
     mean_grad = b.geometry.centred ? sum_grad / count : 0.0;
-    mean_grad_x_hat = sum_grad_x * rstd / count;
+    mean_grad_x_hat = sum_grad_x_hat / count;
   }
 };
 
@@ -161,15 +161,15 @@ void grad_channel(const Backward<T>& b, const GroupGrad<T>& group, int64_t chann
 
 // Sums of one channel of one sample, its pieces added in order.
 template <class T>
-GradSums channel_sums(const Backward<T>& b, int64_t run, double mean) {
+GradSums channel_sums(const Backward<T>& b, int64_t run, double mean, double rstd) {
   const Geometry& g = b.geometry;
   GradSums total;
   for (int64_t begin = 0; begin < g.s; begin += kPiece) {
     const int64_t offset = run * g.s + begin;
     const GradSums s = b.kernels.grad_sums(b.grad + offset, b.x + offset, 1,
-                                           std::min(kPiece, g.s - begin), 0, mean);
+                                           std::min(kPiece, g.s - begin), 0, mean, rstd);
     total.grad += s.grad;
-    total.grad_x += s.grad_x;
+    total.grad_x_hat += s.grad_x_hat;
   }
   return total;
 }
@@ -183,7 +183,7 @@ GradSums group_sums(const Backward<T>& b, int64_t statistic, const GradSums* of_
   for (int64_t k = 0; k < per_group; ++k) {
     const double weight = b.weight ? double(b.weight[first_channel + k]) : 1.0;
     total.grad += weight * of_channel[k].grad;
-    total.grad_x += weight * of_channel[k].grad_x;
+    total.grad_x_hat += weight * of_channel[k].grad_x_hat;
   }
   return total;
 }
@@ -192,13 +192,11 @@ GradSums group_sums(const Backward<T>& b, int64_t statistic, const GradSums* of_
 template <class T>
 void param_grads(const Backward<T>& b, const GradSums* sums) {
   const Geometry& g = b.geometry;
-  const int64_t per_group = g.channels_per_group();
   if (!b.grad_weight && !b.grad_bias) return;
   parallel(g.c, g.n, [&](int64_t c) {
     double weight = 0.0, bias = 0.0;
     for (int64_t n = 0; n < g.n; ++n) {
-      const double rstd = inverse_std(b.var[n * g.groups() + c / per_group], b.eps);
-      weight += sums[n * g.c + c].grad_x * rstd;
+      weight += sums[n * g.c + c].grad_x_hat;
       bias += sums[n * g.c + c].grad;
     }
     if (b.grad_weight) b.grad_weight[c] = weight;
@@ -213,11 +211,12 @@ void backward_groups(const Backward<T>& b) {
   const int64_t len = g.values_per_statistic();
   const auto sums = scratch<GradSums>(g.n * g.c);
   const auto sum_channel = [&](int64_t run) {
-    sums[run] = channel_sums(b, run, b.mean[run / per_group]);
+    const int64_t i = run / per_group;
+    sums[run] = channel_sums(b, run, b.mean[i], inverse_std(b.var[i], b.eps));
   };
   const auto group_grad = [&](int64_t i) {
     const GradSums s = group_sums(b, i, sums.get() + i * per_group);
-    return GroupGrad<T>(b, i, s.grad, s.grad_x);
+    return GroupGrad<T>(b, i, s.grad, s.grad_x_hat);
   };
   if (len <= kPiece) {
     parallel(statistics, len, [&](int64_t i) {
@@ -236,12 +235,13 @@ void backward_groups(const Backward<T>& b) {
     parallel(g.n * g.c * pieces, std::min(g.s, kPiece), [&](int64_t i) {
       const int64_t run = i / pieces, begin = i % pieces * kPiece;
       const int64_t offset = run * g.s + begin;
-      partial[i] = b.kernels.grad_sums(b.grad + offset, b.x + offset, 1,
-                                       std::min(kPiece, g.s - begin), 0, b.mean[run / per_group]);
+      partial[i] =
+          b.kernels.grad_sums(b.grad + offset, b.x + offset, 1, std::min(kPiece, g.s - begin), 0,
+                              b.mean[run / per_group], inverse_std(b.var[run / per_group], b.eps));
     });
     for (int64_t i = 0; i < g.n * g.c * pieces; ++i) {
       sums[i / pieces].grad += partial[i].grad;
-      sums[i / pieces].grad_x += partial[i].grad_x;
+      sums[i / pieces].grad_x_hat += partial[i].grad_x_hat;
     }
     if (b.grad_x) {
       parallel(g.n * g.c * pieces, std::min(g.s, kPiece), [&](int64_t i) {
@@ -269,10 +269,10 @@ void backward_elementwise(const Backward<T>& b) {
     const auto sum_piece = [&](int64_t i, int64_t begin) {
       const int64_t offset = i * len + begin;
       return b.kernels.row_grad_sums(b.grad + offset, b.x + offset, std::min(kPiece, len - begin),
-                                     b.mean[i], row_weight(i, begin));
+                                     b.mean[i], inverse_std(b.var[i], b.eps), row_weight(i, begin));
     };
     const auto write_piece = [&](int64_t i, int64_t begin, const GradSums& s) {
-      const GroupGrad<T> group(b, i, s.grad, s.grad_x);
+      const GroupGrad<T> group(b, i, s.grad, s.grad_x_hat);
       const GradAffine<A> a(group.mean, group.rstd, 1.0, group.mean_grad, group.mean_grad_x_hat);
       const int64_t offset = i * len + begin;
       b.kernels.grad_apply_row(b.grad + offset, b.x + offset, b.grad_x + offset,
@@ -288,7 +288,7 @@ void backward_elementwise(const Backward<T>& b) {
         GradSums total;
         for (int64_t p = 0; p < pieces; ++p) {
           total.grad += partial[i / pieces * pieces + p].grad;
-          total.grad_x += partial[i / pieces * pieces + p].grad_x;
+          total.grad_x_hat += partial[i / pieces * pieces + p].grad_x_hat;
         }
         write_piece(i / pieces, i % pieces * kPiece, total);
       });
@@ -314,8 +314,8 @@ void backward_elementwise(const Backward<T>& b) {
     b.kernels.row_param_sums(b.grad + row * g.c + column, b.x + row * g.c + column,
                              std::min(block, g.n - row), std::min(width, len - cut * width), g.c,
                              mean.get() + group * g.n + row, rstd.get() + group * g.n + row,
-                             weight_part.get() + part * g.c + column,
-                             bias_part.get() + part * g.c + column);
+                             bias_part.get() + part * g.c + column,
+                             weight_part.get() + part * g.c + column);
   });
   for (int64_t c = 0; c < g.c; ++c) {
     double weight = 0.0, bias = 0.0;
@@ -336,18 +336,20 @@ void backward_batch(const Backward<T>& b) {
   const bool needs_sums = b.grad_weight || b.grad_bias || !b.fixed;
   if (needs_sums) {
     const BatchCut cut(g);
+    const auto rstd = scratch<double>(g.c);
+    for (int64_t c = 0; c < g.c; ++c) rstd[c] = inverse_std(b.var[c], b.eps);
     const auto partial = scratch<GradSums>(cut.count() * g.c);
     over_batch(g, cut,
                [&](int64_t index, int64_t channel, int64_t offset, int64_t runs, int64_t len) {
                  partial[index] = b.kernels.grad_sums(b.grad + offset, b.x + offset, runs, len,
-                                                      g.c * g.s, b.mean[channel]);
+                                                      g.c * g.s, b.mean[channel], rstd[channel]);
                });
     for (int64_t c = 0; c < g.c; ++c) {
       for (int64_t p = 0; p < cut.count(); ++p) {
         sums[c].grad += partial[c * cut.count() + p].grad;
-        sums[c].grad_x += partial[c * cut.count() + p].grad_x;
+        sums[c].grad_x_hat += partial[c * cut.count() + p].grad_x_hat;
       }
-      if (b.grad_weight) b.grad_weight[c] = sums[c].grad_x * inverse_std(b.var[c], b.eps);
+      if (b.grad_weight) b.grad_weight[c] = sums[c].grad_x_hat;
       if (b.grad_bias) b.grad_bias[c] = sums[c].grad;
     }
   }
@@ -362,7 +364,7 @@ void backward_batch(const Backward<T>& b) {
       b.kernels.grad_scale(b.grad + offset, b.grad_x + offset, count, scale);
       return;
     }
-    const GroupGrad<T> group(b, c, weight * sums[c].grad, weight * sums[c].grad_x);
+    const GroupGrad<T> group(b, c, weight * sums[c].grad, weight * sums[c].grad_x_hat);
     grad_channel(b, group, c, offset, count);
   });
 }

@@ -32,6 +32,7 @@ constexpr int D = kBytes / 8;  // doubles in a vector
 typedef float vf __attribute__((vector_size(kBytes)));
 typedef double vd __attribute__((vector_size(kBytes)));
 typedef int64_t vl __attribute__((vector_size(kBytes)));
+typedef int32_t vi __attribute__((vector_size(kBytes)));
 typedef uint32_t vu __attribute__((vector_size(kBytes)));
 typedef uint16_t vh __attribute__((vector_size(kBytes / 2)));
 // as many narrow elements as there are doubles in a vector
@@ -256,13 +257,13 @@ TN_INLINE double to_double(bf16 value) {
 }
 TN_INLINE double to_double(f16 value) { return double(half_to_float(value.bits)); }
 
-// Fewer than 16 values, padded with `fill`, so that one vector code serves them too.
-template <class T>
+// Fewer than N values, padded with `fill`, so that one vector code serves them too.
+template <class T, int N = kLanes>
 struct Padded {
-  T values[kLanes];
+  T values[N];
 
   TN_INLINE const T* fill(Padded& p, const T* from, int64_t count, T with) {
-    for (int i = 0; i < kLanes; ++i) p.values[i] = with;
+    for (int i = 0; i < N; ++i) p.values[i] = with;
     std::memcpy(p.values, from, size_t(count) * sizeof(T));
     return p.values;
   }
