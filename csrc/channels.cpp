@@ -1,15 +1,11 @@
 // Memory [M, P, C]: M matrices of P positions by C channels, one statistic per column. Batch
 // statistics see one matrix of all samples' positions; the others one matrix per sample, whose
 // columns are merged where a group has several channels.
-#include <cmath>
-
 #include "layers.h"
 #include "parallel.h"
 
 namespace truenorm {
 namespace {
-
-double inverse_std(double var, double eps) { return 1.0 / std::sqrt(var + eps); }
 
 constexpr int64_t kNarrow = 64;    // columns below which positions are folded into the row
 constexpr int64_t kMinRows = 256;  // rows that make a piece worth its partial result

@@ -1,6 +1,7 @@
 // What rows.cpp and channels.cpp offer to library.cpp: forward and backward of a whole tensor.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "geometry.h"
@@ -11,6 +12,8 @@ namespace truenorm {
 // Reductions are cut into pieces of about this many values, by shape alone and never by thread, so
 // that the bits do not depend on the number of threads. A piece and its result fit in L2.
 constexpr int64_t kPiece = int64_t{1} << 15;
+
+inline double inverse_std(double var, double eps) { return 1.0 / std::sqrt(var + eps); }
 
 template <class T>
 struct Forward {

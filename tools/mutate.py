@@ -31,7 +31,7 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     Mutation(
         "1 sums about zero instead of about a value of the row",
-        "kernels.cpp",
+        "kernel_moments.h",
         "const double shift = centred ? to_double(origin) : 0.0;",
         "const double shift = 0.0 * to_double(origin);",
         "offsets",
@@ -45,14 +45,14 @@ MUTATIONS = [
     ),
     Mutation(
         "1 one-pass column moments",
-        "kernels.cpp",
+        "kernel_moments.h",
         "shift[v] = Lane<T>::load_double(x + v * D);",
         "shift[v] = vd{} * Lane<T>::load_double(x + v * D);",
         "offsets or formats",
     ),
     Mutation(
         "1 the unbiased variance",
-        "rows.cpp",
+        "rows_forward.cpp",
         "f.var[statistic] = m.m2 / m.count;",
         "f.var[statistic] = m.m2 / (m.count - 1.0);",
         "formats",
@@ -80,7 +80,7 @@ MUTATIONS = [
     ),
     Mutation(
         "2 1/std and its slope as one float32 number",
-        "kernels.cpp",
+        "kernel_elementwise.h",
         "return v[0] * sc + ((v[1] - h) * r * sl + sh);",
         "return v[0] * sc + ((v[1] - h) * (r * sl) + sh);",
         "scales",
@@ -101,7 +101,7 @@ MUTATIONS = [
     ),
     Mutation(
         "4 pieces cut by the number of threads",
-        "rows.cpp",
+        "rows_forward.cpp",
         "const int64_t pieces = ceil_div(len, kPiece);\n  if (pieces == 1) {",
         "const int64_t kPiece = 20000 / int64_t(torch::stable::get_num_threads());\n"
         "  const int64_t pieces = ceil_div(len, kPiece);\n  if (pieces == 1) {",
@@ -116,14 +116,14 @@ MUTATIONS = [
     ),
     Mutation(
         "1 the last values of a run counted twice",
-        "kernels.cpp",
+        "kernel_moments.h",
         "if (keep) d = unread(d, r, keep);",
         "if (keep > 100) d = unread(d, r, keep);",
         "formats",
     ),
     Mutation(
         "5 padding with something else than the run's own values",
-        "kernels.cpp",
+        "kernel_moments.h",
         "Padded<T>::fill(padded, p, len, origin)",
         "Padded<T>::fill(padded, p, len, T{})",
         "nan or formats",

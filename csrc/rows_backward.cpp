@@ -1,140 +1,9 @@
-// Memory [N, C, S]: each channel of a sample is one run of S values, and each group of channels of
-// a sample is one run of C / G · S values.
-#include <cmath>
-
-#include "layers.h"
-#include "parallel.h"
+// The backward of rows_forward.cpp: sums along each channel's runs, what they make of a group, and
+// the gradients of input and parameters.
+#include "rows.h"
 
 namespace truenorm {
 namespace {
-
-double inverse_std(double var, double eps) { return 1.0 / std::sqrt(var + eps); }
-
-// The part of a group that lies in [begin, end) of its C / G · S values, channel by channel:
-// body(channel within the group, first value within the group, number of values).
-template <class Body>
-void by_channel(int64_t s, int64_t begin, int64_t end, const Body& body) {
-  for (int64_t i = begin; i < end;) {
-    const int64_t channel = i / s;
-    const int64_t stop = std::min(end, (channel + 1) * s);
-    body(channel, i, stop - i);
-    i = stop;
-  }
-}
-
-template <class T>
-void apply_group(const Forward<T>& f, int64_t statistic, int64_t begin, int64_t end) {
-  using A = output_t<T>;
-  const Geometry& g = f.geometry;
-  const int64_t per_group = g.channels_per_group();
-  const int64_t first_channel = statistic % g.groups() * per_group;
-  const int64_t offset = statistic * per_group * g.s;
-  const double mean = f.mean[statistic];
-  const double rstd = inverse_std(f.var[statistic], f.eps);
-  if (g.s == 1) {
-    const A hi = A(mean), lo = A(mean - double(hi));
-    f.kernels.apply_row(f.x + offset + begin, f.y + offset + begin, end - begin, hi, lo, A(rstd),
-                        f.weight ? f.weight + first_channel + begin : nullptr,
-                        f.bias ? f.bias + first_channel + begin : nullptr);
-    return;
-  }
-  by_channel(g.s, begin, end, [&](int64_t channel, int64_t i, int64_t count) {
-    const Affine<A> a(mean, rstd, f.weight, f.bias, first_channel + channel);
-    f.kernels.apply(f.x + offset + i, f.y + offset + i, count, a.hi, a.scale, a.shift);
-  });
-}
-
-template <class T>
-void set_statistic(const Forward<T>& f, int64_t statistic, const Moments& m) {
-  f.mean[statistic] = m.mean;
-  f.var[statistic] = m.m2 / m.count;
-}
-
-// Statistics of each sample's groups. A group that fits in cache is read from memory once.
-template <class T>
-void forward_groups(const Forward<T>& f) {
-  const Geometry& g = f.geometry;
-  const int64_t statistics = g.num_statistics(), len = g.values_per_statistic();
-  const int64_t pieces = ceil_div(len, kPiece);
-  if (pieces == 1) {
-    parallel(statistics, len, [&](int64_t i) {
-      set_statistic(f, i, f.kernels.moments(f.x + i * len, 1, len, 0, g.centred));
-      apply_group(f, i, 0, len);
-    });
-    return;
-  }
-  const auto partial = scratch<Moments>(statistics * pieces);
-  const auto begin = [&](int64_t i) { return i % pieces * kPiece; };
-  const auto end = [&](int64_t i) { return std::min(len, (i % pieces + 1) * kPiece); };
-  parallel(statistics * pieces, kPiece, [&](int64_t i) {
-    partial[i] =
-        f.kernels.moments(f.x + i / pieces * len + begin(i), 1, end(i) - begin(i), 0, g.centred);
-  });
-  for (int64_t statistic = 0; statistic < statistics; ++statistic) {
-    Moments m;
-    for (int64_t p = 0; p < pieces; ++p) m.merge(partial[statistic * pieces + p]);
-    set_statistic(f, statistic, m);
-  }
-  parallel(statistics * pieces, kPiece,
-           [&](int64_t i) { apply_group(f, i / pieces, begin(i), end(i)); });
-}
-
-// How the values of one channel over the whole batch are cut: blocks of neighbouring samples where
-// a channel's run is short, pieces of a run where it is long.
-struct BatchCut {
-  int64_t samples_per_block, blocks, pieces;
-
-  explicit BatchCut(const Geometry& g)
-      : samples_per_block(std::clamp<int64_t>(kPiece / g.s, 1, g.n)),
-        blocks(ceil_div(g.n, samples_per_block)),
-        pieces(ceil_div(g.s, kPiece)) {}
-
-  int64_t count() const { return blocks * pieces; }
-};
-
-// body(index of the part, channel, offset, samples, values of a run) for every part.
-template <class Body>
-void over_batch(const Geometry& g, const BatchCut& cut, const Body& body) {
-  // neighbouring tasks are neighbouring channels, so that threads walk through memory
-  parallel(cut.count() * g.c, cut.samples_per_block * std::min(g.s, kPiece), [&](int64_t i) {
-    const int64_t channel = i % g.c, part = i / g.c;
-    const int64_t first = part / cut.pieces * cut.samples_per_block;
-    const int64_t begin = part % cut.pieces * kPiece;
-    body(channel * cut.count() + part, channel, (first * g.c + channel) * g.s + begin,
-         std::min(cut.samples_per_block, g.n - first), std::min(kPiece, g.s - begin));
-  });
-}
-
-template <class T>
-void forward_batch(const Forward<T>& f) {
-  using A = output_t<T>;
-  const Geometry& g = f.geometry;
-  if (!f.fixed) {
-    const BatchCut cut(g);
-    const auto partial = scratch<Moments>(cut.count() * g.c);
-    over_batch(g, cut, [&](int64_t index, int64_t, int64_t offset, int64_t runs, int64_t len) {
-      partial[index] = f.kernels.moments(f.x + offset, runs, len, g.c * g.s, true);
-    });
-    for (int64_t channel = 0; channel < g.c; ++channel) {
-      Moments m;
-      for (int64_t p = 0; p < cut.count(); ++p) m.merge(partial[channel * cut.count() + p]);
-      set_statistic(f, channel, m);
-    }
-  }
-  const auto affine = scratch<Affine<A>>(g.c);
-  for (int64_t c = 0; c < g.c; ++c)
-    affine[c] = Affine<A>(f.mean[c], inverse_std(f.var[c], f.eps), f.weight, f.bias, c);
-  const int64_t pieces = ceil_div(g.s, kPiece);
-  parallel(g.n * g.c * pieces, std::min(g.s, kPiece), [&](int64_t i) {
-    const int64_t run = i / pieces, begin = i % pieces * kPiece;
-    const Affine<A>& a = affine[run % g.c];
-    const int64_t offset = run * g.s + begin;
-    f.kernels.apply(f.x + offset, f.y + offset, std::min(kPiece, g.s - begin), a.hi, a.scale,
-                    a.shift);
-  });
-}
-
-// ------------------------------------------------------------------------------- backward
 
 // weight · sums, and what they make of one group: the coefficients of its gradient.
 template <class T>
@@ -372,14 +241,6 @@ void backward_batch(const Backward<T>& b) {
 }  // namespace
 
 template <class T>
-void forward_rows(const Forward<T>& f) {
-  if (f.geometry.over_batch())
-    forward_batch(f);
-  else
-    forward_groups(f);
-}
-
-template <class T>
 void backward_rows(const Backward<T>& b) {
   if (b.geometry.over_batch())
     backward_batch(b);
@@ -389,12 +250,9 @@ void backward_rows(const Backward<T>& b) {
     backward_groups(b);
 }
 
-#define TN_INSTANTIATE(T)                           \
-  template void forward_rows<T>(const Forward<T>&); \
-  template void backward_rows<T>(const Backward<T>&);
-TN_INSTANTIATE(double)
-TN_INSTANTIATE(float)
-TN_INSTANTIATE(bf16)
-TN_INSTANTIATE(f16)
+template void backward_rows<double>(const Backward<double>&);
+template void backward_rows<float>(const Backward<float>&);
+template void backward_rows<bf16>(const Backward<bf16>&);
+template void backward_rows<f16>(const Backward<f16>&);
 
 }  // namespace truenorm

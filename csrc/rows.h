@@ -1,0 +1,35 @@
+// What forward and backward of memory [N, C, S] share: how a channel is cut over the batch.
+#pragma once
+
+#include "layers.h"
+#include "parallel.h"
+
+namespace truenorm {
+
+// How the values of one channel over the whole batch are cut: blocks of neighbouring samples where
+// a channel's run is short, pieces of a run where it is long.
+struct BatchCut {
+  int64_t samples_per_block, blocks, pieces;
+
+  explicit BatchCut(const Geometry& g)
+      : samples_per_block(std::clamp<int64_t>(kPiece / g.s, 1, g.n)),
+        blocks(ceil_div(g.n, samples_per_block)),
+        pieces(ceil_div(g.s, kPiece)) {}
+
+  int64_t count() const { return blocks * pieces; }
+};
+
+// body(index of the part, channel, offset, samples, values of a run) for every part.
+template <class Body>
+void over_batch(const Geometry& g, const BatchCut& cut, const Body& body) {
+  // neighbouring tasks are neighbouring channels, so that threads walk through memory
+  parallel(cut.count() * g.c, cut.samples_per_block * std::min(g.s, kPiece), [&](int64_t i) {
+    const int64_t channel = i % g.c, part = i / g.c;
+    const int64_t first = part / cut.pieces * cut.samples_per_block;
+    const int64_t begin = part % cut.pieces * kPiece;
+    body(channel * cut.count() + part, channel, (first * g.c + channel) * g.s + begin,
+         std::min(cut.samples_per_block, g.n - first), std::min(kPiece, g.s - begin));
+  });
+}
+
+}  // namespace truenorm

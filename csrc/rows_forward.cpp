@@ -1,0 +1,121 @@
+// Memory [N, C, S]: each channel of a sample is one run of S values, and each group of channels of
+// a sample is one run of C / G · S values.
+#include "rows.h"
+
+namespace truenorm {
+namespace {
+
+// The part of a group that lies in [begin, end) of its C / G · S values, channel by channel:
+// body(channel within the group, first value within the group, number of values).
+template <class Body>
+void by_channel(int64_t s, int64_t begin, int64_t end, const Body& body) {
+  for (int64_t i = begin; i < end;) {
+    const int64_t channel = i / s;
+    const int64_t stop = std::min(end, (channel + 1) * s);
+    body(channel, i, stop - i);
+    i = stop;
+  }
+}
+
+template <class T>
+void apply_group(const Forward<T>& f, int64_t statistic, int64_t begin, int64_t end) {
+  using A = output_t<T>;
+  const Geometry& g = f.geometry;
+  const int64_t per_group = g.channels_per_group();
+  const int64_t first_channel = statistic % g.groups() * per_group;
+  const int64_t offset = statistic * per_group * g.s;
+  const double mean = f.mean[statistic];
+  const double rstd = inverse_std(f.var[statistic], f.eps);
+  if (g.s == 1) {
+    const A hi = A(mean), lo = A(mean - double(hi));
+    f.kernels.apply_row(f.x + offset + begin, f.y + offset + begin, end - begin, hi, lo, A(rstd),
+                        f.weight ? f.weight + first_channel + begin : nullptr,
+                        f.bias ? f.bias + first_channel + begin : nullptr);
+    return;
+  }
+  by_channel(g.s, begin, end, [&](int64_t channel, int64_t i, int64_t count) {
+    const Affine<A> a(mean, rstd, f.weight, f.bias, first_channel + channel);
+    f.kernels.apply(f.x + offset + i, f.y + offset + i, count, a.hi, a.scale, a.shift);
+  });
+}
+
+template <class T>
+void set_statistic(const Forward<T>& f, int64_t statistic, const Moments& m) {
+  f.mean[statistic] = m.mean;
+  f.var[statistic] = m.m2 / m.count;
+}
+
+// Statistics of each sample's groups. A group that fits in cache is read from memory once.
+template <class T>
+void forward_groups(const Forward<T>& f) {
+  const Geometry& g = f.geometry;
+  const int64_t statistics = g.num_statistics(), len = g.values_per_statistic();
+  const int64_t pieces = ceil_div(len, kPiece);
+  if (pieces == 1) {
+    parallel(statistics, len, [&](int64_t i) {
+      set_statistic(f, i, f.kernels.moments(f.x + i * len, 1, len, 0, g.centred));
+      apply_group(f, i, 0, len);
+    });
+    return;
+  }
+  const auto partial = scratch<Moments>(statistics * pieces);
+  const auto begin = [&](int64_t i) { return i % pieces * kPiece; };
+  const auto end = [&](int64_t i) { return std::min(len, (i % pieces + 1) * kPiece); };
+  parallel(statistics * pieces, kPiece, [&](int64_t i) {
+    partial[i] =
+        f.kernels.moments(f.x + i / pieces * len + begin(i), 1, end(i) - begin(i), 0, g.centred);
+  });
+  for (int64_t statistic = 0; statistic < statistics; ++statistic) {
+    Moments m;
+    for (int64_t p = 0; p < pieces; ++p) m.merge(partial[statistic * pieces + p]);
+    set_statistic(f, statistic, m);
+  }
+  parallel(statistics * pieces, kPiece,
+           [&](int64_t i) { apply_group(f, i / pieces, begin(i), end(i)); });
+}
+
+template <class T>
+void forward_batch(const Forward<T>& f) {
+  using A = output_t<T>;
+  const Geometry& g = f.geometry;
+  if (!f.fixed) {
+    const BatchCut cut(g);
+    const auto partial = scratch<Moments>(cut.count() * g.c);
+    over_batch(g, cut, [&](int64_t index, int64_t, int64_t offset, int64_t runs, int64_t len) {
+      partial[index] = f.kernels.moments(f.x + offset, runs, len, g.c * g.s, true);
+    });
+    for (int64_t channel = 0; channel < g.c; ++channel) {
+      Moments m;
+      for (int64_t p = 0; p < cut.count(); ++p) m.merge(partial[channel * cut.count() + p]);
+      set_statistic(f, channel, m);
+    }
+  }
+  const auto affine = scratch<Affine<A>>(g.c);
+  for (int64_t c = 0; c < g.c; ++c)
+    affine[c] = Affine<A>(f.mean[c], inverse_std(f.var[c], f.eps), f.weight, f.bias, c);
+  const int64_t pieces = ceil_div(g.s, kPiece);
+  parallel(g.n * g.c * pieces, std::min(g.s, kPiece), [&](int64_t i) {
+    const int64_t run = i / pieces, begin = i % pieces * kPiece;
+    const Affine<A>& a = affine[run % g.c];
+    const int64_t offset = run * g.s + begin;
+    f.kernels.apply(f.x + offset, f.y + offset, std::min(kPiece, g.s - begin), a.hi, a.scale,
+                    a.shift);
+  });
+}
+
+}  // namespace
+
+template <class T>
+void forward_rows(const Forward<T>& f) {
+  if (f.geometry.over_batch())
+    forward_batch(f);
+  else
+    forward_groups(f);
+}
+
+template void forward_rows<double>(const Forward<double>&);
+template void forward_rows<float>(const Forward<float>&);
+template void forward_rows<bf16>(const Forward<bf16>&);
+template void forward_rows<f16>(const Forward<f16>&);
+
+}  // namespace truenorm
