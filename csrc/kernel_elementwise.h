@@ -48,14 +48,49 @@ using Grad = Lane<T>;
 template <class A>
 constexpr const A* kNone[1] = {nullptr};
 
+// bfloat16: y = p + q in float, whose error is some 2^-22 of |p| + |q|. Where the two cancel to
+// less than this part of them, that could be more than a sixteenth of y's last place, and the value
+// is computed again in double. Each value is judged by itself, whatever its neighbours are.
+// float16, of three more bits, would need it too often to gain.
+constexpr float kCancelled = 0x1p-10f;
+
+// fast(x, i, p, q) sets the two parts of 16 values' outputs in float; exact(x, i) is one in double.
+template <class Fast, class Exact>
+TN_INLINE void map_bf16(const bf16* x, bf16* y, int64_t len, const Fast& fast, const Exact& exact) {
+  blocks(len, [&](int64_t i, int) TN_FLAT {
+#pragma GCC unroll 8
+    for (int j = 0; j < kLanes; j += F) {
+      vf p, q;
+      fast(Lane<bf16>::load(x + i + j), i + j, p, q);
+      vf out = p + q;
+      const vi bad = magnitude(out) < (magnitude(p) + magnitude(q)) * kCancelled;
+      if (__builtin_expect(any(bad), 0))
+        for (int k = 0; k < F; ++k)
+          if (bad[k]) out[k] = float(exact(to_double(x[i + j + k]), i + j + k));
+      Lane<bf16>::store(y + i + j, out);
+    }
+  });
+}
+
 template <class T>
 void apply(const T* x, T* y, int64_t len, output_t<T> hi, output_t<T> scale, output_t<T> shift) {
   using V = typename Out<T>::V;
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (len >= kLanes) {
+      const vf h = splat<vf>(float(hi)), sc = splat<vf>(float(scale));
+      const vf sh = splat<vf>(float(shift - (hi - double(float(hi))) * scale));
+      map_bf16(
+          x, y, len, [&](vf v, int64_t, vf& p, vf& q) TN_FLAT { p = (v - h) * sc, q = sh; },
+          [&](double v, int64_t) TN_FLAT { return (v - hi) * scale + shift; });
+      return;
+    }
+  }
   const V h = splat<V>(hi), sc = splat<V>(scale), sh = splat<V>(shift);
   map<Out<T>, 1, 1>({x}, kNone<output_t<T>>, 0, y, len,
                     [&](const V* v, const V*) { return (v[0] - h) * sc + sh; });
 }
 
+// Per-element coefficients come as doubles: to narrow them costs what map_bf16 saves.
 template <class T>
 void apply_each(const T* x, T* y, int64_t len, const output_t<T>* hi, const output_t<T>* scale,
                 const output_t<T>* shift) {
@@ -68,6 +103,23 @@ template <class T>
 void apply_row(const T* x, T* y, int64_t len, output_t<T> hi, output_t<T> lo, output_t<T> rstd,
                const output_t<T>* weight, const output_t<T>* bias) {
   using V = typename Out<T>::V;
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (len >= kLanes) {
+      const vf h = splat<vf>(float(hi)), l = splat<vf>(float(hi - double(float(hi)))),
+               r = splat<vf>(float(rstd));
+      map_bf16(
+          x, y, len,
+          [&](vf v, int64_t i, vf& p, vf& q) TN_FLAT {
+            p = ((v - h) - l) * r;
+            if (weight) p *= load_narrow(weight + i);
+            q = bias ? load_narrow(bias + i) : vf{};
+          },
+          [&](double v, int64_t i) TN_FLAT {
+            return (v - hi) * rstd * (weight ? weight[i] : 1.0) + (bias ? bias[i] : 0.0);
+          });
+      return;
+    }
+  }
   const V h = splat<V>(hi), l = splat<V>(lo), r = splat<V>(rstd);
   if (weight && bias)
     map<Out<T>, 1, 2>({x}, {weight, bias}, 2, y, len,

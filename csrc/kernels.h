@@ -27,8 +27,8 @@ struct f16 {
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// What outputs are computed in. Half precision goes through double: where weight · x̂ and bias
-// cancel, float32's error is more than the last place of the small number that is left.
+// What outputs are computed from. Half precision keeps its coefficients in double: where weight · x̂
+// and bias cancel, float32's error is more than the last place of the small number that is left.
 template <class T>
 using output_t = std::conditional_t<std::is_same_v<T, float>, float, double>;
 

@@ -245,6 +245,40 @@ TN_INLINE V splat(A value) {
   return value - V{};
 }
 
+TN_INLINE vf magnitude(vf v) { return (vf)((vi)v & 0x7fffffff); }
+
+// Whether a comparison held in any lane.
+TN_INLINE bool any(vi held) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)held) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps((__m256)held) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < F; ++i) all |= held[i];
+  return all != 0;
+#endif
+}
+
+TN_INLINE vf join(vf_half low, vf_half high) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)low), (__m256)high, 1);
+#elif defined(__AVX__)
+  return (vf)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)low), (__m128)high, 1);
+#else
+  vf v;
+  std::memcpy(&v, &low, sizeof(low));
+  std::memcpy(reinterpret_cast<char*>(&v) + sizeof(low), &high, sizeof(high));
+  return v;
+#endif
+}
+
+// As many doubles as there are floats in a vector, rounded to float.
+TN_INLINE vf load_narrow(const double* p) {
+  const vf_half half[2] = {__builtin_convertvector(load_raw<vd>(p), vf_half),
+                           __builtin_convertvector(load_raw<vd>(p + D), vf_half)};
+  return join(half[0], half[1]);
+}
 template <class T>
 TN_INLINE double to_double(T value) {
   return double(value);

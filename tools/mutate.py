@@ -86,17 +86,17 @@ MUTATIONS = [
         "scales",
     ),
     Mutation(
-        "3 outputs of half precision computed in float32",
-        "kernels.h",
-        "using output_t = std::conditional_t<std::is_same_v<T, float>, float, double>;",
-        "using output_t = std::conditional_t<std::is_same_v<T, double>, double, float>;",
+        "3 bfloat16 in float32 alone, where parts of it cancel",
+        "kernel_elementwise.h",
+        "if (__builtin_expect(any(bad), 0))",
+        "if (any(bad) && len < 0)",
         "formats",
     ),
     Mutation(
         "3 bfloat16 by truncation",
         "simd.h",
-        "const vu_half rounded = bits + 0x7fffu + (bits >> 16 & 1u);",
-        "const vu_half rounded = bits + 0u * (bits >> 16 & 1u);",
+        "const vu rounded = bits + 0x7fffu + (bits >> 16 & 1u);",
+        "const vu rounded = bits + 0u * (bits >> 16 & 1u);",
         "formats",
     ),
     Mutation(
