@@ -78,7 +78,7 @@ class Values {
     if (!p) return;
     constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
     tensor_ = p->scalar_type() == type ? *p : torch::stable::to(*p, type);
-    // a call of contiguous() costs more than a small input's whole work
+    // nearly always so: no call then
     if (!tensor_->is_contiguous()) tensor_ = torch::stable::contiguous(*tensor_);
     data_ = static_cast<const A*>(tensor_->const_data_ptr());
   }

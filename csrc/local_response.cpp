@@ -60,7 +60,7 @@ void window(const double* in, double* out, int64_t channels, int64_t width, int6
 }
 
 double power(double d, double beta) {
-  // the default, 3/4, by two square roots: twenty times as fast as pow
+  // the default, 3/4, by two square roots instead of pow
   if (beta == 0.75) {
     const double root = std::sqrt(d);
     return 1.0 / (root * std::sqrt(root));

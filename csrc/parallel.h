@@ -17,7 +17,7 @@ void parallel(int64_t tasks, int64_t cost, const Body& body) {
   const auto range = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(i);
   };
-  // asking the pool costs more than a small input's whole work
+  // too little to share: the pool is not asked
   if (tasks <= grain)
     range(0, tasks);
   else

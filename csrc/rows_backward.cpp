@@ -28,21 +28,6 @@ void grad_channel(const Backward<T>& b, const GroupGrad<T>& group, int64_t chann
                        a.rstd, a.slope, a.shift);
 }
 
-// Sums of one channel of one sample, its pieces added in order.
-template <class T>
-GradSums channel_sums(const Backward<T>& b, int64_t run, double mean, double rstd) {
-  const Geometry& g = b.geometry;
-  GradSums total;
-  for (int64_t begin = 0; begin < g.s; begin += kPiece) {
-    const int64_t offset = run * g.s + begin;
-    const GradSums s = b.kernels.grad_sums(b.grad + offset, b.x + offset, 1,
-                                           std::min(kPiece, g.s - begin), 0, mean, rstd);
-    total.grad += s.grad;
-    total.grad_x_hat += s.grad_x_hat;
-  }
-  return total;
-}
-
 // Weighted sums over the channels of a group, from each channel's own.
 template <class T>
 GradSums group_sums(const Backward<T>& b, int64_t statistic, const GradSums* of_channel) {
@@ -79,17 +64,16 @@ void backward_groups(const Backward<T>& b) {
   const int64_t statistics = g.num_statistics(), per_group = g.channels_per_group();
   const int64_t len = g.values_per_statistic();
   const auto sums = scratch<GradSums>(g.n * g.c);
-  const auto sum_channel = [&](int64_t run) {
-    const int64_t i = run / per_group;
-    sums[run] = channel_sums(b, run, b.mean[i], inverse_std(b.var[i], b.eps));
-  };
   const auto group_grad = [&](int64_t i) {
     const GradSums s = group_sums(b, i, sums.get() + i * per_group);
     return GroupGrad<T>(b, i, s.grad, s.grad_x_hat);
   };
   if (len <= kPiece) {
     parallel(statistics, len, [&](int64_t i) {
-      for (int64_t k = 0; k < per_group; ++k) sum_channel(i * per_group + k);
+      const double rstd = inverse_std(b.var[i], b.eps);
+      for (int64_t run = i * per_group; run < (i + 1) * per_group; ++run)
+        sums[run] =
+            b.kernels.grad_sums(b.grad + run * g.s, b.x + run * g.s, 1, g.s, 0, b.mean[i], rstd);
       if (!b.grad_x) return;
       const GroupGrad<T> group = group_grad(i);
       for (int64_t k = 0; k < per_group; ++k) {

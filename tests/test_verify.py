@@ -154,7 +154,7 @@ def test_bad_arguments(
 def test_write_needs_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
     page.write_text("no table here\n")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         verify("--against-torch", "--write", str(page))
     assert "table:begin" in capsys.readouterr().err
     assert page.read_text() == "no table here\n"

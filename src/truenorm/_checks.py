@@ -119,7 +119,7 @@ def check_per_channel(name: str, value: Any, input: Tensor) -> None:
     if value is None:
         return
     channels = input.shape[1]
-    # what is nearly always so first: the rest costs as much as a small input's whole work
+    # what is nearly always so first: a small input's call is short enough to notice the rest
     if isinstance(value, Tensor) and value.shape == (channels,) and value.device == input.device:
         return
     if isinstance(value, Tensor) and value.numel() != channels and "running" in name:
