@@ -106,10 +106,17 @@ def test_scales(case: Case, scale: float) -> None:
 def test_local_response_scales(case: Case, scale: float) -> None:
     layer = case.build()
     # at 1e30 the result itself is 1e30 / 1e60^0.75: small, but never an infinity on the way
-    x = (case.input(torch.float64) * scale).float()
-    wanted, got = exact(layer, x, torch.randn(case.shape)), layer(x)
-    assert torch.isfinite(got).all()
-    assert relative(got, wanted.output) <= FLOAT32_FORWARD
+    x, grad = (case.input(torch.float64) * scale).float(), torch.randn(case.shape)
+    for layer.k in (1.0, 0.0):
+        wanted = exact(layer, x, grad)
+        for name in ("contiguous", "channels_last"):
+            got = run(layer, layouts(case.shape)[name](x), grad)
+            assert torch.isfinite(got.output).all()
+            assert relative(got.output, wanted.output) <= FLOAT32_FORWARD
+            # where it is within the range of normal float32 numbers
+            if 1e-35 < wanted.input.abs().median() < 1e35:
+                assert torch.isfinite(got.input).all()
+                assert relative(got.input, wanted.input) <= FLOAT32_GRADIENT
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "Local" not in c.layer])
