@@ -54,7 +54,7 @@ void forward_channels(const Forward<T>& f);
 template <class T>
 void backward_channels(const Backward<T>& b);
 
-// (N, C, S) with channel stride and position stride; computed in float64 value by value.
+// `alpha` is the layer's own: the sum over a window is weighted by alpha / size.
 template <class T>
 void local_response_norm(const Geometry& g, const Kernels<T>& kernels, const T* x, T* y,
                          int64_t size, double alpha, double beta, double k);
