@@ -113,6 +113,10 @@ const InstructionSet& kernels() {
   return *set;
 }
 
+bool streams(const Tensor& result) {
+  return result.numel() * int64_t(result.element_size()) >= kStreamFrom;
+}
+
 template <class T>
 void run(const Forward<T>& f) {
   if (f.geometry.memory == Memory::rows)
@@ -129,9 +133,24 @@ void run(const Backward<T>& b) {
     backward_channels(b);
 }
 
+// Half precision takes its parameters in float, which holds all but float64's: with those, x is
+// computed in float64.
+bool needs_double(const Tensor& x, const std::optional<Tensor>& weight,
+                  const std::optional<Tensor>& bias) {
+  const auto is_double = [](const std::optional<Tensor>& p) {
+    return p && p->scalar_type() == ScalarType::Double;
+  };
+  return x.element_size() == 2 && (is_double(weight) || is_double(bias));
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor> weight,
                                            std::optional<Tensor> bias, int64_t num_groups,
                                            int64_t feature_dims, bool centred, double eps) {
+  if (needs_double(x, weight, bias)) {
+    auto [y, mean, var] = forward(torch::stable::to(x, ScalarType::Double), weight, bias,
+                                  num_groups, feature_dims, centred, eps);
+    return {torch::stable::to(y, x.scalar_type()), mean, var};
+  }
   const Geometry g = geometry_of(x, {num_groups, feature_dims, centred});
   Tensor y = empty_result(g, x.scalar_type());
   Tensor mean = empty(g.num_statistics(), ScalarType::Double);
@@ -139,26 +158,30 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor
   STD_TORCH_CHECK(g.numel() > 0, "truenorm::forward takes no empty tensor: it has no moments");
   const Tensor dense = laid_out(x, g);
   with_type(x, [&]<class T>(T) {
-    const Values<output_t<T>> w(weight), b(bias);
+    const Values<compute_t<T>> w(weight), b(bias);
     run(Forward<T>{g, table<T>(kernels()), eps, static_cast<const T*>(dense.const_data_ptr()),
                    static_cast<T*>(y.mutable_data_ptr()), w.get(), b.get(), doubles(mean),
-                   doubles(var), false});
+                   doubles(var), false, streams(y)});
   });
   return {y, mean, var};
 }
 
 Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& var, std::optional<Tensor> weight,
              std::optional<Tensor> bias, double eps) {
+  if (needs_double(x, weight, bias)) {
+    const Tensor wide = torch::stable::to(x, ScalarType::Double);
+    return torch::stable::to(apply(wide, mean, var, weight, bias, eps), x.scalar_type());
+  }
   const Geometry g = geometry_of(x, {0, 0, true});
   Tensor y = empty_result(g, x.scalar_type());
   if (g.numel() == 0) return y;
   const Tensor dense = laid_out(x, g);
   const Values<double> m(mean), v(var);
   with_type(x, [&]<class T>(T) {
-    const Values<output_t<T>> w(weight), b(bias);
+    const Values<compute_t<T>> w(weight), b(bias);
     run(Forward<T>{g, table<T>(kernels()), eps, static_cast<const T*>(dense.const_data_ptr()),
                    static_cast<T*>(y.mutable_data_ptr()), w.get(), b.get(),
-                   const_cast<double*>(m.get()), const_cast<double*>(v.get()), true});
+                   const_cast<double*>(m.get()), const_cast<double*>(v.get()), true, streams(y)});
   });
   return y;
 }
@@ -230,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     run(Backward<T>{g, table<T>(kernels()), eps, static_cast<const T*>(dense_grad.const_data_ptr()),
                     static_cast<const T*>(dense_x.const_data_ptr()),
                     needs & kInput ? static_cast<T*>(grad_x.mutable_data_ptr()) : nullptr, w.get(),
-                    m.get(), v.get(), of_weight, of_bias, fixed});
+                    m.get(), v.get(), of_weight, of_bias, fixed, streams(grad_x)});
   });
   if (of_weight) store(of_weight, grad_weight);
   if (of_bias) store(of_bias, grad_bias);
