@@ -92,7 +92,7 @@ TN_INLINE P sum_exactly(const P& p, const vf (&q)[2], const vf (&off)[2], const 
 }
 
 template <class T>
-void apply(const T* x, T* y, int64_t len, const Affine<T>& by, bool stream) {
+TN_INLINE void apply_run(const T* x, T* y, int64_t len, const Affine<T>& by, bool stream) {
   using P = AnyOrder<T>;
   using V = typename P::V;
   const V hi = splat<V>(by.hi), scale = splat<V>(by.scale), shift = splat<V>(by.shift);
@@ -113,6 +113,11 @@ void apply(const T* x, T* y, int64_t len, const Affine<T>& by, bool stream) {
       return out;
     });
   }
+}
+
+template <class T>
+void apply(const T* x, T* y, int64_t runs, int64_t len, const Affine<T>* by, bool stream) {
+  for (int64_t r = 0; r < runs; ++r) apply_run(x + r * len, y + r * len, len, by[r], stream);
 }
 
 template <class T>
@@ -198,18 +203,21 @@ void apply_row(const T* x, T* y, int64_t len, const RowAffine<T>& by, bool strea
 }
 
 template <class T>
-void grad_apply(const T* grad, const T* x, T* grad_x, int64_t len,
-                const GradAffine<compute_t<T>>& by, bool stream) {
+void grad_apply(const T* grad, const T* x, T* grad_x, int64_t runs, int64_t len,
+                const GradAffine<compute_t<T>>* by, bool stream) {
   using P = AnyOrder<T>;
   using V = typename P::V;
-  const V scale = splat<V>(by.scale), hi = splat<V>(by.hi), rstd = splat<V>(by.rstd),
-          slope = splat<V>(by.slope), shift = splat<V>(by.shift);
-  map<P, 2>({grad, x}, grad_x, len, stream, [&](const P* v, int64_t) TN_FLAT {
-    P out;
-    for (int k = 0; k < 2; ++k)
-      out.v[k] = v[0].v[k] * scale + ((v[1].v[k] - hi) * rstd * slope + shift);
-    return out;
-  });
+  for (int64_t r = 0; r < runs; ++r) {
+    const V scale = splat<V>(by[r].scale), hi = splat<V>(by[r].hi), rstd = splat<V>(by[r].rstd),
+            slope = splat<V>(by[r].slope), shift = splat<V>(by[r].shift);
+    const int64_t at = r * len;
+    map<P, 2>({grad + at, x + at}, grad_x + at, len, stream, [&](const P* v, int64_t) TN_FLAT {
+      P out;
+      for (int k = 0; k < 2; ++k)
+        out.v[k] = v[0].v[k] * scale + ((v[1].v[k] - hi) * rstd * slope + shift);
+      return out;
+    });
+  }
 }
 
 template <class T>
@@ -257,11 +265,14 @@ void grad_apply_row(const T* grad, const T* x, T* grad_x, int64_t len, const com
 }
 
 template <class T>
-void grad_scale(const T* grad, T* grad_x, int64_t len, compute_t<T> scale, bool stream) {
+void grad_scale(const T* grad, T* grad_x, int64_t runs, int64_t len, const compute_t<T>* scale,
+                bool stream) {
   using P = AnyOrder<T>;
-  const auto by = splat<typename P::V>(scale);
-  map<P, 1>({grad}, grad_x, len, stream,
-            [&](const P* v, int64_t) TN_FLAT { return P{v->v[0] * by, v->v[1] * by}; });
+  for (int64_t r = 0; r < runs; ++r) {
+    const auto by = splat<typename P::V>(scale[r]);
+    map<P, 1>({grad + r * len}, grad_x + r * len, len, stream,
+              [&](const P* v, int64_t) TN_FLAT { return P{v->v[0] * by, v->v[1] * by}; });
+  }
 }
 
 template <class T>

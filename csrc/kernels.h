@@ -40,7 +40,8 @@ struct Kernels {
 
   // Outputs and gradients of the input. `stream` writes past the caches, where a result is too
   // large to stay in them; the caller fences.
-  void (*apply)(const T* x, T* y, int64_t len, const Affine<T>& by, bool stream);
+  // `runs` that follow one another in memory, each with coefficients of its own
+  void (*apply)(const T* x, T* y, int64_t runs, int64_t len, const Affine<T>* by, bool stream);
   // `each`: rows that follow one another, coefficients by element
   void (*apply_each)(const T* x, T* y, int64_t rows, int64_t len, const Affines<T>& by,
                      bool stream);
@@ -60,15 +61,16 @@ struct Kernels {
                          double* sum_grad_x_hat);
 
   // grad_x = grad · scale + (x − hi) · rstd · slope + shift
-  void (*grad_apply)(const T* grad, const T* x, T* grad_x, int64_t len, const GradAffine<A>& by,
-                     bool stream);
+  void (*grad_apply)(const T* grad, const T* x, T* grad_x, int64_t runs, int64_t len,
+                     const GradAffine<A>* by, bool stream);
   void (*grad_apply_each)(const T* grad, const T* x, T* grad_x, int64_t rows, int64_t len,
                           const GradAffines<A>& by, bool stream);
   // grad_x = grad · weight · rstd + (x − hi) · rstd · slope + shift; weight may be null
   void (*grad_apply_row)(const T* grad, const T* x, T* grad_x, int64_t len, const A* weight,
                          const GradAffine<A>& by, bool stream);
   // grad_x = grad · scale: the statistics do not depend on x
-  void (*grad_scale)(const T* grad, T* grad_x, int64_t len, A scale, bool stream);
+  void (*grad_scale)(const T* grad, T* grad_x, int64_t runs, int64_t len, const A* scale,
+                     bool stream);
   void (*grad_scale_each)(const T* grad, T* grad_x, int64_t rows, int64_t len, const A* scale,
                           bool stream);
 

@@ -18,7 +18,7 @@ namespace truenorm {
 constexpr int64_t kPiece = int64_t{1} << 15;
 
 // What one thread reads twice stays in its core's L2 up to about this many bytes.
-constexpr int64_t kInCache = int64_t{1} << 20;
+constexpr int64_t kInCache = int64_t{2} << 20;
 
 // Results from this size on are written past the caches: they would not stay there, and a line need
 // not be read before it is overwritten.

@@ -11,7 +11,7 @@ void grad_channel(const Backward<T>& b, const GroupGrad<T>& group, int64_t chann
   using A = compute_t<T>;
   const double weight = b.weight ? double(b.weight[channel]) : 1.0;
   const GradAffine<A> a(group.mean, group.rstd, weight, group.mean_grad, group.mean_grad_x_hat);
-  b.kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, count, a, b.stream);
+  b.kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, 1, count, &a, b.stream);
   fence(b.stream);
 }
 
@@ -113,18 +113,27 @@ void backward_batch(const Backward<T>& b) {
     }
   }
   if (!b.grad_x) return;
-  const int64_t pieces = ceil_div(g.s, kPiece);
-  parallel<true>(g.n * g.c * pieces, std::min(g.s, kPiece), [&](int64_t i) {
-    const int64_t run = i / pieces, begin = i % pieces * kPiece, c = run % g.c;
-    const int64_t offset = run * g.s + begin, count = std::min(kPiece, g.s - begin);
-    const double weight = b.weight ? double(b.weight[c]) : 1.0;
-    if (b.fixed) {
-      const A scale = A(inverse_std(b.var[c], b.eps) * weight);
-      b.kernels.grad_scale(b.grad + offset, b.grad_x + offset, count, scale, b.stream);
-      return fence(b.stream);
-    }
-    const GroupGrad<T> group(b, c, weight * sums[c].grad, weight * sums[c].grad_x_hat);
-    grad_channel(b, group, c, offset, count);
+  const auto weight = [&](int64_t c) { return b.weight ? double(b.weight[c]) : 1.0; };
+  if (b.fixed) {
+    const auto scale = scratch<A>(g.c);
+    for (int64_t c = 0; c < g.c; ++c) scale[c] = A(inverse_std(b.var[c], b.eps) * weight(c));
+    over_runs(g, [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
+      b.kernels.grad_scale(b.grad + offset, b.grad_x + offset, runs, len, scale.get() + channel,
+                           b.stream);
+      fence(b.stream);
+    });
+    return;
+  }
+  const auto affine = scratch<GradAffine<A>>(g.c);
+  for (int64_t c = 0; c < g.c; ++c) {
+    const double w = weight(c);
+    const GroupGrad<T> group(b, c, w * sums[c].grad, w * sums[c].grad_x_hat);
+    affine[c] = GradAffine<A>(group.mean, group.rstd, w, group.mean_grad, group.mean_grad_x_hat);
+  }
+  over_runs(g, [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
+    b.kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, runs, len,
+                         affine.get() + channel, b.stream);
+    fence(b.stream);
   });
 }
 

@@ -32,7 +32,7 @@ void apply_group(const Forward<T>& f, int64_t statistic, int64_t begin, int64_t 
   } else {
     by_channel(g.s, begin, end, [&](int64_t channel, int64_t i, int64_t count) {
       const Affine<T> a(mean, rstd, f.weight, f.bias, first_channel + channel);
-      f.kernels.apply(f.x + offset + i, f.y + offset + i, count, a, f.stream);
+      f.kernels.apply(f.x + offset + i, f.y + offset + i, 1, count, &a, f.stream);
     });
   }
   fence(f.stream);
@@ -97,12 +97,8 @@ void forward_batch(const Forward<T>& f) {
   const auto affine = scratch<Affine<T>>(g.c);
   for (int64_t c = 0; c < g.c; ++c)
     affine[c] = Affine<T>(f.mean[c], inverse_std(f.var[c], f.eps), f.weight, f.bias, c);
-  const int64_t pieces = ceil_div(g.s, kPiece);
-  parallel<true>(g.n * g.c * pieces, std::min(g.s, kPiece), [&](int64_t i) {
-    const int64_t run = i / pieces, begin = i % pieces * kPiece;
-    const int64_t offset = run * g.s + begin;
-    f.kernels.apply(f.x + offset, f.y + offset, std::min(kPiece, g.s - begin), affine[run % g.c],
-                    f.stream);
+  over_runs(g, [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
+    f.kernels.apply(f.x + offset, f.y + offset, runs, len, affine.get() + channel, f.stream);
     fence(f.stream);
   });
 }
