@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -58,6 +59,7 @@ def test_fork() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
+        signal.alarm(60)  # a lock that stays taken must not hang the suite
         status = 1
         try:
             assert statistics().idle_buffers == 0
