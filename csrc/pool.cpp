@@ -4,8 +4,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <mutex>
+#include <new>
 #include <vector>
 
 #if defined(__has_feature)
@@ -96,39 +98,18 @@ class Pool {
   }
 
   void give_back(const Buffer& buffer) {
-    std::vector<Buffer> out;
-    {
-      const std::lock_guard lock(mutex_);
-      if (buffer.capacity > cap_) {
-        // it would push out all others and not fit even then
-        out.push_back(buffer);
-      } else {
-        ASAN_POISON_MEMORY_REGION(buffer.data, buffer.capacity);
-        idle_.push_back(buffer);
-        idle_bytes_ += buffer.capacity;
-        out = push_out(cap_);
-      }
-    }
-    for (const Buffer& old : out) unmap(old);
+    if (!keep(buffer)) return unmap(buffer);
+    push_out();
   }
 
-  void empty() {
-    std::vector<Buffer> out;
-    {
-      const std::lock_guard lock(mutex_);
-      out = push_out(0);
-    }
-    for (const Buffer& old : out) unmap(old);
-  }
+  void empty() { push_out(0); }
 
   void set_cap(size_t bytes) {
-    std::vector<Buffer> out;
     {
       const std::lock_guard lock(mutex_);
       cap_ = bytes;
-      out = push_out(cap_);
     }
-    for (const Buffer& old : out) unmap(old);
+    push_out();
   }
 
   void statistics(int64_t* of) {
@@ -155,14 +136,33 @@ class Pool {
     return best;
   }
 
-  // The oldest buffers until at most `limit` bytes are idle; unmapped by the caller, unlocked.
-  std::vector<Buffer> push_out(size_t limit) {
-    size_t count = 0;
-    for (; idle_bytes_ > limit; ++count) idle_bytes_ -= idle_[count].capacity;
-    const auto end = idle_.begin() + ptrdiff_t(count);
-    std::vector<Buffer> out(idle_.begin(), end);
-    idle_.erase(idle_.begin(), end);
-    return out;
+  bool keep(const Buffer& buffer) {
+    const std::lock_guard lock(mutex_);
+    // above the cap it would push out all others, and not fit even then
+    if (buffer.capacity > cap_) return false;
+    try {
+      idle_.push_back(buffer);
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+    ASAN_POISON_MEMORY_REGION(buffer.data, buffer.capacity);
+    idle_bytes_ += buffer.capacity;
+    return true;
+  }
+
+  // The oldest buffers go until at most `limit` bytes are idle; the system is called unlocked.
+  void push_out(size_t limit = SIZE_MAX) {
+    while (true) {
+      Buffer oldest;
+      {
+        const std::lock_guard lock(mutex_);
+        if (idle_bytes_ <= std::min(limit, cap_)) return;
+        oldest = idle_.front();
+        idle_.erase(idle_.begin());
+        idle_bytes_ -= oldest.capacity;
+      }
+      unmap(oldest);
+    }
   }
 
   // What was idle in the parent would be copied page by page when either process writes to it.

@@ -2,9 +2,10 @@
 
     .venv/bin/python tools/measure_pool.py --mib 256
 
-Step times come from one process per network, which switches the pool off and on in turn (the first
-step after each switch is not timed); a ratio below 1 says that the pool is faster. Peaks of
-resident memory come from fresh processes, one per setting: the kernel's VmHWM after a few steps.
+Step times come from processes that switch the pool off and on in turn (the first step after each
+switch is not timed); a ratio below 1 says that the pool is faster. Several processes per network,
+since how the heap happens to lie in one is worth more than a percent. Peaks of resident memory come
+from fresh processes, one per setting: the kernel's VmHWM after a few steps.
 """
 
 from __future__ import annotations
@@ -127,44 +128,42 @@ def stepper(name: str, channels_last: bool) -> Callable[[], float]:
     return step
 
 
-def child(name: str, channels_last: bool, mib: int, rounds: int) -> dict[str, float]:
-    """Times, where there are rounds; else the peak of `mib`."""
+def child(name: str, channels_last: bool, mib: int, rounds: int) -> list[tuple[float, float]]:
+    """(off, on / off) in seconds for each round; where there are none, the peak of `mib` in MiB."""
     step = stepper(name, channels_last)
     if rounds == 0:
         _pool.set_cap(mib)
-        seconds = [step() for _ in range(8)][2:]
+        for _ in range(6):
+            step()
         status = Path("/proc/self/status").read_text().splitlines()
         peak = next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
-        return {"peak": peak, "step": median(seconds)}
-    ratios, off = [], []
+        return [(peak, 0.0)]
+    found = []
     for i in range(rounds):
         times: dict[int, float] = {}
         for cap in (0, mib) if i % 2 else (mib, 0):
             _pool.set_cap(cap)
             step()
             times[cap] = min(step(), step())
-        off.append(times[0])
-        ratios.append(times[mib] / times[0])
-    quarter = len(ratios) // 4
-    low, high = sorted(ratios)[quarter], sorted(ratios)[-1 - quarter]
-    return {"off": median(off), "ratio": median(ratios), "low": low, "high": high}
+        found.append((times[0], times[mib] / times[0]))
+    return found
 
 
-def started(arguments: argparse.Namespace, name: str, *words: object) -> dict[str, float]:
+def started(arguments: argparse.Namespace, name: str, *words: object) -> list[list[float]]:
     command = [sys.executable, __file__, "--threads", str(arguments.threads)]
     command += ["--child", name, *map(str, words)]
     environment = {**os.environ, "TRUENORM_POOL_MIB": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout))
+    return list(json.loads(done.stdout))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--mib", type=int, default=256, help="the cap to measure")
-    parser.add_argument("--rounds", type=int, default=15, help="off and on, so many times")
-    parser.add_argument("--processes", type=int, default=3, help="for the peaks, per setting")
+    parser.add_argument("--rounds", type=int, default=6, help="off and on, in a process")
+    parser.add_argument("--processes", type=int, default=3, help="per network and figure")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -174,21 +173,27 @@ def main() -> None:
         name, *numbers = arguments.child
         print(json.dumps(child(name, *map(int, numbers))))
         return
-    print(f"cap {arguments.mib} MiB, {arguments.threads} threads, {arguments.rounds} rounds\n")
+    print(
+        f"cap {arguments.mib} MiB, {arguments.threads} threads, "
+        f"{arguments.processes} x {arguments.rounds} rounds\n"
+    )
     print("| network | off, ms | time on / off | quartiles | peak off, MiB | peak on / off |")
     print("| --- | --: | --: | --: | --: | --: |")
     for name in arguments.networks:
         for layout in (0, 1):
-            timed = started(arguments, name, layout, arguments.mib, arguments.rounds)
+            timed: list[list[float]] = []
             peaks: dict[int, list[float]] = {0: [], arguments.mib: []}
             for _ in range(arguments.processes):
+                timed += started(arguments, name, layout, arguments.mib, arguments.rounds)
                 for cap, found in peaks.items():
-                    found.append(started(arguments, name, layout, cap, 0)["peak"])
+                    found.append(started(arguments, name, layout, cap, 0)[0][0])
             off, on = (median(found) for found in peaks.values())
+            ratios = sorted(ratio for _, ratio in timed)
+            low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
             print(
                 f"| {name} {'channels_last' if layout else 'contiguous'} "
-                f"| {timed['off'] * 1e3:.0f} | {timed['ratio']:.3f} "
-                f"| {timed['low']:.3f} to {timed['high']:.3f} | {off:.0f} | {on / off:.3f} |",
+                f"| {median(t for t, _ in timed) * 1e3:.0f} | {median(ratios):.3f} "
+                f"| {low:.3f} to {high:.3f} | {off:.0f} | {on / off:.3f} |",
                 flush=True,
             )
 
