@@ -5,11 +5,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -17,6 +12,7 @@
 
 #include "layers.h"
 #include "parallel.h"
+#include "pool.h"
 
 namespace truenorm {
 namespace {
@@ -36,21 +32,42 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
 
 Tensor empty(int64_t size, ScalarType type) { return empty_strided({size}, {1}, type); }
 
-// Linux hands out fresh memory page by page, and the faults cost more than the arithmetic: ask for
-// huge pages before the first touch.
-constexpr size_t kHugeFrom = size_t{4} << 20;
+size_t element_size(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    default:
+      return 0;  // there is no kernel, and with_type says so
+  }
+}
+
+// A tensor over a recycled buffer, which goes back to the pool when the tensor's storage dies.
+Tensor over(const Buffer& buffer, const Geometry& g, ScalarType type) {
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError error = torch_from_blob(
+      buffer.data, int64_t(g.sizes.size()), g.sizes.data(), g.strides.data(), 0,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+      [](void* data, void* capacity) { give_back({data, size_t(capacity)}); },
+      reinterpret_cast<void*>(buffer.capacity));
+  if (handle == nullptr) give_back(buffer);
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  return Tensor(handle);
+}
 
 Tensor empty_result(const Geometry& g, ScalarType type) {
-  Tensor result = empty_strided(g.sizes, g.strides, type);
-#if defined(__linux__)
-  const size_t bytes = size_t(g.numel()) * result.element_size();
-  if (bytes >= kHugeFrom) {
-    const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
-    const auto begin = (uintptr_t(result.mutable_data_ptr()) + page - 1) & ~(page - 1);
-    const auto end = (uintptr_t(result.mutable_data_ptr()) + bytes) & ~(page - 1);
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  const size_t bytes = size_t(g.numel()) * element_size(type);
+  if (bytes >= kPoolFrom) {
+    const Buffer buffer = take(bytes);
+    if (buffer.data != nullptr) return over(buffer, g, type);
   }
-#endif
+  Tensor result = empty_strided(g.sizes, g.strides, type);
+  ask_for_huge_pages(result.mutable_data_ptr(), bytes);
   return result;
 }
 
