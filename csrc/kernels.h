@@ -27,6 +27,16 @@ struct GradSums {
   }
 };
 
+// LocalResponseNorm of a tile: every channel of a few neighbouring positions of one sample.
+struct ResponseTile {
+  int64_t channels, positions;
+  int64_t stride;  // from channel to channel; 0 where a position's channels are side by side
+  int64_t size;    // channels of a window, size / 2 of them before its own
+  double alpha;    // the layer's over size
+  double beta, k;
+};
+constexpr int64_t kResponseSizes = 8;  // the largest window that is summed in float
+
 template <class T>
 struct Kernels {
   using A = compute_t<T>;
@@ -77,6 +87,13 @@ struct Kernels {
   // out = double(in) and in = T(out), for what is computed value by value in float64
   void (*widen)(const T* in, double* out, int64_t len);
   void (*narrow)(const double* in, T* out, int64_t len);
+
+  // The outputs of a tile, or, where grad is not null, the gradients of its inputs, in float. Where
+  // float is not enough they come out as NaN or Inf, and the result is false.
+  bool (*response)(const ResponseTile& tile, const T* grad, const T* x, T* out, float* scratch);
+  // The same in double; where `repairing`, only of those that are not finite.
+  void (*response_exact)(const ResponseTile& tile, const T* grad, const T* x, T* out,
+                         double* scratch, bool repairing);
 };
 
 struct InstructionSet {

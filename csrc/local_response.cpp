@@ -1,80 +1,57 @@
-// LocalResponseNorm: each value against the energy of `size` neighbouring channels. In float64,
-// value by value: the squares of 1e30 leave float32's range.
-#include <cmath>
-
+// LocalResponseNorm: each value against the energy of `size` neighbouring channels, cut into tiles.
 #include "layers.h"
 #include "parallel.h"
 
 namespace truenorm {
 namespace {
 
-constexpr int64_t kPositions = 64;  // positions of a tile in [N, C, S], side by side in memory
+constexpr int64_t kWidth = 256;    // most positions of a tile in [N, C, S], side by side in memory
+constexpr int64_t kValues = 8192;  // values of a tile in [N, S, C]
+constexpr int64_t kAligned = 16;
 
-// A tile is all channels of a few positions. In [N, S, C] one position's channels are neighbours,
-// in [N, C, S] one channel's positions are; both are copied into [channel][position], float64.
+// Whether float32 keeps the promises, by what is the same for every sample. A window of one channel
+// is left to float64: there the two terms of the gradient can cancel everywhere at once.
 template <class T>
-struct Tiles {
-  const Geometry& g;
-  const Kernels<T>& kernels;
-  bool rows;
-  int64_t width, per_sample;
-
-  Tiles(const Geometry& geometry, const Kernels<T>& k)
-      : g(geometry),
-        kernels(k),
-        rows(geometry.memory == Memory::rows),
-        width(rows ? std::min(kPositions, geometry.s) : 1),
-        per_sample(ceil_div(geometry.s, width)) {}
-
-  int64_t count() const { return g.n * per_sample; }
-  int64_t size() const { return g.c * width; }
-  int64_t first(int64_t tile) const { return tile % per_sample * width; }
-  int64_t positions(int64_t tile) const { return std::min(width, g.s - first(tile)); }
-  int64_t offset(int64_t tile) const {
-    const int64_t sample = tile / per_sample * g.c * g.s;
-    return rows ? sample + first(tile) : sample + first(tile) * g.c;
-  }
-
-  void read(const T* from, int64_t tile, double* to) const {
-    if (!rows) return kernels.widen(from + offset(tile), to, g.c);
-    if (positions(tile) < width) std::fill(to, to + size(), 0.0);
-    for (int64_t c = 0; c < g.c; ++c)
-      kernels.widen(from + offset(tile) + c * g.s, to + c * width, positions(tile));
-  }
-  void write(const double* from, int64_t tile, T* to) const {
-    if (!rows) return kernels.narrow(from, to + offset(tile), g.c);
-    for (int64_t c = 0; c < g.c; ++c)
-      kernels.narrow(from + c * width, to + offset(tile) + c * g.s, positions(tile));
-  }
-};
-
-// out[c] = Σ in[c + low … c + high], channels outside counting as zero.
-void window(const double* in, double* out, int64_t channels, int64_t width, int64_t low,
-            int64_t high) {
-  for (int64_t c = 0; c < channels; ++c) {
-    double* to = out + c * width;
-    std::fill(to, to + width, 0.0);
-    for (int64_t j = std::max<int64_t>(0, c + low); j <= std::min(channels - 1, c + high); ++j)
-      for (int64_t s = 0; s < width; ++s) to[s] += in[j * width + s];
-  }
+bool in_float(const ResponseTile& t) {
+  const bool power = t.beta == 0.5 || t.beta == 0.75 || t.beta == 1.0;
+  const bool scale = t.alpha >= 0x1p-60 && t.alpha <= 1.0 && t.k >= 0.0 && t.k <= 0x1p30;
+  return !std::is_same_v<T, double> && t.size <= kResponseSizes && t.size > 1 && t.channels > 1 &&
+         power && scale;
 }
 
-double power(double d, double beta) {
-  // the default, 3/4, by two square roots instead of pow
-  if (beta == 0.75) {
-    const double root = std::sqrt(d);
-    return 1.0 / (root * std::sqrt(root));
+// A tile is all channels of a few positions. In [N, S, C] a position's channels are a run, and the
+// samples' positions follow one another; in [N, C, S] a channel's positions are.
+template <class T>
+void tiles(const Geometry& g, const Kernels<T>& kernels, const T* grad, const T* x, T* out,
+           int64_t size, double alpha, double beta, double k) {
+  const bool rows = g.memory == Memory::rows && g.s > 1;
+  const int64_t samples = rows ? g.n : 1, positions = rows ? g.s : g.n * g.s;
+  int64_t width = std::max<int64_t>(1, kValues / g.c);
+  if (rows) {
+    // as equal as they can be, so that the last one is not a splinter
+    const int64_t count = ceil_div(positions, kWidth);
+    width = ceil_div(ceil_div(positions, count), kAligned) * kAligned;
   }
-  return std::pow(d, -beta);
-}
-
-// d = k + alpha / size · Σ x² over each channel's window
-void denominators(const double* x, double* square, double* d, int64_t channels, int64_t width,
-                  int64_t size, double alpha, double k) {
-  for (int64_t i = 0; i < channels * width; ++i) square[i] = x[i] * x[i];
-  const int64_t before = size / 2;
-  window(square, d, channels, width, -before, size - 1 - before);
-  for (int64_t i = 0; i < channels * width; ++i) d[i] = k + alpha / double(size) * d[i];
+  const int64_t per_sample = ceil_div(positions, width);
+  const ResponseTile whole{g.c, 0, rows ? g.s : 0, size, alpha / double(size), beta, k};
+  const bool fast = in_float<T>(whole);
+  const int64_t reach = std::min(size / 2, g.c - 1) + std::min(size - 1 - size / 2, g.c - 1);
+  const int64_t padded = rows ? size * ceil_div(width, kAligned) * kAligned
+                              : ceil_div(g.c, kAligned) * kAligned + 2 * kResponseSizes;
+  const int64_t wide = 5 * ((g.c + reach) * (rows ? width : 1) + kAligned);
+  parallel(samples * per_sample, width * g.c * (grad ? 8 : 4), [&](int64_t i) {
+    const int64_t first = i % per_sample * width;
+    ResponseTile tile = whole;
+    tile.positions = std::min(width, positions - first);
+    const int64_t at = i / per_sample * g.c * g.s + first * (rows ? 1 : g.c);
+    const T* incoming = grad ? grad + at : nullptr;
+    if (fast) {
+      const auto memory = scratch<float>((grad ? 3 : 1) * padded);
+      if (kernels.response(tile, incoming, x + at, out + at, memory.get())) return;
+    }
+    const auto memory = scratch<double>(wide);
+    kernels.response_exact(tile, incoming, x + at, out + at, memory.get(), fast);
+  });
 }
 
 }  // namespace
@@ -82,41 +59,14 @@ void denominators(const double* x, double* square, double* d, int64_t channels, 
 template <class T>
 void local_response_norm(const Geometry& g, const Kernels<T>& kernels, const T* x, T* y,
                          int64_t size, double alpha, double beta, double k) {
-  const Tiles<T> tiles(g, kernels);
-  const int64_t values = tiles.size();
-  parallel(tiles.count(), values * (4 + size), [&](int64_t tile) {
-    const auto memory = scratch<double>(3 * values);
-    double *v = memory.get(), *square = v + values, *d = square + values;
-    tiles.read(x, tile, v);
-    denominators(v, square, d, g.c, tiles.width, size, alpha, k);
-    for (int64_t i = 0; i < values; ++i) v[i] *= power(d[i], beta);
-    tiles.write(v, tile, y);
-  });
+  tiles<T>(g, kernels, nullptr, x, y, size, alpha, beta, k);
 }
 
 template <class T>
 void local_response_norm_backward(const Geometry& g, const Kernels<T>& kernels, const T* grad,
                                   const T* x, T* grad_x, int64_t size, double alpha, double beta,
                                   double k) {
-  const Tiles<T> tiles(g, kernels);
-  const int64_t values = tiles.size(), before = size / 2;
-  parallel(tiles.count(), values * (8 + 2 * size), [&](int64_t tile) {
-    const auto memory = scratch<double>(5 * values);
-    double *v = memory.get(), *g_ = v + values, *d = g_ + values, *across = d + values,
-           *sum = across + values;
-    tiles.read(x, tile, v);
-    tiles.read(grad, tile, g_);
-    denominators(v, across, d, g.c, tiles.width, size, alpha, k);
-    for (int64_t i = 0; i < values; ++i) {
-      g_[i] *= power(d[i], beta);
-      across[i] = g_[i] * v[i] / d[i];
-    }
-    // those channels whose window holds this one
-    window(across, sum, g.c, tiles.width, -(size - 1 - before), before);
-    const double factor = 2.0 * alpha * beta / double(size);
-    for (int64_t i = 0; i < values; ++i) g_[i] -= factor * v[i] * sum[i];
-    tiles.write(g_, tile, grad_x);
-  });
+  tiles<T>(g, kernels, grad, x, grad_x, size, alpha, beta, k);
 }
 
 #define TN_INSTANTIATE(T)                                                                         \
