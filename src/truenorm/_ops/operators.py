@@ -33,11 +33,28 @@ _SCHEMAS = {
     " float k) -> Tensor",
 }
 
+# The short way's (eager.py): on a CPU alone and never compiled, so without plain kernel and shape
+# rule. num_groups −1 is one for each channel, momentum NaN the average of all batches; what is not
+# asked for is an undefined tensor, None in Python. mean and var are one tensor, one after the other.
+_EAGER = {
+    "eager_forward": f"(Tensor x, Tensor? weight, Tensor? bias, {_AXES}, float eps,"
+    " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
+    " float momentum, bool save) -> (Tensor, Tensor)",
+    "eager_apply": "(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps,"
+    " bool save) -> (Tensor, Tensor)",
+    "eager_backward": f"(Tensor grad, Tensor x, Tensor statistics, Tensor? weight, {_AXES},"
+    " float eps, bool fixed, int needs) -> (Tensor, Tensor, Tensor)",
+}
+
 NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS = 1, 2, 4
 
 _library_def = torch.library.Library("truenorm", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library_def.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+for _name, _schema in _EAGER.items():
+    _library_def.define(_name + _schema)
+    # called below autograd only: so no guard is needed to get there
+    _library_def.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 # ---------------------------------------------------------------- plain kernels, any device
@@ -185,6 +202,9 @@ for _name, _rule in _RULES.items():
 forward = torch.ops.truenorm.forward.default
 apply = torch.ops.truenorm.apply.default
 backward = torch.ops.truenorm.backward.default
+eager_forward = torch.ops.truenorm.eager_forward.default
+eager_apply = torch.ops.truenorm.eager_apply.default
+eager_backward = torch.ops.truenorm.eager_backward.default
 update_running = torch.ops.truenorm.update_running_.default
 local_response_norm = torch.ops.truenorm.local_response_norm.default
 local_response_norm_backward = torch.ops.truenorm.local_response_norm_backward.default
