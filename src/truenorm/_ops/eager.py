@@ -22,8 +22,25 @@ from .._library import NATIVE
 from . import autograd, operators
 from .operators import NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT
 
-# InstanceNorm's num_groups, as these operators take it: one for each channel
-PER_CHANNEL = -1
+# Which values share a statistic, in one number (csrc/eager.cpp): the low bits say which gradients are
+# wanted. A scalar's way through the dispatcher takes as long as a small input's kernel.
+BATCH = 0
+_NEEDS = NEEDS_INPUT | NEEDS_WEIGHT | NEEDS_BIAS
+_FIXED, _UNCENTRED = 8, 16
+INSTANCE = 32
+
+
+def group(num_groups: int) -> int:
+    return num_groups << 16
+
+
+def layer(normalized_dims: int) -> int:
+    return 1 << 16 | normalized_dims << 8
+
+
+def rms(normalized_dims: int) -> int:
+    return layer(normalized_dims) | _UNCENTRED
+
 
 # looked up once: every one of them is asked in every call
 _is_compiling = torch.compiler.is_compiling
@@ -31,151 +48,114 @@ _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _forward = operators.eager_forward._op
+_forward_running = operators.eager_forward_running._op
 _apply = operators.eager_apply._op
 _backward = operators.eager_backward._op
 # what is refused here, the long way words
 _REFUSED = (RuntimeError, TypeError, AttributeError)
 
 
+def _call(
+    op: Any, x: Tensor, weight: Any, bias: Any, statistics: tuple[Any, ...], form: int, eps: float
+) -> Tensor | None:
+    # in one piece: each call of Python's is a twentieth of the whole
+    if (
+        _is_compiling()
+        or type(x) is not Tensor
+        or not x.is_cpu
+        or has_torch_function_variadic(x, weight, bias, *statistics)
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+        or _dispatch_modes()
+        or NATIVE is None
+    ):
+        return None
+    try:
+        if _is_grad_enabled():
+            if x.requires_grad:
+                form |= NEEDS_INPUT
+            if weight is not None and weight.requires_grad:
+                form |= NEEDS_WEIGHT
+            if bias is not None and bias.requires_grad:
+                form |= NEEDS_BIAS
+            if form & _NEEDS:
+                return _normalize(x, weight, bias, op, (*statistics, form, eps))  # type: ignore[no-any-return]
+        return op(x, weight, bias, *statistics, form, eps)[0]  # type: ignore[no-any-return]
+    except _REFUSED:
+        return None
+
+
 def normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, form: int, eps: float
+) -> Tensor | None:
+    """x by its own statistics; or None."""
+    return _call(_forward, x, weight, bias, (), form, eps)
+
+
+def normalize_tracked(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
     num_batches_tracked: Tensor | None,
-    num_groups: int,
-    feature_dims: int,
-    centred: bool,
     momentum: float | None,
+    form: int,
     eps: float,
 ) -> Tensor | None:
     """x by its own statistics, towards which the running ones move; or None."""
-    if (
-        _is_compiling()
-        or type(x) is not Tensor
-        or not x.is_cpu
-        or has_torch_function_variadic(x, weight, bias, running_mean, running_var)
-        or _transforms_active()
-        or forward_ad._current_level >= 0
-        or _dispatch_modes()
-        or NATIVE is None
-    ):
-        return None
-    try:
-        needs = NEEDS_INPUT if x.requires_grad else 0
-        if weight is not None and weight.requires_grad:
-            needs += NEEDS_WEIGHT
-        if bias is not None and bias.requires_grad:
-            needs += NEEDS_BIAS
-        if momentum is None:
-            momentum = nan
-        if needs and _is_grad_enabled():
-            running = running_mean, running_var, num_batches_tracked, momentum, True
-            spec = num_groups, feature_dims, centred, eps, False, needs
-            return _normalize(x, weight, bias, running, spec)  # type: ignore[no-any-return]
-        return _forward(  # type: ignore[no-any-return]
-            *(x, weight, bias, num_groups, feature_dims, centred, eps),
-            *(running_mean, running_var, num_batches_tracked, momentum, False),
-        )[0]
-    except _REFUSED:
-        return None
+    factor = nan if momentum is None else momentum
+    running = running_mean, running_var, num_batches_tracked, factor
+    return _call(_forward_running, x, weight, bias, running, form, eps)
 
 
 def normalize_fixed(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor | None:
     """x (N, C, *) by given statistics, one mean and variance per channel; or None."""
-    if (
-        _is_compiling()
-        or type(x) is not Tensor
-        or not x.is_cpu
-        or has_torch_function_variadic(x, weight, bias, mean, var)
-        or _transforms_active()
-        or forward_ad._current_level >= 0
-        or _dispatch_modes()
-        or NATIVE is None
-    ):
-        return None
-    try:
-        needs = NEEDS_INPUT if x.requires_grad else 0
-        if weight is not None and weight.requires_grad:
-            needs += NEEDS_WEIGHT
-        if bias is not None and bias.requires_grad:
-            needs += NEEDS_BIAS
-        if needs and _is_grad_enabled():
-            spec = (0, 0, True, eps, True, needs)
-            return _normalize_fixed(x, weight, bias, mean, var, eps, spec)  # type: ignore[no-any-return]
-        return _apply(x, mean, var, weight, bias, eps, False)[0]  # type: ignore[no-any-return]
-    except _REFUSED:
-        return None
+    return _call(_apply, x, weight, bias, (mean, var), _FIXED, eps)
 
 
-def _pull_back(ctx: Any, grad: Tensor) -> autograd.Grads:
-    """Gradients of (x, weight, bias), where the backward itself is differentiated or transformed."""
-    x, weight, statistics = ctx.saved_tensors
-    num_groups, feature_dims, centred, eps, fixed, needs = ctx.spec
-    mean, var = statistics.view(2, -1)
-    axes = Axes(x.shape[1] if num_groups == PER_CHANNEL else num_groups, feature_dims, centred)
-    return autograd.pull_back((x, weight, mean, var), (axes, eps, fixed), grad, needs)
-
-
-def _backward_is_plain(grad: Tensor) -> bool:
-    return not (
-        _is_grad_enabled()
-        or _transforms_active()
-        or forward_ad._current_level >= 0
-        or _dispatch_modes()
-        or _is_compiling()
-        or type(grad) is not Tensor
-    )
+def _pull_back(x: Tensor, weight: Tensor | None, record: Tensor, grad: Tensor) -> autograd.Grads:
+    """Gradients of (x, weight, bias), where the backward is itself differentiated or transformed."""
+    eps, number = record[-2:].tolist()
+    form = int(number)
+    mean, var = record[:-2].view(2, -1)
+    num_groups = x.shape[1] if form & INSTANCE else form >> 16
+    axes = Axes(num_groups, form >> 8 & 0xFF, not form & _UNCENTRED)
+    saved = x, weight, mean, var
+    return autograd.pull_back(saved, (axes, eps, bool(form & _FIXED)), grad, form & _NEEDS)
 
 
 class Normalize(Function):
-    """x by its own statistics; the running ones move towards them."""
+    """The kernel `op` over (x, weight, bias, ...), with its record kept for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, running: Any, spec: Any) -> Any:
-        y, statistics = _forward(x, weight, bias, *spec[:4], *running)
-        ctx.save_for_backward(x, weight, statistics)
-        ctx.spec = spec
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, op: Any, rest: Any) -> Any:
+        y, record = op(x, weight, bias, *rest)
+        ctx.save_for_backward(x, weight)
+        # neither input nor output: as a saved tensor it would be copied twice, for 2 µs
+        ctx.record = record
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        if not _backward_is_plain(grad):
-            return *_pull_back(ctx, grad), None, None
-        x, weight, statistics = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = _backward(grad, x, statistics, weight, *ctx.spec)
+        x, weight = ctx.saved_tensors
+        if (
+            _is_grad_enabled()
+            or type(grad) is not Tensor
+            or _transforms_active()
+            or forward_ad._current_level >= 0
+            or _dispatch_modes()
+            or _is_compiling()
+        ):
+            grad_x, grad_weight, grad_bias = _pull_back(x, weight, ctx.record, grad)
+        else:
+            grad_x, grad_weight, grad_bias = _backward(grad, x, ctx.record, weight)
         return grad_x, grad_weight, grad_bias, None, None
-
-
-class NormalizeFixed(Function):
-    """x by given statistics."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, eps: float, spec: Any
-    ) -> Any:
-        y, statistics = _apply(x, mean, var, weight, bias, eps, True)
-        ctx.save_for_backward(x, weight, statistics)
-        ctx.spec = spec
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        if not _backward_is_plain(grad):
-            return *_pull_back(ctx, grad), None, None, None, None
-        x, weight, statistics = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = _backward(grad, x, statistics, weight, *ctx.spec)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 # Function.apply without what it does for function transforms, which are not for this way
 _normalize = super(Function, Normalize).apply  # type: ignore[misc]
-_normalize_fixed = super(Function, NormalizeFixed).apply  # type: ignore[misc]
+# and the same of the backward: torch's own `apply` looks for the function to call
+Normalize._backward_cls.apply = Normalize.backward

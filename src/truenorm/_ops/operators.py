@@ -34,16 +34,18 @@ _SCHEMAS = {
 }
 
 # The short way's (eager.py): on a CPU alone and never compiled, so without plain kernel and shape
-# rule. num_groups −1 is one for each channel, momentum NaN the average of all batches; what is not
-# asked for is an undefined tensor, None in Python. mean and var are one tensor, one after the other.
+# rule. The second output is what the backward needs; what is not asked for is an undefined tensor,
+# None in Python; momentum NaN averages over all batches.
 _EAGER = {
-    "eager_forward": f"(Tensor x, Tensor? weight, Tensor? bias, {_AXES}, float eps,"
-    " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
-    " float momentum, bool save) -> (Tensor, Tensor)",
-    "eager_apply": "(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps,"
-    " bool save) -> (Tensor, Tensor)",
-    "eager_backward": f"(Tensor grad, Tensor x, Tensor statistics, Tensor? weight, {_AXES},"
-    " float eps, bool fixed, int needs) -> (Tensor, Tensor, Tensor)",
+    "eager_forward": "(Tensor x, Tensor? weight, Tensor? bias, int form, float eps)"
+    " -> (Tensor, Tensor)",
+    "eager_forward_running": "(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean,"
+    " Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, float momentum, int form, float eps)"
+    " -> (Tensor, Tensor)",
+    "eager_apply": "(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, int form,"
+    " float eps) -> (Tensor, Tensor)",
+    "eager_backward": "(Tensor grad, Tensor x, Tensor record, Tensor? weight)"
+    " -> (Tensor, Tensor, Tensor)",
 }
 
 NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS = 1, 2, 4
@@ -203,6 +205,7 @@ forward = torch.ops.truenorm.forward.default
 apply = torch.ops.truenorm.apply.default
 backward = torch.ops.truenorm.backward.default
 eager_forward = torch.ops.truenorm.eager_forward.default
+eager_forward_running = torch.ops.truenorm.eager_forward_running.default
 eager_apply = torch.ops.truenorm.eager_apply.default
 eager_backward = torch.ops.truenorm.eager_backward.default
 update_running = torch.ops.truenorm.update_running_.default

@@ -26,21 +26,23 @@ class BatchForward(FixedRank, RunningStatistics, Traceable):
         if input.dim() not in self._dims or input.shape[1] != self.num_features:
             return None
         momentum, eps = self.momentum, self.eps
+        if (mean is None) != (var is None):
+            return None
         if not self.training and mean is not None:
-            return eager.normalize_fixed(input, mean, var, weight, bias, eps) if eps >= 0 else None
-        if not self.training or not self.track_running_stats or mean is None:
-            mean = var = count = None
-        if eps > 0 and (momentum is None or 0 <= momentum <= 1):
-            return eager.normalize(
-                input, weight, bias, mean, var, count, 0, 0, True, momentum, eps
-            )
-        return None
+            return eager.normalize_fixed(input, weight, bias, mean, var, eps) if eps >= 0 else None
+        if not (eps > 0 and (momentum is None or 0 <= momentum <= 1)):
+            return None
+        if mean is None or not self.track_running_stats:
+            return eager.normalize(input, weight, bias, eager.BATCH, eps)
+        return eager.normalize_tracked(
+            input, weight, bias, mean, var, count, momentum, eager.BATCH, eps
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         if self._direct and type(input) is Tensor and not is_compiling():
-            y = self._directly(input)
-            if y is not None:
-                return y
+            direct = self._directly(input)
+            if direct is not None:
+                return direct
         if self._is_traced(input):
             return self._as_leaf(input)
         self._check_input_dim(input)
