@@ -285,9 +285,7 @@ bool by_sample(const Geometry& g, int64_t tensors) {
 }
 
 Geometry one_sample(const Geometry& g) {
-  Geometry one = g;
-  one.n = 1;
-  return one;
+  return {1, g.c, g.s, g.memory, {}, {}, true, g.num_groups, g.centred};
 }
 
 template <class T>
