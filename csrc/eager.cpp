@@ -11,8 +11,8 @@ namespace truenorm {
 namespace {
 
 // Which values share a statistic, and what is wanted, in one number: a scalar's way through the
-// dispatcher takes as long as a small input's kernel. _ops/eager.py has the same bits, above those of
-// NEEDS_INPUT, NEEDS_WEIGHT and NEEDS_BIAS.
+// dispatcher takes as long as a small input's kernel. _ops/eager.py has the same bits, above those
+// of NEEDS_INPUT, NEEDS_WEIGHT and NEEDS_BIAS.
 struct Form {
   int64_t bits;
 
@@ -35,9 +35,7 @@ struct Record {
   static constexpr ScalarType kType = ScalarType::Double;
 };
 
-void expect(bool in_order) {
-  STD_TORCH_CHECK(in_order, "truenorm: no call for the short way");
-}
+void expect(bool in_order) { STD_TORCH_CHECK(in_order, "truenorm: no call for the short way"); }
 
 bool is_floating(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||

@@ -183,11 +183,11 @@ void backward_into(const Tensor& grad, const Tensor& x, const double* mean, cons
   double* const sums = room.of(2 * g.c);
   with_type(x, [&]<class T>(T) {
     const Values<compute_t<T>> w(weight);
-    run(Backward<T>{
-        g, table<T>(kernels()), eps, static_cast<const T*>(dense_grad.const_data_ptr()),
-        static_cast<const T*>(dense_x.const_data_ptr()),
-        grad_x && !alone ? static_cast<T*>(grad_x->mutable_data_ptr()) : nullptr, w.get(), mean,
-        var, grad_weight ? sums : nullptr, grad_bias ? sums + g.c : nullptr, fixed});
+    run(Backward<T>{g, table<T>(kernels()), eps, static_cast<const T*>(dense_grad.const_data_ptr()),
+                    static_cast<const T*>(dense_x.const_data_ptr()),
+                    grad_x && !alone ? static_cast<T*>(grad_x->mutable_data_ptr()) : nullptr,
+                    w.get(), mean, var, grad_weight ? sums : nullptr,
+                    grad_bias ? sums + g.c : nullptr, fixed});
   });
   if (grad_weight) store(sums, *grad_weight);
   if (grad_bias) store(sums + g.c, *grad_bias);
