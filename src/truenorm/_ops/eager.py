@@ -22,8 +22,8 @@ from .._library import NATIVE
 from . import autograd, operators
 from .operators import NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT
 
-# Which values share a statistic, in one number (csrc/eager.cpp): the low bits say which gradients are
-# wanted. A scalar's way through the dispatcher takes as long as a small input's kernel.
+# Which values share a statistic, in one number (csrc/eager.cpp), because each scalar's way through
+# the dispatcher takes time; the low bits say which gradients are wanted.
 BATCH = 0
 _NEEDS = NEEDS_INPUT | NEEDS_WEIGHT | NEEDS_BIAS
 _FIXED, _UNCENTRED = 8, 16
@@ -78,11 +78,10 @@ def _call(
                 form |= NEEDS_WEIGHT
             if bias is not None and bias.requires_grad:
                 form |= NEEDS_BIAS
-            if form & _NEEDS:
-                return _normalize(x, weight, bias, op, (*statistics, form, eps))  # type: ignore[no-any-return]
-        return op(x, weight, bias, *statistics, form, eps)[0]  # type: ignore[no-any-return]
+        made = op(x, weight, bias, *statistics, form, eps)
     except _REFUSED:
         return None
+    return _attach(x, weight, bias, made) if form & _NEEDS else made[0]  # type: ignore[no-any-return]
 
 
 def normalize(
@@ -117,7 +116,7 @@ def normalize_fixed(
 
 
 def _pull_back(x: Tensor, weight: Tensor | None, record: Tensor, grad: Tensor) -> autograd.Grads:
-    """Gradients of (x, weight, bias), where the backward is itself differentiated or transformed."""
+    """Gradients of (x, weight, bias) by the long way, which can be differentiated and transformed."""
     eps, number = record[-2:].tolist()
     form = int(number)
     mean, var = record[:-2].view(2, -1)
@@ -128,14 +127,13 @@ def _pull_back(x: Tensor, weight: Tensor | None, record: Tensor, grad: Tensor) -
 
 
 class Normalize(Function):
-    """The kernel `op` over (x, weight, bias, ...), with its record kept for the backward."""
+    """The graph's node for what an operator has made: (y, record). A tuple is no input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, op: Any, rest: Any) -> Any:
-        y, record = op(x, weight, bias, *rest)
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, made: tuple[Tensor, Tensor]) -> Any:
         ctx.save_for_backward(x, weight)
         # neither input nor output: as a saved tensor it would be copied twice, for 2 µs
-        ctx.record = record
+        y, ctx.record = made
         return y
 
     @staticmethod
@@ -152,10 +150,10 @@ class Normalize(Function):
             grad_x, grad_weight, grad_bias = _pull_back(x, weight, ctx.record, grad)
         else:
             grad_x, grad_weight, grad_bias = _backward(grad, x, ctx.record, weight)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None
 
 
 # Function.apply without what it does for function transforms, which are not for this way
-_normalize = super(Function, Normalize).apply  # type: ignore[misc]
+_attach = super(Function, Normalize).apply  # type: ignore[misc]
 # and the same of the backward: torch's own `apply` looks for the function to call
 Normalize._backward_cls.apply = Normalize.backward
