@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -33,20 +34,20 @@ BATCH, LAYER = CASES[2], CASES[10]
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call went the short way."""
     made: list[bool] = []
-    original = eager._call
+    original = eager.call
 
     def call(*arguments: Any) -> Tensor | None:
         y = original(*arguments)
         made.append(y is not None)
         return y
 
-    monkeypatch.setattr(eager, "_call", call)
+    monkeypatch.setattr(eager, "call", call)
     return made
 
 
 def by_the_long_way(layer: Any, x: Tensor, grad: Tensor) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eager, "_call", lambda *_: None)
+        patch.setattr(eager, "call", lambda *_: None)
         return run(layer, x, grad)
 
 
@@ -240,3 +241,20 @@ def test_what_is_refused_changes_nothing() -> None:
     assert running[0].eq(0.0).all()
     assert running[1].eq(1.0).all()
     assert running[2] == 3
+
+
+@native
+@MODES
+def test_a_backward_that_is_compiled(training: bool) -> None:
+    from torch._dynamo import compiled_autograd
+
+    layer, x, grad = BATCH.build().train(training), BATCH.input(), torch.randn(BATCH.shape)
+    expected = run(layer, x, grad)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        x.requires_grad_()
+        with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+            layer(x).backward(grad)
+    assert_same((x.grad, layer.weight.grad, layer.bias.grad), expected[1:])
+    torch.compiler.reset()

@@ -106,7 +106,7 @@ def test_a_broken_layer_is_found(
 ) -> None:
     monkeypatch.setattr(functional, name, breakage(getattr(functional, name)))
     # the layers then go through what is broken
-    monkeypatch.setattr(eager, "_call", lambda *_: None)
+    monkeypatch.setattr(eager, "call", lambda *_: None)
     report = tmp_path / "report.json"
     assert verify("--quick", "--layer", layer, "--json", str(report)) == 1
     assert "FAIL" in capsys.readouterr().out

@@ -74,8 +74,8 @@ MUTATIONS = [
     Mutation(
         "1 the output gradient read in its own memory format",
         "library.cpp",
-        "const Tensor dense_grad = laid_out(same_type, g);\n  const Values",
-        "const Tensor dense_grad = same_type;\n  const Values",
+        "const Tensor dense_grad = laid_out(same_type, g);\n  Room",
+        "const Tensor dense_grad = same_type;\n  Room",
         "formats",
     ),
     Mutation(

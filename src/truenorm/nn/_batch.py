@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import nan
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -29,14 +31,15 @@ class BatchForward(FixedRank, RunningStatistics, Traceable):
         if (mean is None) != (var is None):
             return None
         if not self.training and mean is not None:
-            return eager.normalize_fixed(input, weight, bias, mean, var, eps) if eps >= 0 else None
+            if not eps >= 0:
+                return None
+            return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
         if not (eps > 0 and (momentum is None or 0 <= momentum <= 1)):
             return None
         if mean is None or not self.track_running_stats:
-            return eager.normalize(input, weight, bias, eager.BATCH, eps)
-        return eager.normalize_tracked(
-            input, weight, bias, mean, var, count, momentum, eager.BATCH, eps
-        )
+            return eager.call(eager.OWN, input, weight, bias, (), eager.BATCH, eps)
+        running = mean, var, count, nan if momentum is None else momentum
+        return eager.call(eager.TRACKED, input, weight, bias, running, eager.BATCH, eps)
 
     def forward(self, input: Tensor) -> Tensor:
         if self._direct and type(input) is Tensor and not is_compiling():

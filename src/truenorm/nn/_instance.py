@@ -30,12 +30,11 @@ class InstanceForward(FixedRank, RunningStatistics, Traceable):
         if not self.training and self.track_running_stats:
             if mean is None or var is None:
                 return None
-            return eager.normalize_fixed(input, weight, bias, mean, var, eps)
+            return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
         if mean is None or var is None:
-            return eager.normalize(input, weight, bias, eager.INSTANCE, eps)
-        return eager.normalize_tracked(
-            input, weight, bias, mean, var, None, momentum or 0.0, eager.INSTANCE, eps
-        )
+            return eager.call(eager.OWN, input, weight, bias, (), eager.INSTANCE, eps)
+        running = mean, var, None, momentum or 0.0
+        return eager.call(eager.TRACKED, input, weight, bias, running, eager.INSTANCE, eps)
 
     def forward(self, input: Tensor) -> Tensor:
         if self._direct and type(input) is Tensor and not is_compiling():
