@@ -10,8 +10,8 @@
 namespace truenorm {
 namespace {
 
-// Which values share a statistic, and what is wanted, in one number: a scalar's way through the
-// dispatcher takes as long as a small input's kernel. _ops/eager.py has the same bits, above those
+// Which values share a statistic, and what is wanted, in one number: each scalar's way through
+// the dispatcher takes time. _ops/eager.py has the same bits, above those
 // of NEEDS_INPUT, NEEDS_WEIGHT and NEEDS_BIAS.
 struct Form {
   int64_t bits;
@@ -27,12 +27,12 @@ struct Form {
 // What the backward needs besides x and weight, in one tensor: per statistic the means, then the
 // variances, then eps and the form.
 struct Record {
-  static Tensor of(const Geometry& g) { return empty(2 * g.num_statistics() + 2, kType); }
+  static int64_t size(const Geometry& g) { return 2 * g.num_statistics() + 2; }
+  static Tensor of(const Geometry& g) { return empty(size(g), ScalarType::Double); }
   static void close(double* values, const Geometry& g, double eps, Form form) {
-    values[2 * g.num_statistics()] = eps;
-    values[2 * g.num_statistics() + 1] = double(form.bits);
+    values[size(g) - 2] = eps;
+    values[size(g) - 1] = double(form.bits);
   }
-  static constexpr ScalarType kType = ScalarType::Double;
 };
 
 void expect(bool in_order) { STD_TORCH_CHECK(in_order, "truenorm: no call for the short way"); }
@@ -153,10 +153,13 @@ std::tuple<Tensor, Tensor> apply(const Tensor& x, std::optional<Tensor> weight,
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
                                             const Tensor& record, std::optional<Tensor> weight) {
+  expect(record.scalar_type() == ScalarType::Double && record.numel() > 2);
   const double* const mean = doubles(record);
   const double* const end = mean + record.numel();
   const Form form{int64_t(end[-1])};
   const Geometry g = geometry_of(x, axes_of(x, form));
+  expect(record.numel() == Record::size(g));
+  expect_parameter(weight, g, form.feature_dims());
   const Params params(x, weight, g, form.feature_dims());
   std::optional<Tensor> of_x, of_weight, of_bias;
   if (form.bits & kInput) of_x = new_result(g, x.scalar_type());
