@@ -129,7 +129,4 @@ class Normalize(Function):
 
 
 # Function.apply without what it does for function transforms, which are not for this way
-_attach: Any = super(Function, Normalize).apply  # type: ignore[misc]
-# and the same of the backward: torch's own `apply` looks for the function to call
-_node: Any = Normalize._backward_cls
-_node.apply = Normalize.backward
+_attach: Any = super(Function, Normalize).apply
