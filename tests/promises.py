@@ -53,6 +53,11 @@ SHAPES: dict[str, tuple[Case, ...]] = {
     "response": (
         Case("LocalResponseNorm", (5,), {"alpha": 0.3}, (2, 9, 7, 13)),
         Case("LocalResponseNorm", (4,), {"alpha": 0.3, "beta": 0.6}, (3, 3, 67)),
+        # vectors of channels and what is left of them; more than one tile of positions; the other
+        # powers in float32; a window that float64 sums
+        Case("LocalResponseNorm", (3,), {"alpha": 0.5, "beta": 0.5}, (2, 37, 3, 11)),
+        Case("LocalResponseNorm", (8,), {"alpha": 0.5, "beta": 1.0}, (1, 19, 301)),
+        Case("LocalResponseNorm", (9,), {"alpha": 0.5}, (2, 19, 5, 7)),
     ),
 }
 CASES = [case for cases in SHAPES.values() for case in cases]

@@ -149,6 +149,27 @@ MUTATIONS = [
         "std::memcpy(out, edge, size_t(i - 1) * sizeof(T));",
         "past_the_caches",
     ),
+    Mutation(
+        "1 local response: the window that a gradient reaches, mirrored",
+        "kernel_local_response.h",
+        "of_across.run[j] = across + j - after;",
+        "of_across.run[j] = across + j - before;",
+        "formats",
+    ),
+    Mutation(
+        "2 local response in float32 at any scale",
+        "kernel_local_response.h",
+        "p.value = (vf)((vi)p.value | outside);",
+        "p.value = (vf)((vi)p.value | (outside & 0));",
+        "response",
+    ),
+    Mutation(
+        "5 local response: a whole tile again in float64 for one of its values",
+        "kernel_local_response_exact.h",
+        "if (!std::isfinite(to_double(out[i + j])))",
+        "if (len > 0)",
+        "nan",
+    ),
 ]
 
 
