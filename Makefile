@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL_LOG := build/install.log
-CPP := $(wildcard csrc/*.cpp csrc/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/*.h tools/*.cpp)
 BUILT_FROM := $(CPP) CMakeLists.txt pyproject.toml build_backend/truenorm_build.py
 
 # The project's own builds take a compiler warning as an error; for a compiler that warns where ours
@@ -18,7 +18,7 @@ BUILT_FROM := $(CPP) CMakeLists.txt pyproject.toml build_backend/truenorm_build.
 export TRUENORM_WERROR ?= ON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types format wheel verify bench bench-quick sanitize mutate \
+.PHONY: help run test lint types format wheel verify bench bench-quick sanitize mutate neon \
 	clean
 
 help:  ## list the targets
@@ -64,10 +64,24 @@ bench: $(VENV)/demo  ## time every layer beside torch's (BENCH=...: other option
 bench-quick: $(VENV)/demo  ## the same in under two minutes, on fewer cases; writes nothing
 	@$(BIN)/truenorm bench --quick $(BENCH)
 
-sanitize: build/sanitize/_native.so  ## the kernel tests under ASan and UBSan (needs g++)
+sanitize: build/sanitize/_native.so  ## the tests of kernels and pool under ASan and UBSan (needs g++)
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		TRUENORM_LIBRARY="$(CURDIR)/$<" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/python -m pytest --capture=sys tests/test_kernels.py
+		$(BIN)/python -m pytest --capture=sys tests/test_kernels.py tests/test_pool*.py
+
+# the kernels alone: no torch is needed for that, and none for aarch64 is at hand
+DIGEST_FLAGS := -std=c++20 -O3 -DNDEBUG -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi -Werror
+DIGEST_SOURCES := csrc/kernels.cpp csrc/dispatch.cpp tools/kernel_digest.cpp
+NEON_CXX ?= aarch64-linux-gnu-g++
+NEON_RUN ?= qemu-aarch64
+
+neon:  ## the kernels on an emulated aarch64: the bits of this machine (needs g++, its cross form, qemu-user)
+	@mkdir -p build/neon
+	@$(NEON_CXX) $(DIGEST_FLAGS) -Icsrc -static -DTRUENORM_ISA=neon $(DIGEST_SOURCES) -o build/neon/neon
+	@$(CXX) $(DIGEST_FLAGS) -Icsrc -DTRUENORM_ISA=baseline $(DIGEST_SOURCES) -o build/neon/here
+	@build/neon/here | tee build/neon/here.txt
+	@$(NEON_RUN) build/neon/neon | tee build/neon/neon.txt
+	@test "$$(cut -d' ' -f1 build/neon/here.txt)" = "$$(cut -d' ' -f1 build/neon/neon.txt)"
 
 mutate: $(VENV)/dev  ## break the kernels on purpose, and see the tests notice
 	@$(BIN)/python tools/mutate.py

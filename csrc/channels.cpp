@@ -48,26 +48,30 @@ void over_pieces(const Cut& cut, const Body& body) {
            });
 }
 
-// body(matrix, offset, values) for every row, several rows to a task.
+// body(matrix, offset, rows, values of a row), several rows to a task, the last ones first: they
+// have just been read.
 template <class Body>
-void over_rows(const Cut& cut, const Body& body) {
-  const int64_t short_row = cut.left_over > 0 ? 1 : 0;
-  const int64_t per_matrix = cut.rows + short_row;
+void over_rows(const Cut& cut, bool stream, const Body& body) {
   const int64_t rows_per_task = std::max<int64_t>(1, kPiece / cut.cols);
-  const int64_t tasks = ceil_div(per_matrix, rows_per_task);
-  parallel(cut.matrices * tasks, std::min(kPiece, cut.matrix_values()), [&](int64_t i) {
+  const int64_t tasks = ceil_div(cut.rows, rows_per_task);
+  parallel<true>(cut.matrices * tasks, std::min(kPiece, cut.matrix_values()), [&](int64_t i) {
     const int64_t matrix = i / tasks, first = i % tasks * rows_per_task;
-    const int64_t last = std::min(per_matrix, first + rows_per_task);
-    for (int64_t row = first; row < last; ++row)
-      body(matrix, matrix * cut.matrix_values() + row * cut.cols,
-           row < cut.rows ? cut.cols : cut.left_over * cut.channels);
+    const int64_t last = std::min(cut.rows, first + rows_per_task);
+    const int64_t offset = matrix * cut.matrix_values();
+    body(matrix, offset + first * cut.cols, last - first, cut.cols);
+    if (last == cut.rows && cut.left_over > 0)
+      body(matrix, offset + cut.rows * cut.cols, 1, cut.left_over * cut.channels);
+    fence(stream);
   });
 }
+
+// Values that vectors may read past the end of an array of coefficients.
+constexpr int64_t kPastEnd = 32;
 
 // A value per (matrix, channel), repeated for every folded position: what a row of cols reads.
 template <class A, class Value>
 std::unique_ptr<A[]> spread(const Cut& cut, const Value& value) {
-  auto values = scratch<A>(cut.matrices * cut.cols);
+  auto values = scratch<A>(cut.matrices * cut.cols + kPastEnd);
   for (int64_t m = 0; m < cut.matrices; ++m)
     for (int64_t c = 0; c < cut.channels; ++c) {
       const A v = value(m, c);
@@ -203,16 +207,51 @@ void param_grads(const Backward<T>& b, const Cut& cut, const GradSums* sums) {
   });
 }
 
-// The five coefficients of grad_x, per matrix and column, one array after the other.
+// Arrays of `size` coefficients each, one after the other.
+template <class A>
+struct Arrays {
+  int64_t size;
+  std::unique_ptr<A[]> memory;
+
+  Arrays(int64_t count, int64_t values)
+      : size(values), memory(scratch<A>(count > 0 ? count * values + kPastEnd : 0)) {}
+  A* operator[](int64_t i) const { return memory.get() + i * size; }
+};
+
+// The coefficients of y, per matrix and column.
 template <class T>
-std::unique_ptr<compute_t<T>[]> coefficients(const Backward<T>& b, const Cut& cut,
-                                             const GradSums* sums) {
+struct ForwardCoefficients {
+  Arrays<compute_t<T>> values;
+  Arrays<double> doubles;
+
+  ForwardCoefficients(const Forward<T>& f, const Cut& cut)
+      : values(3, cut.matrices * cut.cols), doubles(is_half<T> ? 3 : 0, cut.matrices * cut.cols) {
+    const int64_t per_group = f.geometry.channels_per_group(), groups = f.geometry.groups();
+    const Affines<T> all = (*this)(0);
+    parallel(cut.matrices, 8 * cut.channels, [&](int64_t m) {
+      for (int64_t c = 0; c < cut.channels; ++c) {
+        const int64_t i = m * groups + c / per_group;
+        const Affine<T> a(f.mean[i], inverse_std(f.var[i], f.eps), f.weight, f.bias, c);
+        for (int64_t to = m * cut.cols + c; to < (m + 1) * cut.cols; to += cut.channels)
+          all.set(to, a);
+      }
+    });
+  }
+
+  Affines<T> operator()(int64_t first) const {
+    return Affines<T>{values[0], values[1], values[2], doubles[0], doubles[1], doubles[2]}.from(
+        first);
+  }
+};
+
+// The coefficients of grad_x, per matrix and column.
+template <class T>
+Arrays<compute_t<T>> grad_coefficients(const Backward<T>& b, const Cut& cut, const GradSums* sums) {
   using A = compute_t<T>;
   const Geometry& g = b.geometry;
   const int64_t per_group = g.channels_per_group(), groups = g.groups();
   const double count = double(g.values_per_statistic());
-  const int64_t size = cut.matrices * cut.cols;
-  auto memory = scratch<A>(5 * size);
+  Arrays<A> arrays(5, cut.matrices * cut.cols);
   parallel(cut.matrices * groups, 16 * per_group, [&](int64_t i) {
     const int64_t m = i / groups, first = i % groups * per_group;
     const double rstd = inverse_std(b.var[i], b.eps);
@@ -226,49 +265,81 @@ std::unique_ptr<compute_t<T>[]> coefficients(const Backward<T>& b, const Cut& cu
     for (int64_t c = first; c < first + per_group; ++c) {
       const GradAffine<A> a(b.mean[i], rstd, weight(c), mean.grad, mean.grad_x_hat);
       for (int64_t to = m * cut.cols + c; to < (m + 1) * cut.cols; to += cut.channels) {
-        memory[to] = a.scale;
-        memory[to + size] = a.hi;
-        memory[to + 2 * size] = a.rstd;
-        memory[to + 3 * size] = a.slope;
-        memory[to + 4 * size] = a.shift;
+        arrays[0][to] = a.scale;
+        arrays[1][to] = a.hi;
+        arrays[2][to] = a.rstd;
+        arrays[3][to] = a.slope;
+        arrays[4][to] = a.shift;
       }
     }
   });
-  return memory;
+  return arrays;
+}
+
+// A sample whose values are read twice from cache is one task, if there are enough of them: then
+// `one` does it all. Its pieces are the same, and so are the bits.
+template <class T>
+bool by_sample(const Geometry& g, int64_t tensors) {
+  return !g.over_batch() && g.n > 1 && busy(g.n) &&
+         tensors * g.c * g.s * int64_t(sizeof(T)) <= kInCache;
+}
+
+Geometry one_sample(const Geometry& g) {
+  return {1, g.c, g.s, g.memory, {}, {}, true, g.num_groups, g.centred};
+}
+
+template <class T>
+void forward_samples(const Forward<T>& f) {
+  const Geometry& g = f.geometry;
+  const Geometry one = one_sample(g);
+  parallel(g.n, g.c * g.s, [&](int64_t n) {
+    const int64_t values = n * g.c * g.s, statistics = n * g.groups();
+    forward_channels(Forward<T>{one, f.kernels, f.eps, f.x + values, f.y + values, f.weight, f.bias,
+                                f.mean + statistics, f.var + statistics, false, f.stream});
+  });
+}
+
+template <class T>
+void backward_samples(const Backward<T>& b) {
+  const Geometry& g = b.geometry;
+  const Geometry one = one_sample(g);
+  const auto weight = scratch<double>(g.n * g.c), bias = scratch<double>(g.n * g.c);
+  parallel(g.n, 2 * g.c * g.s, [&](int64_t n) {
+    const int64_t values = n * g.c * g.s, statistics = n * g.groups();
+    backward_channels(Backward<T>{one, b.kernels, b.eps, b.grad + values, b.x + values,
+                                  b.grad_x ? b.grad_x + values : nullptr, b.weight,
+                                  b.mean + statistics, b.var + statistics,
+                                  b.grad_weight ? weight.get() + n * g.c : nullptr,
+                                  b.grad_bias ? bias.get() + n * g.c : nullptr, false, b.stream});
+  });
+  const auto add = [&](const double* of_sample, double* to) {
+    if (!to) return;
+    std::fill(to, to + g.c, 0.0);
+    for (int64_t n = 0; n < g.n; ++n)
+      for (int64_t c = 0; c < g.c; ++c) to[c] += of_sample[n * g.c + c];
+  };
+  add(weight.get(), b.grad_weight);
+  add(bias.get(), b.grad_bias);
 }
 
 }  // namespace
 
 template <class T>
 void forward_channels(const Forward<T>& f) {
-  using A = output_t<T>;
-  const Geometry& g = f.geometry;
-  const Cut cut(g);
+  if (by_sample<T>(f.geometry, 1)) return forward_samples(f);
+  const Cut cut(f.geometry);
   if (!f.fixed) statistics(f, cut);
-  const int64_t per_group = g.channels_per_group(), groups = g.groups();
-  const int64_t size = cut.matrices * cut.cols;
-  const auto memory = scratch<A>(3 * size);
-  A *const hi = memory.get(), *const scale = hi + size, *const shift = scale + size;
-  parallel(cut.matrices, 8 * cut.channels, [&](int64_t m) {
-    for (int64_t c = 0; c < cut.channels; ++c) {
-      const int64_t i = m * groups + c / per_group;
-      const Affine<A> a(f.mean[i], inverse_std(f.var[i], f.eps), f.weight, f.bias, c);
-      for (int64_t to = m * cut.cols + c; to < (m + 1) * cut.cols; to += cut.channels) {
-        hi[to] = a.hi;
-        scale[to] = a.scale;
-        shift[to] = a.shift;
-      }
-    }
-  });
-  over_rows(cut, [&](int64_t m, int64_t offset, int64_t count) {
-    const int64_t from = m * cut.cols;
-    f.kernels.apply_each(f.x + offset, f.y + offset, count, hi + from, scale + from, shift + from);
+  const ForwardCoefficients<T> coefficients(f, cut);
+  over_rows(cut, f.stream, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
+    f.kernels.apply_each(f.x + offset, f.y + offset, rows, len, coefficients(m * cut.cols),
+                         f.stream);
   });
 }
 
 template <class T>
 void backward_channels(const Backward<T>& b) {
   using A = compute_t<T>;
+  if (by_sample<T>(b.geometry, 2)) return backward_samples(b);
   const Cut cut(b.geometry);
   std::unique_ptr<GradSums[]> sums;
   if (b.grad_weight || b.grad_bias || !b.fixed) {
@@ -280,17 +351,17 @@ void backward_channels(const Backward<T>& b) {
     const auto scale = spread<A>(cut, [&](int64_t, int64_t c) {
       return A(inverse_std(b.var[c], b.eps) * (b.weight ? double(b.weight[c]) : 1.0));
     });
-    over_rows(cut, [&](int64_t, int64_t offset, int64_t count) {
-      b.kernels.grad_scale_each(b.grad + offset, b.grad_x + offset, count, scale.get());
+    over_rows(cut, b.stream, [&](int64_t, int64_t offset, int64_t rows, int64_t len) {
+      b.kernels.grad_scale_each(b.grad + offset, b.grad_x + offset, rows, len, scale.get(),
+                                b.stream);
     });
     return;
   }
-  const auto memory = coefficients(b, cut, sums.get());
-  const int64_t size = cut.matrices * cut.cols;
-  over_rows(cut, [&](int64_t m, int64_t offset, int64_t count) {
-    const A* of = memory.get() + m * cut.cols;
-    b.kernels.grad_apply_each(b.grad + offset, b.x + offset, b.grad_x + offset, count, of,
-                              of + size, of + 2 * size, of + 3 * size, of + 4 * size);
+  const Arrays<A> of = grad_coefficients(b, cut, sums.get());
+  const GradAffines<A> all = {of[0], of[1], of[2], of[3], of[4]};
+  over_rows(cut, b.stream, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
+    b.kernels.grad_apply_each(b.grad + offset, b.x + offset, b.grad_x + offset, rows, len,
+                              all.from(m * cut.cols), b.stream);
   });
 }
 

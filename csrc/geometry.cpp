@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <utility>
+#include <vector>
 
 namespace truenorm {
 namespace {
@@ -15,10 +16,15 @@ int64_t product(const int64_t* begin, const int64_t* end) {
 // Whether dimensions [from, to), in any order unless `ordered`, tile memory from stride `start`.
 bool fills(const int64_t* sizes, const int64_t* strides, int64_t from, int64_t to, int64_t start,
            bool ordered) {
+  int64_t next = start, d = to;
+  while (d > from && (sizes[d - 1] == 1 || strides[d - 1] == next)) next *= sizes[--d];
+  // from the last dimension to the first: nearly always so
+  if (d == from) return true;
+  if (ordered) return false;
   std::vector<std::pair<int64_t, int64_t>> dims;
-  for (int64_t d = to - 1; d >= from; --d)
+  for (d = from; d < to; ++d)
     if (sizes[d] != 1) dims.emplace_back(strides[d], sizes[d]);
-  if (!ordered) std::sort(dims.begin(), dims.end());
+  std::sort(dims.begin(), dims.end());
   for (const auto& [stride, size] : dims) {
     if (stride != start) return false;
     start *= size;
@@ -26,33 +32,35 @@ bool fills(const int64_t* sizes, const int64_t* strides, int64_t from, int64_t t
   return true;
 }
 
-std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t step = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
+// (N, C, positions…) stored as [N, positions…, C].
+Dims channels_last_strides(const Dims& sizes) {
+  Dims strides(sizes.size());
+  strides[1] = 1;
+  int64_t step = std::max<int64_t>(sizes[1], 1);
+  for (int64_t d = sizes.size(); d-- > 0;) {
+    if (d == 1) continue;
     strides[d] = step;
     step *= std::max<int64_t>(sizes[d], 1);
   }
   return strides;
 }
 
-// (N, C, positions…) stored as [N, positions…, C].
-std::vector<int64_t> channels_last_strides(const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> stored(sizes);
-  stored.erase(stored.begin() + 1);
-  stored.push_back(sizes[1]);
-  std::vector<int64_t> strides = contiguous_strides(stored);
-  strides.pop_back();
-  strides.insert(strides.begin() + 1, 1);
+}  // namespace
+
+Dims contiguous_strides(const Dims& sizes) {
+  Dims strides(sizes.size());
+  int64_t step = 1;
+  for (int64_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step *= std::max<int64_t>(sizes[d], 1);
+  }
   return strides;
 }
 
-}  // namespace
-
 Geometry geometry(const int64_t* sizes, const int64_t* strides, int64_t dim, const Axes& axes) {
   Geometry g;
-  g.sizes.assign(sizes, sizes + dim);
-  g.strides.assign(strides, strides + dim);
+  g.sizes = Dims(sizes, sizes + dim);
+  g.strides = Dims(strides, strides + dim);
   g.num_groups = axes.num_groups;
   g.centred = axes.centred;
   g.memory = Memory::rows;

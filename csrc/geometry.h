@@ -1,10 +1,40 @@
 // How a tensor lies in memory, seen as (N, C, S): samples, channels, positions.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 namespace truenorm {
+
+// Sizes or strides. Up to eight stand in place: an allocation is noticed in a small input's call.
+class Dims {
+ public:
+  Dims() = default;
+  explicit Dims(int64_t count) : count_(count) {
+    if (count > kInline) far_ = std::make_unique<int64_t[]>(size_t(count));
+  }
+  Dims(const int64_t* first, const int64_t* last) : Dims(last - first) {
+    std::copy(first, last, begin());
+  }
+
+  int64_t* begin() { return far_ ? far_.get() : near_; }
+  int64_t* end() { return begin() + count_; }
+  const int64_t* begin() const { return far_ ? far_.get() : near_; }
+  const int64_t* end() const { return begin() + count_; }
+  int64_t size() const { return count_; }
+  int64_t& operator[](int64_t i) { return begin()[i]; }
+  int64_t operator[](int64_t i) const { return begin()[i]; }
+
+ private:
+  static constexpr int64_t kInline = 8;
+
+  int64_t count_ = 0;
+  int64_t near_[kInline];
+  std::unique_ptr<int64_t[]> far_;
+};
+
+Dims contiguous_strides(const Dims& sizes);
 
 // Which values share one statistic; src/truenorm/_axes.py says what the fields mean.
 struct Axes {
@@ -21,9 +51,9 @@ enum class Memory {
 struct Geometry {
   int64_t n, c, s;
   Memory memory;
-  std::vector<int64_t> sizes, strides;  // of the result
-  bool dense;                           // whether the input has these strides already
-  int64_t num_groups;                   // per sample; 0: one statistic per channel over the batch
+  Dims sizes, strides;  // of the result
+  bool dense;           // whether the input has these strides already
+  int64_t num_groups;   // per sample; 0: one statistic per channel over the batch
   bool centred;
 
   int64_t numel() const { return n * c * s; }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "simd.h"
+#include "simd_pairs.h"
 
 namespace truenorm {
 namespace {
@@ -19,16 +19,39 @@ TN_INLINE void blocks(int64_t len, const Body& body) {
   if (i < len) body(len - N, int(i + N - len));
 }
 
+// to[i] += from[i]
+TN_INLINE void add_doubles(double* to, vd from) { store_raw(to, load_raw<vd>(to) + from); }
+TN_INLINE void add_doubles(double* to, vf from) {
+  vd half[2];
+  halves(from, half);
+  add_doubles(to, half[0]);
+  add_doubles(to + D, half[1]);
+}
+
+// Sums of kStep places in double, each pair of vectors in its own order of lanes.
+struct Totals {
+  double values[kStep] = {};
+
+  // In the order of the places, then place i + i + 16, + 8, + 4, + 2, + 1: the same for every width
+  // of a vector.
+  template <class P>
+  static double sum(const Totals& t) {
+    double places[kStep];
+    for (int start = 0; start < kStep; start += P::size)
+      for (int k = 0; k < 2; ++k)
+        for (int i = 0; i < P::lanes; ++i)
+          places[start + P::place(k, i)] = t.values[start + k * P::lanes + i];
+    for (int width = kStep / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) places[i] += places[i + width];
+    return places[0];
+  }
+};
+
 // v, with the lanes that were read before as zero.
 TN_INLINE vd unread(vd v, int r, int keep) {
   vl lane;
   for (int i = 0; i < D; ++i) lane[i] = r * D + i;
   return (vd)((vl)v & (lane >= keep));
-}
-TN_INLINE vf unread(vf v, int r, int keep) {
-  vi lane;
-  for (int i = 0; i < F; ++i) lane[i] = r * F + i;
-  return (vf)((vi)v & (lane >= keep));
 }
 
 // Calls body<B>(column) for blocks of 64 and then of 16 columns; the last one ends with the

@@ -6,182 +6,283 @@
 namespace truenorm {
 namespace {
 
-// out[i] = f(in[0][i], …, coef[0][i], …), 16 values at a time. The last block ends where the run
-// does and writes some values a second time, the same; a short run goes through padded copies.
-template <class L, int In, int Coefs, class T, class A, class Fn>
-TN_INLINE void map(const T* const (&in)[In], const A* const (&coef)[Coefs], int used, T* out,
-                   int64_t len, Fn f) {
-  using V = typename L::V;
-  const auto one = [&](const T* const* from, const A* const* with, T* to) TN_FLAT {
+// out = f(in[0], …) on kStep values at a time; f(values, i) takes and returns a pair of vectors, i
+// being the place of the first in the run. The last step ends where the run does, and computes some
+// values a second time; a run shorter than a step goes through padded copies.
+template <class P, int In, class T, class Fn>
+TN_INLINE void map(const T* const (&in)[In], T* out, int64_t len, bool stream, const Fn& f) {
+  const auto step = [&](const T* const(&from)[In], int64_t i, T* to, bool past_caches) TN_FLAT {
 #pragma GCC unroll 8
-    for (int j = 0; j < kLanes; j += L::lanes) {
-      V values[In], coefs[Coefs] = {};
-      for (int k = 0; k < In; ++k) values[k] = L::load(from[k] + j);
-      for (int k = 0; k < used; ++k) coefs[k] = load_raw<V>(with[k] + j);
-      L::store(to + j, f(values, coefs));
+    for (int j = 0; j < kStep; j += P::size) {
+      P values[In];
+      for (int k = 0; k < In; ++k) values[k] = P::load(from[k] + i + j);
+      const P result = f(values, i + j);
+      if (past_caches)
+        P::stream(to + j, result);
+      else
+        P::store(to + j, result);
     }
   };
-  const T* from[In];
-  const A* with[Coefs];
-  if (len < kLanes) {
-    Padded<T> in_copy[In], out_copy;
-    Padded<A> coef_copy[Coefs];
-    for (int k = 0; k < In; ++k) from[k] = Padded<T>::fill(in_copy[k], in[k], len, T{});
-    for (int k = 0; k < used; ++k) with[k] = Padded<A>::fill(coef_copy[k], coef[k], len, A{});
-    one(from, with, out_copy.values);
+  if (len < kStep) {
+    Padded<T, kStep> in_copy[In], out_copy;
+    const T* from[In];
+    for (int k = 0; k < In; ++k) from[k] = Padded<T, kStep>::fill(in_copy[k], in[k], len, T{});
+    step(from, 0, out_copy.values, false);
     std::memcpy(out, out_copy.values, size_t(len) * sizeof(T));
     return;
   }
-  blocks(len, [&](int64_t i, int) TN_FLAT {
-    for (int k = 0; k < In; ++k) from[k] = in[k] + i;
-    for (int k = 0; k < used; ++k) with[k] = coef[k] + i;
-    one(from, with, out + i);
+  if (!stream) {
+    blocks<kStep>(len, [&](int64_t i, int) TN_FLAT { step(in, i, out + i, false); });
+    return;
+  }
+  // whole cache lines past the caches, what is before and after them as usual
+  T edge[kStep];
+  int64_t i = int64_t((-reinterpret_cast<uintptr_t>(out) & (kLine - 1)) / sizeof(T));
+  if (i > 0) {
+    step(in, 0, edge, false);
+    std::memcpy(out, edge, size_t(i) * sizeof(T));
+  }
+  for (; i + kStep <= len; i += kStep) step(in, i, out + i, true);
+  if (i < len) {
+    step(in, len - kStep, edge, false);
+    std::memcpy(out + i, edge + (i + kStep - len), size_t(len - i) * sizeof(T));
+  }
+}
+
+// The same for each of several rows that follow one another.
+template <class P, int In, class T, class Fn>
+TN_INLINE void map_rows(const T* const (&in)[In], T* out, int64_t rows, int64_t len, bool stream,
+                        const Fn& f) {
+  const T* from[In];
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int k = 0; k < In; ++k) from[k] = in[k] + row * len;
+    map<P, In>(from, out + row * len, len, stream, f);
+  }
+}
+
+// bfloat16: y = p + q in float is off by at most 1.5 · 2^-22 of |q|, which is much of y's last
+// place where the two cancel, and can turn the rounding wherever y is that near to half way between
+// two bfloat16: there the value is computed again in double. Each value is judged by itself,
+// whatever its neighbours are. float16, of three more bits, would need it too often to gain: it is
+// computed in double throughout.
+constexpr float kOff = 3.0f;
+
+// Whether y's distance from half way, in last places of a float, times |y| is less than `off`.
+TN_INLINE vi near_half_way(vf y, vf off) {
+  const vi distance = ((vi)y & 0xffff) - 0x8000;
+  return magnitude(__builtin_convertvector(distance, vf) * y) < off;
+}
+
+// p + q, and exact(k, h), half h of vector k in double, where that is needed; off = kOff · |q|.
+template <class T, class P, class Exact>
+TN_INLINE P sum_exactly(const P& p, const vf (&q)[2], const vf (&off)[2], const Exact& exact) {
+  P y;
+  if constexpr (std::is_same_v<T, f16>) {
+    for (int k = 0; k < 2; ++k) y.v[k] = rejoin(exact(k, 0), exact(k, 1));
+    return y;
+  }
+  vi again[2];
+  for (int k = 0; k < 2; ++k) {
+    y.v[k] = p.v[k] + q[k];
+    again[k] = near_half_way(y.v[k], off[k]);
+  }
+  if (__builtin_expect(any(again[0] | again[1]), 0))
+    for (int k = 0; k < 2; ++k) y.v[k] = again[k] ? rejoin(exact(k, 0), exact(k, 1)) : y.v[k];
+  return y;
+}
+
+template <class T>
+TN_INLINE void apply_run(const T* x, T* y, int64_t len, const Affine<T>& by, bool stream) {
+  using P = AnyOrder<T>;
+  using V = typename P::V;
+  const V hi = splat<V>(by.hi), scale = splat<V>(by.scale), shift = splat<V>(by.shift);
+  if constexpr (is_half<T>) {
+    const vf off = magnitude(shift) * kOff;
+    map<P, 1>({x}, y, len, stream, [&](const P* v, int64_t) TN_FLAT {
+      const P p = {(v->v[0] - hi) * scale, (v->v[1] - hi) * scale};
+      return sum_exactly<T, P>(p, {shift, shift}, {off, off}, [&](int k, int h) TN_FLAT {
+        vd d[2];
+        halves(v->v[k], d);
+        return (d[h] - by.mean) * by.slope + by.bias;
+      });
+    });
+  } else {
+    map<P, 1>({x}, y, len, stream, [&](const P* v, int64_t) TN_FLAT {
+      P out;
+      for (int k = 0; k < 2; ++k) out.v[k] = (v->v[k] - hi) * scale + shift;
+      return out;
+    });
+  }
+}
+
+template <class T>
+void apply(const T* x, T* y, int64_t runs, int64_t len, const Affine<T>* by, bool stream) {
+  for (int64_t r = 0; r < runs; ++r) apply_run(x + r * len, y + r * len, len, by[r], stream);
+}
+
+template <class T>
+void apply_each(const T* x, T* y, int64_t rows, int64_t len, const Affines<T>& by, bool stream) {
+  using P = InOrder<T>;
+  using V = typename P::V;
+  map_rows<P, 1>({x}, y, rows, len, stream, [&](const P* v, int64_t i) TN_FLAT {
+    P p;
+    V shift[2];
+    for (int k = 0; k < 2; ++k) {
+      const int64_t at = i + k * P::lanes;
+      p.v[k] = (v->v[k] - load_raw<V>(by.hi + at)) * load_raw<V>(by.scale + at);
+      shift[k] = load_raw<V>(by.shift + at);
+    }
+    if constexpr (is_half<T>) {
+      const vf off[2] = {magnitude(shift[0]) * kOff, magnitude(shift[1]) * kOff};
+      return sum_exactly<T, P>(p, shift, off, [&](int k, int h) TN_FLAT {
+        const int64_t at = i + k * P::lanes + h * D;
+        vd d[2];
+        halves(v->v[k], d);
+        return (d[h] - load_raw<vd>(by.mean + at)) * load_raw<vd>(by.slope + at) +
+               load_raw<vd>(by.bias + at);
+      });
+    } else {
+      for (int k = 0; k < 2; ++k) p.v[k] += shift[k];
+      return p;
+    }
   });
 }
 
-// the vectors of outputs and of gradients
-template <class T>
-using Out = std::conditional_t<std::is_same_v<T, float>, Lane<T>, Wide<T>>;
-template <class T>
-using Grad = Lane<T>;
-
-template <class A>
-constexpr const A* kNone[1] = {nullptr};
-
-// bfloat16: y = p + q in float, whose error is some 2^-22 of |p| + |q|. Where the two cancel to
-// less than this part of them, that could be more than a sixteenth of y's last place, and the value
-// is computed again in double. Each value is judged by itself, whatever its neighbours are.
-// float16, of three more bits, would need it too often to gain.
-constexpr float kCancelled = 0x1p-10f;
-
-// fast(x, i, p, q) sets the two parts of 16 values' outputs in float; exact(x, i) is one in double.
-template <class Fast, class Exact>
-TN_INLINE void map_bf16(const bf16* x, bf16* y, int64_t len, const Fast& fast, const Exact& exact) {
-  blocks(len, [&](int64_t i, int) TN_FLAT {
-#pragma GCC unroll 8
-    for (int j = 0; j < kLanes; j += F) {
-      vf p, q;
-      fast(Lane<bf16>::load(x + i + j), i + j, p, q);
-      vf out = p + q;
-      const vi bad = magnitude(out) < (magnitude(p) + magnitude(q)) * kCancelled;
-      if (__builtin_expect(any(bad), 0))
-        for (int k = 0; k < F; ++k)
-          if (bad[k]) out[k] = float(exact(to_double(x[i + j + k]), i + j + k));
-      Lane<bf16>::store(y + i + j, out);
+template <class T, bool Weight, bool Bias>
+TN_INLINE void map_row(const T* x, T* y, int64_t len, const RowAffine<T>& by, bool stream) {
+  using P = InOrder<T>;
+  using V = typename P::V;
+  const V hi = splat<V>(by.hi), lo = splat<V>(by.lo), rstd = splat<V>(by.rstd);
+  map<P, 1>({x}, y, len, stream, [&](const P* v, int64_t i) TN_FLAT {
+    P p;
+    V bias[2] = {};
+    for (int k = 0; k < 2; ++k) {
+      const int64_t at = i + k * P::lanes;
+      p.v[k] = ((v->v[k] - hi) - lo) * rstd;
+      if constexpr (Weight) p.v[k] *= load_raw<V>(by.weight + at);
+      if constexpr (Bias) bias[k] = load_raw<V>(by.bias + at);
+    }
+    if constexpr (std::is_same_v<T, f16> || (is_half<T> && Bias)) {
+      const vf off[2] = {magnitude(bias[0]) * kOff, magnitude(bias[1]) * kOff};
+      return sum_exactly<T, P>(p, bias, off, [&](int k, int h) TN_FLAT {
+        vd d[2], w[2], b[2];
+        halves(v->v[k], d);
+        halves(bias[k], b);
+        d[h] = (d[h] - by.mean) * by.rstd_double;
+        if constexpr (Weight) {
+          halves(load_raw<vf>(by.weight + i + k * P::lanes), w);
+          d[h] *= w[h];
+        }
+        return Bias ? d[h] + b[h] : d[h];
+      });
+    } else {
+      if constexpr (Bias)
+        for (int k = 0; k < 2; ++k) p.v[k] += bias[k];
+      return p;
     }
   });
 }
 
 template <class T>
-void apply(const T* x, T* y, int64_t len, output_t<T> hi, output_t<T> scale, output_t<T> shift) {
-  using V = typename Out<T>::V;
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (len >= kLanes) {
-      const vf h = splat<vf>(float(hi)), sc = splat<vf>(float(scale));
-      const vf sh = splat<vf>(float(shift - (hi - double(float(hi))) * scale));
-      map_bf16(
-          x, y, len, [&](vf v, int64_t, vf& p, vf& q) TN_FLAT { p = (v - h) * sc, q = sh; },
-          [&](double v, int64_t) TN_FLAT { return (v - hi) * scale + shift; });
-      return;
-    }
+void apply_row(const T* x, T* y, int64_t len, const RowAffine<T>& by, bool stream) {
+  using A = compute_t<T>;
+  RowAffine<T> row = by;
+  Padded<A, kStep> weight, bias;
+  if (len < kStep) {
+    if (by.weight) row.weight = Padded<A, kStep>::fill(weight, by.weight, len, A{});
+    if (by.bias) row.bias = Padded<A, kStep>::fill(bias, by.bias, len, A{});
   }
-  const V h = splat<V>(hi), sc = splat<V>(scale), sh = splat<V>(shift);
-  map<Out<T>, 1, 1>({x}, kNone<output_t<T>>, 0, y, len,
-                    [&](const V* v, const V*) { return (v[0] - h) * sc + sh; });
-}
-
-// Per-element coefficients come as doubles: to narrow them costs what map_bf16 saves.
-template <class T>
-void apply_each(const T* x, T* y, int64_t len, const output_t<T>* hi, const output_t<T>* scale,
-                const output_t<T>* shift) {
-  using V = typename Out<T>::V;
-  map<Out<T>, 1, 3>({x}, {hi, scale, shift}, 3, y, len,
-                    [](const V* v, const V* c) { return (v[0] - c[0]) * c[1] + c[2]; });
-}
-
-template <class T>
-void apply_row(const T* x, T* y, int64_t len, output_t<T> hi, output_t<T> lo, output_t<T> rstd,
-               const output_t<T>* weight, const output_t<T>* bias) {
-  using V = typename Out<T>::V;
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (len >= kLanes) {
-      const vf h = splat<vf>(float(hi)), l = splat<vf>(float(hi - double(float(hi)))),
-               r = splat<vf>(float(rstd));
-      map_bf16(
-          x, y, len,
-          [&](vf v, int64_t i, vf& p, vf& q) TN_FLAT {
-            p = ((v - h) - l) * r;
-            if (weight) p *= load_narrow(weight + i);
-            q = bias ? load_narrow(bias + i) : vf{};
-          },
-          [&](double v, int64_t i) TN_FLAT {
-            return (v - hi) * rstd * (weight ? weight[i] : 1.0) + (bias ? bias[i] : 0.0);
-          });
-      return;
-    }
-  }
-  const V h = splat<V>(hi), l = splat<V>(lo), r = splat<V>(rstd);
-  if (weight && bias)
-    map<Out<T>, 1, 2>({x}, {weight, bias}, 2, y, len,
-                      [&](const V* v, const V* c) { return ((v[0] - h) - l) * r * c[0] + c[1]; });
-  else if (weight)
-    map<Out<T>, 1, 1>({x}, {weight}, 1, y, len,
-                      [&](const V* v, const V* c) { return ((v[0] - h) - l) * r * c[0]; });
-  else if (bias)
-    map<Out<T>, 1, 1>({x}, {bias}, 1, y, len,
-                      [&](const V* v, const V* c) { return ((v[0] - h) - l) * r + c[0]; });
+  if (by.weight && by.bias)
+    map_row<T, true, true>(x, y, len, row, stream);
+  else if (by.weight)
+    map_row<T, true, false>(x, y, len, row, stream);
+  else if (by.bias)
+    map_row<T, false, true>(x, y, len, row, stream);
   else
-    map<Out<T>, 1, 1>({x}, kNone<output_t<T>>, 0, y, len,
-                      [&](const V* v, const V*) { return ((v[0] - h) - l) * r; });
+    map_row<T, false, false>(x, y, len, row, stream);
 }
 
 template <class T>
-void grad_apply(const T* grad, const T* x, T* grad_x, int64_t len, compute_t<T> scale,
-                compute_t<T> hi, compute_t<T> rstd, compute_t<T> slope, compute_t<T> shift) {
-  using V = typename Grad<T>::V;
-  const V sc = splat<V>(scale), h = splat<V>(hi), r = splat<V>(rstd), sl = splat<V>(slope),
-          sh = splat<V>(shift);
-  map<Grad<T>, 2, 1>({grad, x}, kNone<compute_t<T>>, 0, grad_x, len,
-                     [&](const V* v, const V*) { return v[0] * sc + ((v[1] - h) * r * sl + sh); });
+void grad_apply(const T* grad, const T* x, T* grad_x, int64_t runs, int64_t len,
+                const GradAffine<compute_t<T>>* by, bool stream) {
+  using P = AnyOrder<T>;
+  using V = typename P::V;
+  for (int64_t r = 0; r < runs; ++r) {
+    const V scale = splat<V>(by[r].scale), hi = splat<V>(by[r].hi), rstd = splat<V>(by[r].rstd),
+            slope = splat<V>(by[r].slope), shift = splat<V>(by[r].shift);
+    const int64_t at = r * len;
+    map<P, 2>({grad + at, x + at}, grad_x + at, len, stream, [&](const P* v, int64_t) TN_FLAT {
+      P out;
+      for (int k = 0; k < 2; ++k)
+        out.v[k] = v[0].v[k] * scale + ((v[1].v[k] - hi) * rstd * slope + shift);
+      return out;
+    });
+  }
 }
 
 template <class T>
-void grad_apply_each(const T* grad, const T* x, T* grad_x, int64_t len, const compute_t<T>* scale,
-                     const compute_t<T>* hi, const compute_t<T>* rstd, const compute_t<T>* slope,
-                     const compute_t<T>* shift) {
-  using V = typename Grad<T>::V;
-  map<Grad<T>, 2, 5>(
-      {grad, x}, {scale, hi, rstd, slope, shift}, 5, grad_x, len,
-      [](const V* v, const V* c) { return v[0] * c[0] + ((v[1] - c[1]) * c[2] * c[3] + c[4]); });
+void grad_apply_each(const T* grad, const T* x, T* grad_x, int64_t rows, int64_t len,
+                     const GradAffines<compute_t<T>>& by, bool stream) {
+  using P = InOrder<T>;
+  using V = typename P::V;
+  map_rows<P, 2>({grad, x}, grad_x, rows, len, stream, [&](const P* v, int64_t i) TN_FLAT {
+    P out;
+    for (int k = 0; k < 2; ++k) {
+      const int64_t at = i + k * P::lanes;
+      const V x_hat = (v[1].v[k] - load_raw<V>(by.hi + at)) * load_raw<V>(by.rstd + at);
+      out.v[k] = v[0].v[k] * load_raw<V>(by.scale + at) +
+                 (x_hat * load_raw<V>(by.slope + at) + load_raw<V>(by.shift + at));
+    }
+    return out;
+  });
 }
 
 template <class T>
 void grad_apply_row(const T* grad, const T* x, T* grad_x, int64_t len, const compute_t<T>* weight,
-                    compute_t<T> hi, compute_t<T> rstd, compute_t<T> slope, compute_t<T> shift) {
-  using V = typename Grad<T>::V;
-  const V h = splat<V>(hi), r = splat<V>(rstd), sl = splat<V>(slope), sh = splat<V>(shift);
-  if (weight)
-    map<Grad<T>, 2, 1>({grad, x}, {weight}, 1, grad_x, len, [&](const V* v, const V* c) {
-      return v[0] * c[0] * r + ((v[1] - h) * r * sl + sh);
+                    const GradAffine<compute_t<T>>& by, bool stream) {
+  using A = compute_t<T>;
+  using P = InOrder<T>;
+  using V = typename P::V;
+  const V hi = splat<V>(by.hi), rstd = splat<V>(by.rstd), slope = splat<V>(by.slope),
+          shift = splat<V>(by.shift);
+  Padded<A, kStep> padded;
+  if (weight && len < kStep) weight = Padded<A, kStep>::fill(padded, weight, len, A{});
+  const auto run = [&]<bool Weight>(std::bool_constant<Weight>) TN_FLAT {
+    map<P, 2>({grad, x}, grad_x, len, stream, [&](const P* v, int64_t i) TN_FLAT {
+      P out;
+      for (int k = 0; k < 2; ++k) {
+        V g = v[0].v[k];
+        if constexpr (Weight) g *= load_raw<V>(weight + i + k * P::lanes);
+        out.v[k] = g * rstd + ((v[1].v[k] - hi) * rstd * slope + shift);
+      }
+      return out;
     });
+  };
+  if (weight)
+    run(std::true_type{});
   else
-    map<Grad<T>, 2, 1>({grad, x}, kNone<compute_t<T>>, 0, grad_x, len,
-                       [&](const V* v, const V*) { return v[0] * r + ((v[1] - h) * r * sl + sh); });
+    run(std::false_type{});
 }
 
 template <class T>
-void grad_scale(const T* grad, T* grad_x, int64_t len, compute_t<T> scale) {
-  using V = typename Grad<T>::V;
-  const V sc = splat<V>(scale);
-  map<Grad<T>, 1, 1>({grad}, kNone<compute_t<T>>, 0, grad_x, len,
-                     [&](const V* v, const V*) { return v[0] * sc; });
+void grad_scale(const T* grad, T* grad_x, int64_t runs, int64_t len, const compute_t<T>* scale,
+                bool stream) {
+  using P = AnyOrder<T>;
+  for (int64_t r = 0; r < runs; ++r) {
+    const auto by = splat<typename P::V>(scale[r]);
+    map<P, 1>({grad + r * len}, grad_x + r * len, len, stream,
+              [&](const P* v, int64_t) TN_FLAT { return P{v->v[0] * by, v->v[1] * by}; });
+  }
 }
 
 template <class T>
-void grad_scale_each(const T* grad, T* grad_x, int64_t len, const compute_t<T>* scale) {
-  using V = typename Grad<T>::V;
-  map<Grad<T>, 1, 1>({grad}, {scale}, 1, grad_x, len,
-                     [](const V* v, const V* c) { return v[0] * c[0]; });
+void grad_scale_each(const T* grad, T* grad_x, int64_t rows, int64_t len, const compute_t<T>* scale,
+                     bool stream) {
+  using P = InOrder<T>;
+  using V = typename P::V;
+  map_rows<P, 1>({grad}, grad_x, rows, len, stream, [&](const P* v, int64_t i) TN_FLAT {
+    return P{v->v[0] * load_raw<V>(scale + i), v->v[1] * load_raw<V>(scale + i + P::lanes)};
+  });
 }
 
 }  // namespace

@@ -5,37 +5,27 @@
 // they are computed in, for eight steps at most, and then in float64; both over fixed lanes, so a
 // result depends on the values and their number alone, never on alignment or threads; tails run the
 // same vector code on a padded copy, so a value's result does not depend on its place; and nothing
-// is contracted to a fused multiply-add, so that every instruction set gives the same bits.
+// is contracted to a fused multiply-add but squares that are exact, so that every instruction set
+// gives the same bits.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
+#include "coefficients.h"
 #include "moments.h"
 
 namespace truenorm {
-
-// storage types; computed in float
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-
-// what gradients are computed in
-template <class T>
-using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// What outputs are computed from. Half precision keeps its coefficients in double: where weight · x̂
-// and bias cancel, float32's error is more than the last place of the small number that is left.
-template <class T>
-using output_t = std::conditional_t<std::is_same_v<T, float>, float, double>;
 
 // Sums over one channel: of the gradient, and of gradient · x̂, x̂ = (x − mean) · rstd.
 struct GradSums {
   double grad = 0.0;
   double grad_x_hat = 0.0;
+
+  void add(const GradSums& o) {
+    grad += o.grad;
+    grad_x_hat += o.grad_x_hat;
+  }
 };
 
 // LocalResponseNorm of a tile: every channel of a few neighbouring positions of one sample.
@@ -51,7 +41,6 @@ constexpr int64_t kResponseSizes = 8;  // the largest window that is summed in f
 template <class T>
 struct Kernels {
   using A = compute_t<T>;
-  using Y = output_t<T>;
 
   // Moments of `runs` runs of `len` values that start `stride` apart; about zero unless centred.
   Moments (*moments)(const T* x, int64_t runs, int64_t len, int64_t stride, bool centred);
@@ -60,13 +49,14 @@ struct Kernels {
   void (*column_moments)(const T* x, int64_t rows, int64_t cols, int64_t ld, double* mean,
                          double* m2);
 
-  // y = (x − hi) · scale + shift
-  void (*apply)(const T* x, T* y, int64_t len, Y hi, Y scale, Y shift);
-  // the same with one hi, scale and shift per element
-  void (*apply_each)(const T* x, T* y, int64_t len, const Y* hi, const Y* scale, const Y* shift);
-  // y = ((x − hi) − lo) · rstd · weight + bias; weight, bias may be null
-  void (*apply_row)(const T* x, T* y, int64_t len, Y hi, Y lo, Y rstd, const Y* weight,
-                    const Y* bias);
+  // Outputs and gradients of the input. `stream` writes past the caches, where a result is too
+  // large to stay in them; the caller fences.
+  // `runs` that follow one another in memory, each with coefficients of its own
+  void (*apply)(const T* x, T* y, int64_t runs, int64_t len, const Affine<T>* by, bool stream);
+  // `each`: rows that follow one another, coefficients by element
+  void (*apply_each)(const T* x, T* y, int64_t rows, int64_t len, const Affines<T>& by,
+                     bool stream);
+  void (*apply_row)(const T* x, T* y, int64_t len, const RowAffine<T>& by, bool stream);
 
   GradSums (*grad_sums)(const T* grad, const T* x, int64_t runs, int64_t len, int64_t stride,
                         double mean, double rstd);
@@ -76,22 +66,24 @@ struct Kernels {
   // the same sums of grad · weight along a row; weight may be null
   GradSums (*row_grad_sums)(const T* grad, const T* x, int64_t len, double mean, double rstd,
                             const A* weight);
-  // per column, over rows with a mean and rstd of their own
+  // per column, over rows with a mean and rstd of their own, added to what the sums are
   void (*row_param_sums)(const T* grad, const T* x, int64_t rows, int64_t cols, int64_t ld,
                          const double* mean, const double* rstd, double* sum_grad,
                          double* sum_grad_x_hat);
 
   // grad_x = grad · scale + (x − hi) · rstd · slope + shift
-  void (*grad_apply)(const T* grad, const T* x, T* grad_x, int64_t len, A scale, A hi, A rstd,
-                     A slope, A shift);
-  void (*grad_apply_each)(const T* grad, const T* x, T* grad_x, int64_t len, const A* scale,
-                          const A* hi, const A* rstd, const A* slope, const A* shift);
+  void (*grad_apply)(const T* grad, const T* x, T* grad_x, int64_t runs, int64_t len,
+                     const GradAffine<A>* by, bool stream);
+  void (*grad_apply_each)(const T* grad, const T* x, T* grad_x, int64_t rows, int64_t len,
+                          const GradAffines<A>& by, bool stream);
   // grad_x = grad · weight · rstd + (x − hi) · rstd · slope + shift; weight may be null
-  void (*grad_apply_row)(const T* grad, const T* x, T* grad_x, int64_t len, const A* weight, A hi,
-                         A rstd, A slope, A shift);
+  void (*grad_apply_row)(const T* grad, const T* x, T* grad_x, int64_t len, const A* weight,
+                         const GradAffine<A>& by, bool stream);
   // grad_x = grad · scale: the statistics do not depend on x
-  void (*grad_scale)(const T* grad, T* grad_x, int64_t len, A scale);
-  void (*grad_scale_each)(const T* grad, T* grad_x, int64_t len, const A* scale);
+  void (*grad_scale)(const T* grad, T* grad_x, int64_t runs, int64_t len, const A* scale,
+                     bool stream);
+  void (*grad_scale_each)(const T* grad, T* grad_x, int64_t rows, int64_t len, const A* scale,
+                          bool stream);
 
   // out = double(in) and in = T(out), for what is computed value by value in float64
   void (*widen)(const T* in, double* out, int64_t len);

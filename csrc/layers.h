@@ -4,6 +4,10 @@
 #include <cmath>
 #include <cstdint>
 
+#if defined(TRUENORM_X86)
+#include <xmmintrin.h>
+#endif
+
 #include "geometry.h"
 #include "kernels.h"
 
@@ -12,6 +16,22 @@ namespace truenorm {
 // Reductions are cut into pieces of about this many values, by shape alone and never by thread, so
 // that the bits do not depend on the number of threads. A piece and its result fit in L2.
 constexpr int64_t kPiece = int64_t{1} << 15;
+
+// What one thread reads twice stays in its core's L2 up to about this many bytes.
+constexpr int64_t kInCache = int64_t{2} << 20;
+
+// Results from this size on are written past the caches: they would not stay there, and a line need
+// not be read before it is overwritten.
+constexpr int64_t kStreamFrom = int64_t{32} << 20;
+
+// Before another thread may read what was written past the caches.
+inline void fence(bool stream) {
+#if defined(TRUENORM_X86)
+  if (stream) _mm_sfence();
+#else
+  (void)stream;
+#endif
+}
 
 inline double inverse_std(double var, double eps) { return 1.0 / std::sqrt(var + eps); }
 
@@ -22,11 +42,12 @@ struct Forward {
   double eps;
   const T* x;
   T* y;
-  const output_t<T>* weight;  // per channel, or null
-  const output_t<T>* bias;
+  const compute_t<T>* weight;  // per channel, or null
+  const compute_t<T>* bias;
   double* mean;  // per statistic; written, or read where `fixed`
   double* var;
   bool fixed;
+  bool stream;  // see kStreamFrom
 };
 
 template <class T>
@@ -43,6 +64,7 @@ struct Backward {
   double* grad_weight;  // per channel, or null
   double* grad_bias;
   bool fixed;
+  bool stream;  // see kStreamFrom
 };
 
 template <class T>
@@ -62,34 +84,5 @@ template <class T>
 void local_response_norm_backward(const Geometry& g, const Kernels<T>& kernels, const T* grad,
                                   const T* x, T* grad_x, int64_t size, double alpha, double beta,
                                   double k);
-
-// y = (x − hi) · scale + shift, with the mean as two numbers: hi is subtracted first, exactly where
-// it matters, and the rest, lo, goes into the shift.
-template <class A>
-struct Affine {
-  A hi, scale, shift;
-
-  Affine() = default;
-  Affine(double mean, double rstd, const A* weight, const A* bias, int64_t channel) : hi(A(mean)) {
-    const double slope = weight ? rstd * double(weight[channel]) : rstd;
-    const double lo = mean - double(hi);
-    scale = A(slope);
-    shift = A((bias ? double(bias[channel]) : 0.0) - lo * slope);
-  }
-};
-
-// grad_x = grad · scale + (x − hi) · rstd · slope + shift. rstd is kept apart from slope: their
-// product leaves float32's range at scales that each of them does not.
-template <class A>
-struct GradAffine {
-  A scale, hi, rstd, slope, shift;
-
-  GradAffine() = default;
-  GradAffine(double mean, double rstd, double weight, double mean_grad, double mean_grad_x_hat)
-      : scale(A(rstd * weight)), hi(A(mean)), rstd(A(rstd)), slope(A(-rstd * mean_grad_x_hat)) {
-    const double lo = mean - double(hi);
-    shift = A(-rstd * mean_grad - (lo * rstd) * (-rstd * mean_grad_x_hat));
-  }
-};
 
 }  // namespace truenorm

@@ -1,116 +1,64 @@
-// The operators' CPU kernels: tensors in, tensors out. The schemas stand in src/truenorm/_ops.py.
+// The operators' CPU kernels: tensors in, tensors out. The schemas stand in
+// src/truenorm/_ops/operators.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
-#include <cmath>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "layers.h"
-#include "parallel.h"
+#include "pool.h"
+#include "tensors.h"
 
 namespace truenorm {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+size_t element_size(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    default:
+      return 0;  // there is no kernel, and with_type says so
+  }
+}
 
-Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                     ScalarType type) {
+// A tensor over a recycled buffer, which goes back to the pool when the tensor's storage dies.
+Tensor over(const Buffer& buffer, const Geometry& g, ScalarType type) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(),
+  const AOTITorchError error = torch_from_blob(
+      buffer.data, g.sizes.size(), g.sizes.begin(), g.strides.begin(), 0,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+      [](void* data, void* capacity) { give_back({data, size_t(capacity)}); },
+      reinterpret_cast<void*>(buffer.capacity));
+  if (handle == nullptr) give_back(buffer);
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
   return Tensor(handle);
 }
 
-Tensor empty(int64_t size, ScalarType type) { return empty_strided({size}, {1}, type); }
-
-// Linux hands out fresh memory page by page, and the faults cost more than the arithmetic: ask for
-// huge pages before the first touch.
-constexpr size_t kHugeFrom = size_t{4} << 20;
-
 Tensor empty_result(const Geometry& g, ScalarType type) {
-  Tensor result = empty_strided(g.sizes, g.strides, type);
-#if defined(__linux__)
-  const size_t bytes = size_t(g.numel()) * result.element_size();
-  if (bytes >= kHugeFrom) {
-    const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
-    const auto begin = (uintptr_t(result.mutable_data_ptr()) + page - 1) & ~(page - 1);
-    const auto end = (uintptr_t(result.mutable_data_ptr()) + bytes) & ~(page - 1);
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  const size_t bytes = size_t(g.numel()) * element_size(type);
+  if (bytes >= kPoolFrom) {
+    const Buffer buffer = take(bytes);
+    if (buffer.data != nullptr) return over(buffer, g, type);
   }
-#endif
+  Tensor result = empty_strided(g.sizes, g.strides, type);
+  ask_for_huge_pages(result.mutable_data_ptr(), bytes);
   return result;
-}
-
-Geometry geometry_of(const Tensor& x, const Axes& axes) {
-  return geometry(x.sizes().data(), x.strides().data(), x.dim(), axes);
 }
 
 // x with the geometry's strides: itself, or the one copy that is allowed.
 Tensor laid_out(const Tensor& x, const Geometry& g) {
   bool same = true;
   const auto strides = x.strides();
-  for (size_t d = 0; d < g.sizes.size(); ++d)
+  for (int64_t d = 0; d < g.sizes.size(); ++d)
     same = same && (g.sizes[d] == 1 || strides[d] == g.strides[d]);
   if (same) return x;
   Tensor copy = empty_strided(g.sizes, g.strides, x.scalar_type());
   torch::stable::copy_(copy, x);
   return copy;
-}
-
-// A parameter's values in the type they are computed in, read in place where they have it already.
-template <class A>
-class Values {
- public:
-  explicit Values(const std::optional<Tensor>& p) {
-    if (!p) return;
-    constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-    tensor_ = p->scalar_type() == type ? *p : torch::stable::to(*p, type);
-    // nearly always so: no call then
-    if (!tensor_->is_contiguous()) tensor_ = torch::stable::contiguous(*tensor_);
-    data_ = static_cast<const A*>(tensor_->const_data_ptr());
-  }
-  const A* get() const { return data_; }
-
- private:
-  std::optional<Tensor> tensor_;
-  const A* data_ = nullptr;
-};
-
-template <class Body>
-void with_type(const Tensor& x, const Body& body) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return body(double{});
-    case ScalarType::Float:
-      return body(float{});
-    case ScalarType::BFloat16:
-      return body(bf16{});
-    case ScalarType::Half:
-      return body(f16{});
-    default:
-      STD_TORCH_CHECK(false, "truenorm has no kernel for this dtype");
-  }
-}
-
-double* doubles(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
-
-const InstructionSet& kernels() {
-  const InstructionSet* set = instruction_set();
-  STD_TORCH_CHECK(set != nullptr, "TRUENORM_ISA names no instruction set of this machine");
-  return *set;
 }
 
 template <class T>
@@ -129,148 +77,80 @@ void run(const Backward<T>& b) {
     backward_channels(b);
 }
 
+template <class T>
+bool streams(const Geometry& g) {
+  return g.numel() * int64_t(sizeof(T)) >= kStreamFrom;
+}
+
+// Half precision takes its parameters in float, which holds all but float64's: with those, x is
+// computed in float64.
+bool needs_double(const Tensor& x, const std::optional<Tensor>& weight,
+                  const std::optional<Tensor>& bias) {
+  const auto is_double = [](const std::optional<Tensor>& p) {
+    return p && p->scalar_type() == ScalarType::Double;
+  };
+  return x.element_size() == 2 && (is_double(weight) || is_double(bias));
+}
+
+void store(const double* values, const Tensor& to) {
+  with_type(to, [&]<class T>(T) {
+    table<T>(kernels()).narrow(values, static_cast<T*>(to.mutable_data_ptr()), to.numel());
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor> weight,
                                            std::optional<Tensor> bias, int64_t num_groups,
                                            int64_t feature_dims, bool centred, double eps) {
   const Geometry g = geometry_of(x, {num_groups, feature_dims, centred});
-  Tensor y = empty_result(g, x.scalar_type());
-  Tensor mean = empty(g.num_statistics(), ScalarType::Double);
-  Tensor var = empty(g.num_statistics(), ScalarType::Double);
+  const Tensor y = empty_result(g, x.scalar_type());
+  const Tensor mean = empty(g.num_statistics(), ScalarType::Double);
+  const Tensor var = empty(g.num_statistics(), ScalarType::Double);
   STD_TORCH_CHECK(g.numel() > 0, "truenorm::forward takes no empty tensor: it has no moments");
-  const Tensor dense = laid_out(x, g);
-  with_type(x, [&]<class T>(T) {
-    const Values<output_t<T>> w(weight), b(bias);
-    run(Forward<T>{g, table<T>(kernels()), eps, static_cast<const T*>(dense.const_data_ptr()),
-                   static_cast<T*>(y.mutable_data_ptr()), w.get(), b.get(), doubles(mean),
-                   doubles(var), false});
-  });
+  forward_into(x, weight, bias, g, eps, y, doubles(mean), doubles(var), false);
   return {y, mean, var};
 }
 
 Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& var, std::optional<Tensor> weight,
              std::optional<Tensor> bias, double eps) {
   const Geometry g = geometry_of(x, {0, 0, true});
-  Tensor y = empty_result(g, x.scalar_type());
+  const Tensor y = empty_result(g, x.scalar_type());
   if (g.numel() == 0) return y;
-  const Tensor dense = laid_out(x, g);
   const Values<double> m(mean), v(var);
-  with_type(x, [&]<class T>(T) {
-    const Values<output_t<T>> w(weight), b(bias);
-    run(Forward<T>{g, table<T>(kernels()), eps, static_cast<const T*>(dense.const_data_ptr()),
-                   static_cast<T*>(y.mutable_data_ptr()), w.get(), b.get(),
-                   const_cast<double*>(m.get()), const_cast<double*>(v.get()), true});
-  });
+  forward_into(x, weight, bias, g, eps, y, const_cast<double*>(m.get()),
+               const_cast<double*>(v.get()), true);
   return y;
 }
-
-// Gradients of weight and bias: shaped like the channels of x, in weight's dtype, or where there is
-// none in the one that x is computed in. _ops/operators.py states the same rule.
-struct Params {
-  std::vector<int64_t> sizes;
-  ScalarType type;
-
-  Params(const Tensor& x, const std::optional<Tensor>& weight, const Geometry& g,
-         int64_t feature_dims)
-      : type(weight                                  ? weight->scalar_type()
-             : x.scalar_type() == ScalarType::Double ? ScalarType::Double
-                                                     : ScalarType::Float) {
-    if (feature_dims > 0)
-      sizes.assign(g.sizes.end() - feature_dims, g.sizes.end());
-    else
-      sizes = {g.c};
-  }
-
-  Tensor gradient(bool wanted) const {
-    if (!wanted) return empty(0, type);
-    std::vector<int64_t> strides(sizes.size());
-    int64_t step = 1;
-    for (size_t d = sizes.size(); d-- > 0; step *= sizes[d]) strides[d] = step;
-    return empty_strided(sizes, strides, type);
-  }
-};
-
-void store(const double* values, Tensor& to) {
-  with_type(to, [&]<class T>(T) {
-    table<T>(kernels()).narrow(values, static_cast<T*>(to.mutable_data_ptr()), to.numel());
-  });
-}
-
-// which gradients are wanted: NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS of _ops.py
-constexpr int64_t kInput = 1, kWeight = 2, kBias = 4;
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
                                             const Tensor& var, std::optional<Tensor> weight,
                                             int64_t num_groups, int64_t feature_dims, bool centred,
                                             double eps, bool fixed, int64_t needs) {
   const Geometry g = geometry_of(x, {num_groups, feature_dims, centred});
-  Tensor grad_x = needs & kInput ? empty_result(g, x.scalar_type()) : empty(0, x.scalar_type());
   const Params params(x, weight, g, feature_dims);
-  Tensor grad_weight = params.gradient(needs & kWeight);
-  Tensor grad_bias = params.gradient(needs & kBias);
-  if (g.numel() == 0) {
-    torch::stable::zero_(grad_weight);
-    torch::stable::zero_(grad_bias);
-    return {grad_x, grad_weight, grad_bias};
+  std::optional<Tensor> of_x, of_weight, of_bias;
+  if (needs & kInput) of_x = empty_result(g, x.scalar_type());
+  if (needs & kWeight) of_weight = params.gradient();
+  if (needs & kBias) of_bias = params.gradient();
+  if (g.numel() > 0) {
+    const Values<double> m(mean), v(var);
+    backward_into(grad, x, m.get(), v.get(), weight, g, eps, fixed, of_x, of_weight, of_bias);
+  } else {
+    if (of_weight) torch::stable::zero_(*of_weight);
+    if (of_bias) torch::stable::zero_(*of_bias);
   }
-  if (g.values_per_statistic() == 1 && g.centred && !fixed && (needs & kInput)) {
-    // one value is its own mean: its gradient is zero, not the rounding of what cancels
-    torch::stable::zero_(grad_x);
-    needs &= ~kInput;
-  }
-  const Tensor dense_x = laid_out(x, g);
-  const Tensor same_type =
-      grad.scalar_type() == x.scalar_type() ? grad : torch::stable::to(grad, x.scalar_type());
-  const Tensor dense_grad = laid_out(same_type, g);
-  const Values<double> m(mean), v(var);
-  const auto sums = scratch<double>(2 * g.c);
-  double* const of_weight = needs & kWeight ? sums.get() : nullptr;
-  double* const of_bias = needs & kBias ? sums.get() + g.c : nullptr;
-  with_type(x, [&]<class T>(T) {
-    const Values<compute_t<T>> w(weight);
-    run(Backward<T>{g, table<T>(kernels()), eps, static_cast<const T*>(dense_grad.const_data_ptr()),
-                    static_cast<const T*>(dense_x.const_data_ptr()),
-                    needs & kInput ? static_cast<T*>(grad_x.mutable_data_ptr()) : nullptr, w.get(),
-                    m.get(), v.get(), of_weight, of_bias, fixed});
-  });
-  if (of_weight) store(of_weight, grad_weight);
-  if (of_bias) store(of_bias, grad_bias);
-  return {grad_x, grad_weight, grad_bias};
+  return {of_x ? *of_x : empty(0, x.scalar_type()), of_weight ? *of_weight : empty(0, params.type),
+          of_bias ? *of_bias : empty(0, params.type)};
 }
 
-// running = (1 − momentum) · running + momentum · observed, the variance unbiased, both averaged
-// over samples where each sample has its own.
-void update_running(Tensor running_mean, Tensor running_var,
+void update_running(const Tensor& running_mean, const Tensor& running_var,
                     std::optional<Tensor> num_batches_tracked, const Tensor& x, const Tensor& mean,
                     const Tensor& var, std::optional<double> momentum) {
   if (mean.numel() == 0) return;
-  const int64_t channels = running_mean.numel(), samples = mean.numel() / channels;
-  // of x only the shape counts: how many values each new statistic spans
-  const int64_t count = x.numel() / mean.numel();
-  double factor = momentum.value_or(0.0);
-  if (num_batches_tracked) {
-    auto* batches = static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
-    *batches += 1;
-    if (!momentum) factor = 1.0 / double(*batches);
-  }
-  const double unbiased = double(count) / double(count - 1);
   const Values<double> means(mean), vars(var);
-  const auto move = [&](Tensor& running, const double* observed, double scale) {
-    const int64_t stride = running.dim() > 0 ? running.stride(0) : 1;
-    with_type(running, [&]<class T>(T) {
-      const Kernels<T>& k = table<T>(kernels());
-      T* values = static_cast<T*>(running.mutable_data_ptr());
-      for (int64_t c = 0; c < channels; ++c) {
-        double seen = 0.0, before;
-        for (int64_t n = 0; n < samples; ++n) seen += observed[n * channels + c];
-        seen = seen / double(samples) * scale;
-        k.widen(values + c * stride, &before, 1);
-        const double after = (1.0 - factor) * before + factor * seen;
-        k.narrow(&after, values + c * stride, 1);
-      }
-    });
-  };
-  move(running_mean, means.get(), 1.0);
-  move(running_var, vars.get(), unbiased);
+  // of x only the shape counts: how many values each new statistic spans
+  move_both(running_mean, running_var, num_batches_tracked, means.get(), vars.get(),
+            mean.numel() / running_mean.numel(), x.numel() / mean.numel(),
+            momentum.value_or(std::nan("")));
 }
 
 Tensor local_response(const Tensor& x, int64_t size, double alpha, double beta, double k) {
@@ -303,6 +183,57 @@ Tensor local_response_backward(const Tensor& grad, const Tensor& x, int64_t size
 }
 
 }  // namespace
+
+Tensor new_result(const Geometry& g, ScalarType type) { return empty_result(g, type); }
+
+void forward_into(const Tensor& x, const std::optional<Tensor>& weight,
+                  const std::optional<Tensor>& bias, const Geometry& g, double eps, const Tensor& y,
+                  double* mean, double* var, bool fixed) {
+  if (needs_double(x, weight, bias)) {
+    Tensor wide = empty_strided(g.sizes, g.strides, ScalarType::Double), rounded = y;
+    const Tensor result = empty_strided(g.sizes, g.strides, ScalarType::Double);
+    torch::stable::copy_(wide, x);
+    forward_into(wide, weight, bias, g, eps, result, mean, var, fixed);
+    torch::stable::copy_(rounded, result);
+    return;
+  }
+  const Tensor dense = laid_out(x, g);
+  with_type(x, [&]<class T>(T) {
+    const Values<compute_t<T>> w(weight), b(bias);
+    run(Forward<T>{g, table<T>(kernels()), eps, static_cast<const T*>(dense.const_data_ptr()),
+                   static_cast<T*>(y.mutable_data_ptr()), w.get(), b.get(), mean, var, fixed,
+                   streams<T>(g)});
+  });
+}
+
+void backward_into(const Tensor& grad, const Tensor& x, const double* mean, const double* var,
+                   const std::optional<Tensor>& weight, const Geometry& g, double eps, bool fixed,
+                   const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_weight,
+                   const std::optional<Tensor>& grad_bias) {
+  // one value is its own mean: its gradient is zero, not the rounding of what cancels
+  const bool alone = g.values_per_statistic() == 1 && g.centred && !fixed;
+  if (grad_x && alone) {
+    Tensor zero = *grad_x;
+    torch::stable::zero_(zero);
+  }
+  const Tensor dense_x = laid_out(x, g);
+  const Tensor same_type =
+      grad.scalar_type() == x.scalar_type() ? grad : torch::stable::to(grad, x.scalar_type());
+  const Tensor dense_grad = laid_out(same_type, g);
+  Room<double> room;
+  double* const sums = room.of(2 * g.c);
+  with_type(x, [&]<class T>(T) {
+    const Values<compute_t<T>> w(weight);
+    run(Backward<T>{g, table<T>(kernels()), eps, static_cast<const T*>(dense_grad.const_data_ptr()),
+                    static_cast<const T*>(dense_x.const_data_ptr()),
+                    grad_x && !alone ? static_cast<T*>(grad_x->mutable_data_ptr()) : nullptr,
+                    w.get(), mean, var, grad_weight ? sums : nullptr,
+                    grad_bias ? sums + g.c : nullptr, fixed, streams<T>(g)});
+  });
+  if (grad_weight) store(sums, *grad_weight);
+  if (grad_bias) store(sums + g.c, *grad_bias);
+}
+
 }  // namespace truenorm
 
 STABLE_TORCH_LIBRARY_IMPL(truenorm, CPU, m) {

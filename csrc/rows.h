@@ -32,4 +32,35 @@ void over_batch(const Geometry& g, const BatchCut& cut, const Body& body) {
   });
 }
 
+// body(channel, offset, runs, values of a run) for neighbouring channels of a sample whose runs are
+// short, and for the pieces of a run that is long. Backwards: what was read last comes first.
+template <class Body>
+void over_runs(const Geometry& g, const Body& body) {
+  const int64_t pieces = ceil_div(g.s, kPiece);
+  const int64_t per_task = std::clamp<int64_t>(kPiece / g.s, 1, g.c);
+  const int64_t tasks = ceil_div(g.c, per_task);
+  parallel<true>(g.n * tasks * pieces, std::min(g.c * g.s, kPiece), [&](int64_t i) {
+    const int64_t begin = i % pieces * kPiece, sample = i / pieces / tasks;
+    const int64_t channel = i / pieces % tasks * per_task;
+    body(channel, (sample * g.c + channel) * g.s + begin, std::min(per_task, g.c - channel),
+         std::min(kPiece, g.s - begin));
+  });
+}
+
+// weight · sums, and what they make of one group: the coefficients of its gradient.
+template <class T>
+struct GroupGrad {
+  double mean, rstd, mean_grad, mean_grad_x_hat;
+
+  GroupGrad(const Backward<T>& b, int64_t statistic, double sum_grad, double sum_grad_x_hat)
+      : mean(b.mean[statistic]), rstd(inverse_std(b.var[statistic], b.eps)) {
+    const double count = double(b.geometry.values_per_statistic());
+    mean_grad = b.geometry.centred ? sum_grad / count : 0.0;
+    mean_grad_x_hat = sum_grad_x_hat / count;
+  }
+};
+
+template <class T>
+void backward_elementwise(const Backward<T>& b);
+
 }  // namespace truenorm

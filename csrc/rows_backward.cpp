@@ -5,27 +5,14 @@
 namespace truenorm {
 namespace {
 
-// weight · sums, and what they make of one group: the coefficients of its gradient.
-template <class T>
-struct GroupGrad {
-  double mean, rstd, mean_grad, mean_grad_x_hat;
-
-  GroupGrad(const Backward<T>& b, int64_t statistic, double sum_grad, double sum_grad_x_hat)
-      : mean(b.mean[statistic]), rstd(inverse_std(b.var[statistic], b.eps)) {
-    const double count = double(b.geometry.values_per_statistic());
-    mean_grad = b.geometry.centred ? sum_grad / count : 0.0;
-    mean_grad_x_hat = sum_grad_x_hat / count;
-  }
-};
-
 template <class T>
 void grad_channel(const Backward<T>& b, const GroupGrad<T>& group, int64_t channel, int64_t offset,
                   int64_t count) {
   using A = compute_t<T>;
   const double weight = b.weight ? double(b.weight[channel]) : 1.0;
   const GradAffine<A> a(group.mean, group.rstd, weight, group.mean_grad, group.mean_grad_x_hat);
-  b.kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, count, a.scale, a.hi,
-                       a.rstd, a.slope, a.shift);
+  b.kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, 1, count, &a, b.stream);
+  fence(b.stream);
 }
 
 // Weighted sums over the channels of a group, from each channel's own.
@@ -68,117 +55,39 @@ void backward_groups(const Backward<T>& b) {
     const GradSums s = group_sums(b, i, sums.get() + i * per_group);
     return GroupGrad<T>(b, i, s.grad, s.grad_x_hat);
   };
-  if (len <= kPiece) {
+  const int64_t pieces = ceil_div(g.s, kPiece);
+  const auto begin = [&](int64_t p) { return p * kPiece; };
+  const auto count = [&](int64_t p) { return std::min(kPiece, g.s - begin(p)); };
+  const auto of_piece = [&](int64_t run, int64_t p) {
+    const int64_t offset = run * g.s + begin(p), i = run / per_group;
+    return b.kernels.grad_sums(b.grad + offset, b.x + offset, 1, count(p), 0, b.mean[i],
+                               inverse_std(b.var[i], b.eps));
+  };
+  const bool in_cache = 2 * len * int64_t(sizeof(T)) <= kInCache;
+  if (len <= kPiece || (in_cache && busy(statistics))) {
     parallel(statistics, len, [&](int64_t i) {
-      const double rstd = inverse_std(b.var[i], b.eps);
       for (int64_t run = i * per_group; run < (i + 1) * per_group; ++run)
-        sums[run] =
-            b.kernels.grad_sums(b.grad + run * g.s, b.x + run * g.s, 1, g.s, 0, b.mean[i], rstd);
+        for (int64_t p = 0; p < pieces; ++p) sums[run].add(of_piece(run, p));
       if (!b.grad_x) return;
       const GroupGrad<T> group = group_grad(i);
-      for (int64_t k = 0; k < per_group; ++k) {
-        const int64_t run = i * per_group + k;
-        grad_channel(b, group, run % g.c, run * g.s, g.s);
-      }
+      for (int64_t run = (i + 1) * per_group - 1; run >= i * per_group; --run)
+        for (int64_t p = pieces - 1; p >= 0; --p)
+          grad_channel(b, group, run % g.c, run * g.s + begin(p), count(p));
     });
   } else {
     // a run's pieces are summed by one thread in order; few long runs are cut further
-    const int64_t pieces = ceil_div(g.s, kPiece);
     const auto partial = scratch<GradSums>(g.n * g.c * pieces);
-    parallel(g.n * g.c * pieces, std::min(g.s, kPiece), [&](int64_t i) {
-      const int64_t run = i / pieces, begin = i % pieces * kPiece;
-      const int64_t offset = run * g.s + begin;
-      partial[i] =
-          b.kernels.grad_sums(b.grad + offset, b.x + offset, 1, std::min(kPiece, g.s - begin), 0,
-                              b.mean[run / per_group], inverse_std(b.var[run / per_group], b.eps));
-    });
-    for (int64_t i = 0; i < g.n * g.c * pieces; ++i) {
-      sums[i / pieces].grad += partial[i].grad;
-      sums[i / pieces].grad_x_hat += partial[i].grad_x_hat;
-    }
+    parallel(g.n * g.c * pieces, std::min(g.s, kPiece),
+             [&](int64_t i) { partial[i] = of_piece(i / pieces, i % pieces); });
+    for (int64_t i = 0; i < g.n * g.c * pieces; ++i) sums[i / pieces].add(partial[i]);
     if (b.grad_x) {
-      parallel(g.n * g.c * pieces, std::min(g.s, kPiece), [&](int64_t i) {
-        const int64_t run = i / pieces, begin = i % pieces * kPiece;
-        grad_channel(b, group_grad(run / per_group), run % g.c, run * g.s + begin,
-                     std::min(kPiece, g.s - begin));
+      parallel<true>(g.n * g.c * pieces, std::min(g.s, kPiece), [&](int64_t i) {
+        const int64_t run = i / pieces, p = i % pieces;
+        grad_channel(b, group_grad(run / per_group), run % g.c, run * g.s + begin(p), count(p));
       });
     }
   }
   param_grads(b, sums.get());
-}
-
-// One value per channel (LayerNorm, RMSNorm, GroupNorm of (N, C)): weight runs along the row.
-template <class T>
-void backward_elementwise(const Backward<T>& b) {
-  using A = compute_t<T>;
-  const Geometry& g = b.geometry;
-  const int64_t statistics = g.num_statistics(), len = g.channels_per_group();
-  const auto row_weight = [&](int64_t i, int64_t begin) {
-    return b.weight ? b.weight + i % g.groups() * len + begin : nullptr;
-  };
-  if (b.grad_x) {
-    const int64_t pieces = ceil_div(len, kPiece);
-    const auto partial = scratch<GradSums>(pieces == 1 ? 1 : statistics * pieces);
-    const auto sum_piece = [&](int64_t i, int64_t begin) {
-      const int64_t offset = i * len + begin;
-      return b.kernels.row_grad_sums(b.grad + offset, b.x + offset, std::min(kPiece, len - begin),
-                                     b.mean[i], inverse_std(b.var[i], b.eps), row_weight(i, begin));
-    };
-    const auto write_piece = [&](int64_t i, int64_t begin, const GradSums& s) {
-      const GroupGrad<T> group(b, i, s.grad, s.grad_x_hat);
-      const GradAffine<A> a(group.mean, group.rstd, 1.0, group.mean_grad, group.mean_grad_x_hat);
-      const int64_t offset = i * len + begin;
-      b.kernels.grad_apply_row(b.grad + offset, b.x + offset, b.grad_x + offset,
-                               std::min(kPiece, len - begin), row_weight(i, begin), a.hi, a.rstd,
-                               a.slope, a.shift);
-    };
-    if (pieces == 1) {
-      parallel(statistics, len, [&](int64_t i) { write_piece(i, 0, sum_piece(i, 0)); });
-    } else {
-      parallel(statistics * pieces, kPiece,
-               [&](int64_t i) { partial[i] = sum_piece(i / pieces, i % pieces * kPiece); });
-      parallel(statistics * pieces, kPiece, [&](int64_t i) {
-        GradSums total;
-        for (int64_t p = 0; p < pieces; ++p) {
-          total.grad += partial[i / pieces * pieces + p].grad;
-          total.grad_x_hat += partial[i / pieces * pieces + p].grad_x_hat;
-        }
-        write_piece(i / pieces, i % pieces * kPiece, total);
-      });
-    }
-  }
-  if (!b.grad_weight && !b.grad_bias) return;
-  // columns over blocks of samples: at least 64 rows each, at most 64 blocks
-  const int64_t block = std::max<int64_t>(64, ceil_div(g.n, 64));
-  const int64_t blocks = ceil_div(g.n, block), width = 1024;
-  const int64_t cuts = ceil_div(len, width);
-  const auto rstd = scratch<double>(statistics);
-  const auto mean = scratch<double>(statistics);
-  for (int64_t n = 0; n < g.n; ++n)
-    for (int64_t k = 0; k < g.groups(); ++k) {
-      // group by group, so that a column's statistics of neighbouring samples are neighbours
-      mean[k * g.n + n] = b.mean[n * g.groups() + k];
-      rstd[k * g.n + n] = inverse_std(b.var[n * g.groups() + k], b.eps);
-    }
-  const auto weight_part = scratch<double>(blocks * g.c), bias_part = scratch<double>(blocks * g.c);
-  parallel(blocks * g.groups() * cuts, block * std::min(len, width), [&](int64_t i) {
-    const int64_t cut = i % cuts, group = i / cuts % g.groups(), part = i / cuts / g.groups();
-    const int64_t column = group * len + cut * width, row = part * block;
-    b.kernels.row_param_sums(b.grad + row * g.c + column, b.x + row * g.c + column,
-                             std::min(block, g.n - row), std::min(width, len - cut * width), g.c,
-                             mean.get() + group * g.n + row, rstd.get() + group * g.n + row,
-                             bias_part.get() + part * g.c + column,
-                             weight_part.get() + part * g.c + column);
-  });
-  for (int64_t c = 0; c < g.c; ++c) {
-    double weight = 0.0, bias = 0.0;
-    for (int64_t p = 0; p < blocks; ++p) {
-      weight += weight_part[p * g.c + c];
-      bias += bias_part[p * g.c + c];
-    }
-    if (b.grad_weight) b.grad_weight[c] = weight;
-    if (b.grad_bias) b.grad_bias[c] = bias;
-  }
 }
 
 template <class T>
@@ -198,27 +107,33 @@ void backward_batch(const Backward<T>& b) {
                                                       g.c * g.s, b.mean[channel], rstd[channel]);
                });
     for (int64_t c = 0; c < g.c; ++c) {
-      for (int64_t p = 0; p < cut.count(); ++p) {
-        sums[c].grad += partial[c * cut.count() + p].grad;
-        sums[c].grad_x_hat += partial[c * cut.count() + p].grad_x_hat;
-      }
+      for (int64_t p = 0; p < cut.count(); ++p) sums[c].add(partial[c * cut.count() + p]);
       if (b.grad_weight) b.grad_weight[c] = sums[c].grad_x_hat;
       if (b.grad_bias) b.grad_bias[c] = sums[c].grad;
     }
   }
   if (!b.grad_x) return;
-  const int64_t pieces = ceil_div(g.s, kPiece);
-  parallel(g.n * g.c * pieces, std::min(g.s, kPiece), [&](int64_t i) {
-    const int64_t run = i / pieces, begin = i % pieces * kPiece, c = run % g.c;
-    const int64_t offset = run * g.s + begin, count = std::min(kPiece, g.s - begin);
-    const double weight = b.weight ? double(b.weight[c]) : 1.0;
-    if (b.fixed) {
-      const A scale = A(inverse_std(b.var[c], b.eps) * weight);
-      b.kernels.grad_scale(b.grad + offset, b.grad_x + offset, count, scale);
-      return;
-    }
-    const GroupGrad<T> group(b, c, weight * sums[c].grad, weight * sums[c].grad_x_hat);
-    grad_channel(b, group, c, offset, count);
+  const auto weight = [&](int64_t c) { return b.weight ? double(b.weight[c]) : 1.0; };
+  if (b.fixed) {
+    const auto scale = scratch<A>(g.c);
+    for (int64_t c = 0; c < g.c; ++c) scale[c] = A(inverse_std(b.var[c], b.eps) * weight(c));
+    over_runs(g, [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
+      b.kernels.grad_scale(b.grad + offset, b.grad_x + offset, runs, len, scale.get() + channel,
+                           b.stream);
+      fence(b.stream);
+    });
+    return;
+  }
+  const auto affine = scratch<GradAffine<A>>(g.c);
+  for (int64_t c = 0; c < g.c; ++c) {
+    const double w = weight(c);
+    const GroupGrad<T> group(b, c, w * sums[c].grad, w * sums[c].grad_x_hat);
+    affine[c] = GradAffine<A>(group.mean, group.rstd, w, group.mean_grad, group.mean_grad_x_hat);
+  }
+  over_runs(g, [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
+    b.kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, runs, len,
+                         affine.get() + channel, b.stream);
+    fence(b.stream);
   });
 }
 

@@ -19,7 +19,6 @@ void by_channel(int64_t s, int64_t begin, int64_t end, const Body& body) {
 
 template <class T>
 void apply_group(const Forward<T>& f, int64_t statistic, int64_t begin, int64_t end) {
-  using A = output_t<T>;
   const Geometry& g = f.geometry;
   const int64_t per_group = g.channels_per_group();
   const int64_t first_channel = statistic % g.groups() * per_group;
@@ -27,16 +26,16 @@ void apply_group(const Forward<T>& f, int64_t statistic, int64_t begin, int64_t 
   const double mean = f.mean[statistic];
   const double rstd = inverse_std(f.var[statistic], f.eps);
   if (g.s == 1) {
-    const A hi = A(mean), lo = A(mean - double(hi));
-    f.kernels.apply_row(f.x + offset + begin, f.y + offset + begin, end - begin, hi, lo, A(rstd),
-                        f.weight ? f.weight + first_channel + begin : nullptr,
-                        f.bias ? f.bias + first_channel + begin : nullptr);
-    return;
+    const RowAffine<T> row(mean, rstd, f.weight ? f.weight + first_channel + begin : nullptr,
+                           f.bias ? f.bias + first_channel + begin : nullptr);
+    f.kernels.apply_row(f.x + offset + begin, f.y + offset + begin, end - begin, row, f.stream);
+  } else {
+    by_channel(g.s, begin, end, [&](int64_t channel, int64_t i, int64_t count) {
+      const Affine<T> a(mean, rstd, f.weight, f.bias, first_channel + channel);
+      f.kernels.apply(f.x + offset + i, f.y + offset + i, 1, count, &a, f.stream);
+    });
   }
-  by_channel(g.s, begin, end, [&](int64_t channel, int64_t i, int64_t count) {
-    const Affine<A> a(mean, rstd, f.weight, f.bias, first_channel + channel);
-    f.kernels.apply(f.x + offset + i, f.y + offset + i, count, a.hi, a.scale, a.shift);
-  });
+  fence(f.stream);
 }
 
 template <class T>
@@ -51,32 +50,37 @@ void forward_groups(const Forward<T>& f) {
   const Geometry& g = f.geometry;
   const int64_t statistics = g.num_statistics(), len = g.values_per_statistic();
   const int64_t pieces = ceil_div(len, kPiece);
-  if (pieces == 1) {
+  const auto begin = [&](int64_t p) { return p * kPiece; };
+  const auto end = [&](int64_t p) { return std::min(len, (p + 1) * kPiece); };
+  const auto of_piece = [&](int64_t i, int64_t p) {
+    return f.kernels.moments(f.x + i * len + begin(p), 1, end(p) - begin(p), 0, g.centred);
+  };
+  const bool in_cache = len * int64_t(sizeof(T)) <= kInCache;
+  if (pieces == 1 || (in_cache && busy(statistics))) {
     parallel(statistics, len, [&](int64_t i) {
-      set_statistic(f, i, f.kernels.moments(f.x + i * len, 1, len, 0, g.centred));
-      apply_group(f, i, 0, len);
+      Moments m;
+      for (int64_t p = 0; p < pieces; ++p) m.merge(of_piece(i, p));
+      set_statistic(f, i, m);
+      // the piece that was read last is still nearest
+      for (int64_t p = pieces - 1; p >= 0; --p) apply_group(f, i, begin(p), end(p));
     });
     return;
   }
   const auto partial = scratch<Moments>(statistics * pieces);
-  const auto begin = [&](int64_t i) { return i % pieces * kPiece; };
-  const auto end = [&](int64_t i) { return std::min(len, (i % pieces + 1) * kPiece); };
-  parallel(statistics * pieces, kPiece, [&](int64_t i) {
-    partial[i] =
-        f.kernels.moments(f.x + i / pieces * len + begin(i), 1, end(i) - begin(i), 0, g.centred);
-  });
+  parallel(statistics * pieces, kPiece,
+           [&](int64_t i) { partial[i] = of_piece(i / pieces, i % pieces); });
   for (int64_t statistic = 0; statistic < statistics; ++statistic) {
     Moments m;
     for (int64_t p = 0; p < pieces; ++p) m.merge(partial[statistic * pieces + p]);
     set_statistic(f, statistic, m);
   }
-  parallel(statistics * pieces, kPiece,
-           [&](int64_t i) { apply_group(f, i / pieces, begin(i), end(i)); });
+  parallel<true>(statistics * pieces, kPiece, [&](int64_t i) {
+    apply_group(f, i / pieces, begin(i % pieces), end(i % pieces));
+  });
 }
 
 template <class T>
 void forward_batch(const Forward<T>& f) {
-  using A = output_t<T>;
   const Geometry& g = f.geometry;
   if (!f.fixed) {
     const BatchCut cut(g);
@@ -90,16 +94,12 @@ void forward_batch(const Forward<T>& f) {
       set_statistic(f, channel, m);
     }
   }
-  const auto affine = scratch<Affine<A>>(g.c);
+  const auto affine = scratch<Affine<T>>(g.c);
   for (int64_t c = 0; c < g.c; ++c)
-    affine[c] = Affine<A>(f.mean[c], inverse_std(f.var[c], f.eps), f.weight, f.bias, c);
-  const int64_t pieces = ceil_div(g.s, kPiece);
-  parallel(g.n * g.c * pieces, std::min(g.s, kPiece), [&](int64_t i) {
-    const int64_t run = i / pieces, begin = i % pieces * kPiece;
-    const Affine<A>& a = affine[run % g.c];
-    const int64_t offset = run * g.s + begin;
-    f.kernels.apply(f.x + offset, f.y + offset, std::min(kPiece, g.s - begin), a.hi, a.scale,
-                    a.shift);
+    affine[c] = Affine<T>(f.mean[c], inverse_std(f.var[c], f.eps), f.weight, f.bias, c);
+  over_runs(g, [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
+    f.kernels.apply(f.x + offset, f.y + offset, runs, len, affine.get() + channel, f.stream);
+    fence(f.stream);
   });
 }
 

@@ -101,6 +101,41 @@ TN_INLINE vd widen_half(vf_half v) {
 #endif
 }
 
+// sum + v², v of at most 26 significant bits: its square is exact, so a fused operation gives the
+// same bits as two.
+TN_INLINE vd add_square(vd sum, vd v) {
+#if defined(__AVX512F__)
+  return (vd)_mm512_fmadd_pd((__m512d)v, (__m512d)v, (__m512d)sum);
+#elif defined(__FMA__)
+  return (vd)_mm256_fmadd_pd((__m256d)v, (__m256d)v, (__m256d)sum);
+#else
+  return sum + v * v;
+#endif
+}
+
+// 16 bits to 32 and back: gcc makes two halves of the generic conversion and joins them.
+TN_INLINE vu widen_bits(vh v) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#else
+  return __builtin_convertvector(v, vu);
+#endif
+}
+TN_INLINE vh narrow_bits(vu v) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#else
+  return __builtin_convertvector(v, vh);
+#endif
+}
+
+// To the nearest bfloat16, ties to even, in the upper half; a NaN stays one.
+TN_INLINE vu round_to_bf16(vf v) {
+  const vu bits = (vu)v;
+  const vu rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+  return v != v ? bits | 0x400000u : rounded;
+}
+
 // ---- what each storage type offers: the compute vector V of `lanes` elements, and doubles
 
 template <class T>
@@ -130,18 +165,8 @@ template <>
 struct Lane<bf16> {
   using V = vf;
   static constexpr int lanes = F;
-  TN_INLINE V load(const bf16* p) {
-    return (vf)(__builtin_convertvector(load_raw<vh>(p), vu) << 16);
-  }
-  TN_INLINE void store(bf16* p, V v) {
-    const vu bits = (vu)v;
-    // round to nearest, ties to even; a NaN stays one
-    const vu rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-    const vu quiet = (bits >> 16 | 0x40u) << 16;
-    const vu is_nan = (vu)(v != v);
-    const vu result = ((rounded & ~is_nan) | (quiet & is_nan)) >> 16;
-    store_raw(p, __builtin_convertvector(result, vh));
-  }
+  TN_INLINE V load(const bf16* p) { return (vf)(widen_bits(load_raw<vh>(p)) << 16); }
+  TN_INLINE void store(bf16* p, V v) { store_raw(p, narrow_bits(round_to_bf16(v) >> 16)); }
   TN_INLINE vd load_double(const bf16* p) {
     const vu_half bits = __builtin_convertvector(load_raw<vh_half>(p), vu_half) << 16;
     return widen_half((vf_half)bits);

@@ -30,6 +30,8 @@ SHAPES: dict[str, tuple[Case, ...]] = {
         Case("InstanceNorm2d", (64,), AFFINE, (1, 64, 17, 31)),
         Case("InstanceNorm2d", (130,), AFFINE, (2, 130, 1, 19)),
         Case("InstanceNorm3d", (1,), AFFINE, (1, 1, 5, 3, 7)),
+        Case("InstanceNorm2d", (2,), AFFINE, (3, 2, 170, 197)),  # several pieces, read from cache
+        Case("InstanceNorm2d", (9,), AFFINE, (7, 9, 13, 11)),  # enough samples for a task each
     ),
     "group": (
         Case("GroupNorm", (2, 6), {}, (3, 6, 11, 13)),
@@ -37,12 +39,15 @@ SHAPES: dict[str, tuple[Case, ...]] = {
         Case("GroupNorm", (4, 64), {}, (5, 64)),
         Case("GroupNorm", (1, 5), {}, (1, 5, 9, 1)),
         Case("GroupNorm", (7, 7), {}, (2, 7, 2, 19)),
+        Case("GroupNorm", (2, 4), {}, (3, 4, 130, 131)),
     ),
     "trailing": (
         Case("LayerNorm", ((37,),), {}, (70, 37)),
         Case("LayerNorm", ((5, 7),), {}, (3, 2, 5, 7)),
         Case("LayerNorm", ((40_001,),), {}, (3, 40_001)),
         Case("RMSNorm", ((1030,),), {}, (130, 1030)),
+        # wide enough that a block of samples is summed some at a time
+        Case("LayerNorm", ((2100,),), {}, (130, 2100)),
         Case("RMSNorm", ((3, 11),), {}, (2, 5, 3, 11)),
     ),
     "response": (

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Case, exact, run
+from cases import AFFINE, Case, exact, run
 from checking import check_layer, same_layout
 from promises import ALONE, CASES, IDS, SHAPES, bits, layouts, same, threads, trainings
 from tolerances import FLOAT32_FORWARD, FLOAT32_GRADIENT, relative
@@ -181,6 +181,34 @@ def test_a_sample_does_not_depend_on_the_batch_in_evaluation(case: Case) -> None
     for place in layouts(case.shape).values():
         x = case.input()[:1]
         assert torch.equal(layer(place(torch.cat([others, x])))[-1:], layer(place(x)))
+
+
+# Results of 32 MiB and more are written past the caches. The same samples fewer at a time are not.
+LARGE = [
+    Case("InstanceNorm2d", (16,), AFFINE, (10, 16, 237, 239)),
+    Case("GroupNorm", (3, 33), {}, (21, 33, 113, 115)),
+    Case("LayerNorm", ((1001,),), {}, (8900, 1001)),
+    Case("BatchNorm2d", (37,), {}, (30, 37, 87, 91)),
+]
+
+
+@only_native
+@pytest.mark.parametrize("case", LARGE, ids=lambda c: c.id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_past_the_caches(case: Case, dtype: torch.dtype) -> None:
+    layer = case.build().eval()
+    copies = 4 // dtype.itemsize
+    shape = (case.shape[0] * copies, *case.shape[1:])
+    for name in ("contiguous", "channels_last"):
+        place = layouts(case.shape)[name] if len(shape) > 2 else torch.Tensor.contiguous
+        x, grad = place(torch.randn(shape).to(dtype)), place(torch.randn(shape).to(dtype))
+        assert x.nbytes >= 2**25
+        large, parts = run(layer, x, grad), []
+        for few, of_few in zip(x.chunk(3), grad.chunk(3), strict=True):
+            assert few.nbytes < 2**25
+            parts.append(run(layer, few, of_few))
+        assert torch.equal(large.output, torch.cat([part.output for part in parts]))
+        assert torch.equal(large.input, torch.cat([part.input for part in parts]))
 
 
 @only_native

@@ -137,6 +137,8 @@ def test_local_response_norm(dtype: torch.dtype, layout: str) -> None:
 def test_every_operator_is_here() -> None:
     tested = {"forward", "apply", "backward", "update_running_"}
     tested |= {"local_response_norm", "local_response_norm_backward"}
+    # by test_eager.py
+    tested |= {"eager_forward", "eager_forward_running", "eager_apply", "eager_backward"}
     registered = {
         name.removeprefix("truenorm::").split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()

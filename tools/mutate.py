@@ -37,8 +37,15 @@ MUTATIONS = [
         "offsets",
     ),
     Mutation(
+        "1 sums about zero at any offset",
+        "kernel_moments.h",
+        "kFarOff = 0x1p10;",
+        "kFarOff = 0x1p200;",
+        "offsets",
+    ),
+    Mutation(
         "1 the mean as one float",
-        "layers.h",
+        "coefficients.h",
         "const double lo = mean - double(hi);\n    scale",
         "const double lo = 0.0 * mean;\n    scale",
         "offsets",
@@ -59,7 +66,7 @@ MUTATIONS = [
     ),
     Mutation(
         "1 the gradient without its x̂ term",
-        "layers.h",
+        "coefficients.h",
         "slope(A(-rstd * mean_grad_x_hat))",
         "slope(A(0.0 * mean_grad_x_hat))",
         "formats",
@@ -67,8 +74,8 @@ MUTATIONS = [
     Mutation(
         "1 the output gradient read in its own memory format",
         "library.cpp",
-        "const Tensor dense_grad = laid_out(same_type, g);\n  const Values",
-        "const Tensor dense_grad = same_type;\n  const Values",
+        "const Tensor dense_grad = laid_out(same_type, g);\n  Room",
+        "const Tensor dense_grad = same_type;\n  Room",
         "formats",
     ),
     Mutation(
@@ -81,15 +88,15 @@ MUTATIONS = [
     Mutation(
         "2 1/std and its slope as one float32 number",
         "kernel_elementwise.h",
-        "return v[0] * sc + ((v[1] - h) * r * sl + sh);",
-        "return v[0] * sc + ((v[1] - h) * (r * sl) + sh);",
+        "v[0].v[k] * scale + ((v[1].v[k] - hi) * rstd * slope + shift);",
+        "v[0].v[k] * scale + ((v[1].v[k] - hi) * (rstd * slope) + shift);",
         "scales",
     ),
     Mutation(
         "3 bfloat16 in float32 alone, where parts of it cancel",
         "kernel_elementwise.h",
-        "if (__builtin_expect(any(bad), 0))",
-        "if (any(bad) && len < 0)",
+        "if (__builtin_expect(any(again[0] | again[1]), 0))",
+        "if (any(again[0]) && kStep < 0)",
         "formats",
     ),
     Mutation(
@@ -102,9 +109,9 @@ MUTATIONS = [
     Mutation(
         "4 pieces cut by the number of threads",
         "rows_forward.cpp",
-        "const int64_t pieces = ceil_div(len, kPiece);\n  if (pieces == 1) {",
+        "const int64_t pieces = ceil_div(len, kPiece);\n",
         "const int64_t kPiece = 20000 / int64_t(torch::stable::get_num_threads());\n"
-        "  const int64_t pieces = ceil_div(len, kPiece);\n  if (pieces == 1) {",
+        "  const int64_t pieces = ceil_div(len, kPiece);\n",
         "threads",
     ),
     Mutation(
@@ -117,16 +124,30 @@ MUTATIONS = [
     Mutation(
         "1 the last values of a run counted twice",
         "kernel_moments.h",
-        "if (keep) d = unread(d, r, keep);",
-        "if (keep > 100) d = unread(d, r, keep);",
+        "halves(keep ? unread<P>(v.v[k], n * P::size, k, keep) : v.v[k], half);",
+        "halves(v.v[k], half);",
         "formats",
     ),
     Mutation(
-        "5 padding with something else than the run's own values",
+        "1 padding that is counted",
         "kernel_moments.h",
-        "Padded<T>::fill(padded, p, len, origin)",
-        "Padded<T>::fill(padded, p, len, T{})",
-        "nan or formats",
+        "Padded<T, kStep>::fill(padded, p, len, T{})",
+        "Padded<T, kStep>::fill(padded, p, len, p[0])",
+        "formats",
+    ),
+    Mutation(
+        "4 sums for weight and bias cut by what fits in cache",
+        "rows_elementwise.cpp",
+        "std::max<int64_t>(8, fit / 8 * 8);",
+        "5;",
+        "threads",
+    ),
+    Mutation(
+        "3 the lines at the edges of what goes past the caches",
+        "kernel_elementwise.h",
+        "std::memcpy(out, edge, size_t(i) * sizeof(T));",
+        "std::memcpy(out, edge, size_t(i - 1) * sizeof(T));",
+        "past_the_caches",
     ),
     Mutation(
         "1 local response: the window that a gradient reaches, mirrored",

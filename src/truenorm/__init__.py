@@ -5,8 +5,19 @@ __version__ = "0.1.0"
 from . import functional, nn, reference
 from ._explain import explain
 from ._library import info
+from ._pool import empty_cache
 from .convert import convert, revert
 from .nn import *  # noqa: F403
 from .nn import __all__ as _layers
 
-__all__ = ["convert", "explain", "functional", "info", "nn", "reference", "revert", *_layers]
+__all__ = [
+    "convert",
+    "empty_cache",
+    "explain",
+    "functional",
+    "info",
+    "nn",
+    "reference",
+    "revert",
+    *_layers,
+]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from . import _pool
+
 BACKENDS = ("auto", "native", "plain")
 
 
@@ -37,6 +39,7 @@ def _load() -> tuple[Native | None, str]:
         raise ImportError(
             f"TRUENORM_BACKEND (={backend!r}) is unknown: set it to one of {', '.join(BACKENDS)}"
         )
+    cap_mib = _pool.cap_mib()
     if backend == "plain":
         return None, "TRUENORM_BACKEND=plain"
     path = _find()
@@ -55,6 +58,7 @@ def _load() -> tuple[Native | None, str]:
                 f"TRUENORM_ISA (={os.environ.get('TRUENORM_ISA')!r}) is not an instruction set "
                 "of this machine and library: unset it, or set it to baseline, avx2 or avx512"
             )
+        _pool.attach(library, cap_mib)
         return Native(path, name.decode()), ""
     except OSError as error:
         # a backend that was asked for by name must load or raise
@@ -82,6 +86,7 @@ class Info:
     instruction_set: of the native kernels on this machine, or None.
     library: path of the native library, or None.
     why_plain: why CPU tensors are served by plain PyTorch ops, or "".
+    pool: the recycled memory of large results, or None without the native library.
     other_devices: what serves tensors of every other device.
     """
 
@@ -91,6 +96,7 @@ class Info:
     instruction_set: str | None
     library: str | None
     why_plain: str
+    pool: _pool.Pool | None = None
     other_devices: str = "plain"
 
     def __str__(self) -> str:
@@ -101,6 +107,7 @@ class Info:
         return (
             f"truenorm {self.version}, torch {self.torch_version}\n"
             f"cpu: {cpu}\n"
+            f"pool: {self.pool or 'none'}\n"
             "cuda, mps, xpu and other devices: plain PyTorch ops\n"
             f"library: {self.library or 'none'}"
         )
@@ -117,4 +124,5 @@ def info() -> Info:
         instruction_set=NATIVE.instruction_set if NATIVE else None,
         library=str(NATIVE.path) if NATIVE else None,
         why_plain=WHY_NOT,
+        pool=_pool.statistics(),
     )

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .. import _plain
 from .._axes import BATCH, Axes
-from . import autograd, operators
+from . import autograd, eager, operators
 from .autograd import Running, transformed
 
-__all__ = ["Running", "local_response_norm", "normalize", "normalize_fixed"]
+__all__ = ["Running", "eager", "local_response_norm", "normalize", "normalize_fixed"]
 
 
 def _wants_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

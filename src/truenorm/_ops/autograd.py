@@ -111,12 +111,10 @@ def _save(
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _pull_back(ctx: Any, grad: Tensor, needs_input_grad: Sequence[bool]) -> Grads:
-    """Gradients of (x, weight, bias), in their shapes and dtypes."""
-    x, weight, mean, var = ctx.saved_tensors
-    axes, eps, fixed = ctx.spec
-    needs_x, needs_weight, needs_bias = needs_input_grad
-    needs = needs_x * NEEDS_INPUT + needs_weight * NEEDS_WEIGHT + needs_bias * NEEDS_BIAS
+def pull_back(saved: Any, spec: Any, grad: Tensor, needs: int) -> Grads:
+    """Gradients of (x, weight, bias), in their shapes, the parameters' both in weight's dtype."""
+    x, weight, mean, var = saved
+    axes, eps, fixed = spec
     found: Any
     if torch.compiler.is_compiling():
         found = operators.backward(grad, x, mean, var, weight, *axes, eps, fixed, needs)
@@ -131,13 +129,21 @@ def _pull_back(ctx: Any, grad: Tensor, needs_input_grad: Sequence[bool]) -> Grad
         with _below_autograd():
             found = operators.backward._op(grad, x, mean, var, weight, *axes, eps, fixed, needs)
     grad_x, grad_weight, grad_bias = found
-    if needs_bias and grad_bias.dtype != ctx.bias_dtype:
-        grad_bias = grad_bias.to(ctx.bias_dtype)
     return (
-        grad_x if needs_x else None,
-        grad_weight if needs_weight else None,
-        grad_bias if needs_bias else None,
+        grad_x if needs & NEEDS_INPUT else None,
+        grad_weight if needs & NEEDS_WEIGHT else None,
+        grad_bias if needs & NEEDS_BIAS else None,
     )
+
+
+def _pull_back(ctx: Any, grad: Tensor, needs_input_grad: Sequence[bool]) -> Grads:
+    """Gradients of (x, weight, bias), in their shapes and dtypes."""
+    needs_x, needs_weight, needs_bias = needs_input_grad
+    needs = needs_x * NEEDS_INPUT + needs_weight * NEEDS_WEIGHT + needs_bias * NEEDS_BIAS
+    grad_x, grad_weight, grad_bias = pull_back(ctx.saved_tensors, ctx.spec, grad, needs)
+    if grad_bias is not None and grad_bias.dtype != ctx.bias_dtype:
+        grad_bias = grad_bias.to(ctx.bias_dtype)
+    return grad_x, grad_weight, grad_bias
 
 
 def normalize_raw(

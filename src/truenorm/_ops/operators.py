@@ -33,11 +33,30 @@ _SCHEMAS = {
     " float k) -> Tensor",
 }
 
+# The short way's (eager.py): on a CPU alone and never compiled, so without plain kernel and shape
+# rule. The second output is what the backward needs; what is not asked for is an undefined tensor,
+# None in Python; momentum NaN averages over all batches.
+_EAGER = {
+    "eager_forward": "(Tensor x, Tensor? weight, Tensor? bias, int form, float eps)"
+    " -> (Tensor, Tensor)",
+    "eager_forward_running": "(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean,"
+    " Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, float momentum, int form, float eps)"
+    " -> (Tensor, Tensor)",
+    "eager_apply": "(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, int form,"
+    " float eps) -> (Tensor, Tensor)",
+    "eager_backward": "(Tensor grad, Tensor x, Tensor record, Tensor? weight)"
+    " -> (Tensor, Tensor, Tensor)",
+}
+
 NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS = 1, 2, 4
 
 _library_def = torch.library.Library("truenorm", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library_def.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+for _name, _schema in _EAGER.items():
+    _library_def.define(_name + _schema)
+    # called below autograd only: so no guard is needed to get there
+    _library_def.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 # ---------------------------------------------------------------- plain kernels, any device
@@ -185,6 +204,10 @@ for _name, _rule in _RULES.items():
 forward = torch.ops.truenorm.forward.default
 apply = torch.ops.truenorm.apply.default
 backward = torch.ops.truenorm.backward.default
+eager_forward = torch.ops.truenorm.eager_forward.default
+eager_forward_running = torch.ops.truenorm.eager_forward_running.default
+eager_apply = torch.ops.truenorm.eager_apply.default
+eager_backward = torch.ops.truenorm.eager_backward.default
 update_running = torch.ops.truenorm.update_running_.default
 local_response_norm = torch.ops.truenorm.local_response_norm.default
 local_response_norm_backward = torch.ops.truenorm.local_response_norm_backward.default

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+
+from .. import _checks
 
 
 class Traceable(torch.nn.Module):
@@ -23,6 +25,38 @@ class Traceable(torch.nn.Module):
         tracer = input.tracer
         path = tracer.path_of_module(self)
         return tracer.create_proxy("call_module", path, (input,), {})  # type: ignore[no-any-return]
+
+
+class Direct(torch.nn.Module):
+    """A layer whose plain calls go the short way, with what it holds read from where it is held.
+
+    `self.weight` goes through Module.__getattr__, which takes longer than a check. A parametrized,
+    pruned or replicated parameter is not in `_parameters`, and then, as for a subclass with a
+    `weight` of its own, the call goes the long way.
+    """
+
+    # whether this class leaves these names to Module.__getattr__
+    _direct = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        held = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        cls._direct = not any(hasattr(cls, name) for name in held)
+
+
+class FixedRank(Direct):
+    """A layer for inputs of certain ranks."""
+
+    _dims: ClassVar[tuple[int, ...]]
+    _shapes: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # the short way looks at _dims alone
+        cls._direct = cls._direct and cls._check_input_dim is FixedRank._check_input_dim
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _checks.check_input_dim(input, self._dims, type(self).__name__, self._shapes)
 
 
 class RunningStatistics(_NormBase):

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from math import nan
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _checks, functional
-from ._base import LazyFeatures, RunningStatistics, Traceable
+from .._ops import eager
+from ._base import FixedRank, LazyFeatures, RunningStatistics, Traceable
 
 
-class BatchForward(RunningStatistics, Traceable):
+class BatchForward(FixedRank, RunningStatistics, Traceable):
     """forward() of every layer with batch statistics; mixed in before torch's class."""
 
-    _dims: ClassVar[tuple[int, ...]]
-    _shapes: ClassVar[str]
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        _checks.check_input_dim(input, self._dims, type(self).__name__, self._shapes)
+    def _directly(self, input: Tensor) -> Tensor | None:
+        """The short way; None where it is not for this call."""
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            count = buffers["num_batches_tracked"]
+        except KeyError:
+            return None
+        if input.dim() not in self._dims or input.shape[1] != self.num_features:
+            return None
+        momentum, eps = self.momentum, self.eps
+        if (mean is None) != (var is None):
+            return None
+        if not self.training and mean is not None:
+            if not eps >= 0:
+                return None
+            return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
+        if not (eps > 0 and (momentum is None or 0 <= momentum <= 1)):
+            return None
+        if mean is None or not self.track_running_stats:
+            return eager.call(eager.OWN, input, weight, bias, (), eager.BATCH, eps)
+        running = mean, var, count, nan if momentum is None else momentum
+        return eager.call(eager.TRACKED, input, weight, bias, running, eager.BATCH, eps)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self._direct and type(input) is Tensor and not is_compiling():
+            direct = self._directly(input)
+            if direct is not None:
+                return direct
         if self._is_traced(input):
             return self._as_leaf(input)
         self._check_input_dim(input)

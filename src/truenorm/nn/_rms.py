@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _checks, functional
-from ._base import Traceable
+from .._ops import eager
+from ._base import Direct, Traceable
 
 
-class RMSNorm(Traceable, torch.nn.RMSNorm):
+class RMSNorm(Direct, Traceable, torch.nn.RMSNorm):
     """Divide by the root mean square over the trailing dimensions.
 
     y = x / sqrt(E[x²] + eps) · weight, weight element by element; eps None is
@@ -26,7 +28,26 @@ class RMSNorm(Traceable, torch.nn.RMSNorm):
     torch.nn.RMSNorm.
     """
 
+    def _directly(self, x: Tensor) -> Tensor | None:
+        """The short way; None where it is not for this call."""
+        parameters, eps, shape = self._parameters, self.eps, self.normalized_shape
+        try:
+            weight = parameters["weight"]
+        except KeyError:
+            return None
+        if not (shape and x.is_floating_point()) or x.shape[-len(shape) :] != shape:
+            return None
+        if eps is None:
+            eps = torch.finfo(x.dtype).eps
+        if not eps >= 0:
+            return None
+        return eager.call(eager.OWN, x, weight, None, (), eager.rms(len(shape)), eps)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self._direct and type(x) is Tensor and not is_compiling():
+            direct = self._directly(x)
+            if direct is not None:
+                return direct
         if self._is_traced(x):
             return self._as_leaf(x)
         if self.eps is not None:

@@ -1,0 +1,96 @@
+// Two vectors at a time: how the inner loops read and write neighbouring values.
+#pragma once
+
+#include "simd.h"
+
+namespace truenorm {
+namespace {
+
+constexpr int kStep = 32;  // values that the inner loops take side by side
+constexpr uintptr_t kLine = 64;
+
+// Past the caches; `p` on a vector's boundary.
+template <class T, class V>
+TN_INLINE void store_streaming(T* p, V v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(TRUENORM_X86)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#else
+  store_raw(p, v);
+#endif
+}
+
+// 2 · lanes neighbouring values in their order, which values of other arrays can be matched with.
+template <class T>
+struct InOrder {
+  using V = typename Lane<T>::V;
+  static constexpr int lanes = Lane<T>::lanes, size = 2 * lanes;
+  V v[2];
+
+  TN_INLINE InOrder load(const T* p) { return {Lane<T>::load(p), Lane<T>::load(p + lanes)}; }
+  TN_INLINE void store(T* p, const InOrder& s) {
+    Lane<T>::store(p, s.v[0]);
+    Lane<T>::store(p + lanes, s.v[1]);
+  }
+  TN_INLINE void stream(T* p, const InOrder& s) {
+    if constexpr (sizeof(T) == sizeof(s.v[0][0])) {
+      store_streaming(p, s.v[0]);
+      store_streaming(p + lanes, s.v[1]);
+    } else {
+      alignas(kBytes) T values[size];
+      store(values, s);
+      store_streaming(p, load_raw<vi>(values));
+    }
+  }
+  // which of the values is in lane `lane` of vector `k`
+  static constexpr int place(int k, int lane) { return k * lanes + lane; }
+};
+
+// bfloat16 as its even and odd places: one instruction instead of two to read a vector, and none to
+// join two.
+struct EvenOdd {
+  using V = vf;
+  static constexpr int lanes = F, size = 2 * F;
+  V v[2];
+
+  TN_INLINE EvenOdd load(const bf16* p) {
+    const vu both = load_raw<vu>(p);
+    return {(vf)(both << 16), (vf)(both & 0xffff0000u)};
+  }
+  TN_INLINE vu joined(const EvenOdd& s) {
+    return round_to_bf16(s.v[0]) >> 16 | (round_to_bf16(s.v[1]) & 0xffff0000u);
+  }
+  TN_INLINE void store(bf16* p, const EvenOdd& s) { store_raw(p, joined(s)); }
+  TN_INLINE void stream(bf16* p, const EvenOdd& s) { store_streaming(p, joined(s)); }
+  static constexpr int place(int k, int lane) { return 2 * lane + k; }
+};
+
+// The order that is cheapest, where it does not matter.
+template <class T>
+using AnyOrder = std::conditional_t<std::is_same_v<T, bf16>, EvenOdd, InOrder<T>>;
+
+// v, with the values before place `keep` of the step as zero; v is vector k of the pair at `start`.
+template <class P, class V>
+TN_INLINE V unread(V v, int start, int k, int keep) {
+  using I = std::conditional_t<std::is_same_v<V, vd>, vl, vi>;
+  I place;
+  for (int i = 0; i < P::lanes; ++i) place[i] = start + P::place(k, i);
+  return (V)((I)v & (place >= keep));
+}
+
+// The halves of a vector as doubles, and back.
+TN_INLINE void halves(vf v, vd (&out)[2]) {
+  vf_half half[2];
+  std::memcpy(half, &v, sizeof(v));
+  out[0] = widen_half(half[0]);
+  out[1] = widen_half(half[1]);
+}
+TN_INLINE vf rejoin(vd low, vd high) {
+  return join(__builtin_convertvector(low, vf_half), __builtin_convertvector(high, vf_half));
+}
+
+}  // namespace
+}  // namespace truenorm

@@ -1,0 +1,199 @@
+// From tensors to what the kernels take: memory, layouts, parameters in the type they are computed
+// in. Everything has internal linkage but new_result and the two functions of library.cpp.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "layers.h"
+#include "parallel.h"
+
+namespace truenorm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Memory for a result of this geometry.
+Tensor new_result(const Geometry& g, ScalarType type);
+
+// y, mean and var of x, or with `fixed` y by the given mean and var.
+void forward_into(const Tensor& x, const std::optional<Tensor>& weight,
+                  const std::optional<Tensor>& bias, const Geometry& g, double eps, const Tensor& y,
+                  double* mean, double* var, bool fixed);
+
+// Those gradients that there is a tensor for.
+void backward_into(const Tensor& grad, const Tensor& x, const double* mean, const double* var,
+                   const std::optional<Tensor>& weight, const Geometry& g, double eps, bool fixed,
+                   const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_weight,
+                   const std::optional<Tensor>& grad_bias);
+
+// which gradients are wanted: NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS of _ops/operators.py
+constexpr int64_t kInput = 1, kWeight = 2, kBias = 4;
+
+namespace {
+
+[[maybe_unused]] Tensor empty_strided(const Dims& sizes, const Dims& strides, ScalarType type) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.begin(), strides.begin(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+[[maybe_unused]] Tensor empty(int64_t size, ScalarType type) {
+  constexpr int64_t one = 1;
+  return empty_strided(Dims(&size, &size + 1), Dims(&one, &one + 1), type);
+}
+
+[[maybe_unused]] const InstructionSet& kernels() {
+  const InstructionSet* set = instruction_set();
+  STD_TORCH_CHECK(set != nullptr, "TRUENORM_ISA names no instruction set of this machine");
+  return *set;
+}
+
+[[maybe_unused]] Geometry geometry_of(const Tensor& x, const Axes& axes) {
+  return geometry(x.sizes().data(), x.strides().data(), x.dim(), axes);
+}
+
+template <class Body>
+void with_type(const Tensor& x, const Body& body) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::BFloat16:
+      return body(bf16{});
+    case ScalarType::Half:
+      return body(f16{});
+    default:
+      STD_TORCH_CHECK(false, "truenorm has no kernel for this dtype");
+  }
+}
+
+// Memory for `count` values: in place where they are few.
+template <class A>
+class Room {
+ public:
+  A* of(int64_t count) {
+    if (count <= kInline) return near_;
+    far_ = scratch<A>(count);
+    return far_.get();
+  }
+
+ private:
+  static constexpr int64_t kInline = 64;
+
+  A near_[kInline];
+  std::unique_ptr<A[]> far_;
+};
+
+// A parameter's values in the type they are computed in, read in place where they have it already.
+// Converted here, not by torch: a call of torch takes longer than the rest of a small input's.
+template <class A>
+class Values {
+ public:
+  explicit Values(const Tensor& p) { read(p); }
+  explicit Values(const std::optional<Tensor>& p) {
+    if (p) read(*p);
+  }
+  Values(const Values&) = delete;
+  Values& operator=(const Values&) = delete;
+  const A* get() const { return data_; }
+
+ private:
+  void read(const Tensor& p) {
+    constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    held_ = p.is_contiguous() ? p : torch::stable::contiguous(p);
+    if (p.scalar_type() == type) {
+      data_ = static_cast<const A*>(held_->const_data_ptr());
+      return;
+    }
+    const int64_t count = held_->numel();
+    A* const to = converted_.of(count);
+    with_type(*held_, [&]<class T>(T) {
+      const T* const from = static_cast<const T*>(held_->const_data_ptr());
+      constexpr int64_t kBlock = 64;
+      double wide[kBlock];
+      for (int64_t i = 0; i < count; i += kBlock) {
+        const int64_t some = std::min(kBlock, count - i);
+        table<T>(kernels()).widen(from + i, wide, some);
+        for (int64_t j = 0; j < some; ++j) to[i + j] = A(wide[j]);
+      }
+    });
+    data_ = to;
+  }
+
+  std::optional<Tensor> held_;
+  Room<A> converted_;
+  const A* data_ = nullptr;
+};
+
+[[maybe_unused]] double* doubles(const Tensor& t) {
+  return static_cast<double*>(t.mutable_data_ptr());
+}
+
+// Gradients of weight and bias: shaped like the channels of x, in weight's dtype, or where there is
+// none in the one that x is computed in. _ops/operators.py states the same rule.
+struct Params {
+  Dims sizes;
+  ScalarType type;
+
+  Params(const Tensor& x, const std::optional<Tensor>& weight, const Geometry& g,
+         int64_t feature_dims)
+      : sizes(feature_dims > 0 ? Dims(g.sizes.end() - feature_dims, g.sizes.end())
+                               : Dims(&g.c, &g.c + 1)),
+        type(weight                                  ? weight->scalar_type()
+             : x.scalar_type() == ScalarType::Double ? ScalarType::Double
+                                                     : ScalarType::Float) {}
+
+  Tensor gradient() const { return empty_strided(sizes, contiguous_strides(sizes), type); }
+};
+
+// One running statistic a step further: (1 − factor) · running + factor · observed · scale,
+// averaged over samples where each sample has its own.
+[[maybe_unused]] void move_running(const Tensor& running, const double* observed, int64_t samples,
+                                   double factor, double scale) {
+  const int64_t channels = running.numel(), stride = running.dim() > 0 ? running.stride(0) : 1;
+  with_type(running, [&]<class T>(T) {
+    T* const values = static_cast<T*>(running.mutable_data_ptr());
+    for (int64_t c = 0; c < channels; ++c) {
+      double seen = 0.0, before;
+      for (int64_t n = 0; n < samples; ++n) seen += observed[n * channels + c];
+      seen = seen / double(samples) * scale;
+      T& value = values[c * stride];
+      if constexpr (std::is_floating_point_v<T>) {
+        value = T((1.0 - factor) * double(value) + factor * seen);
+      } else {
+        const Kernels<T>& k = table<T>(kernels());
+        k.widen(&value, &before, 1);
+        const double after = (1.0 - factor) * before + factor * seen;
+        k.narrow(&after, &value, 1);
+      }
+    }
+  });
+}
+
+// momentum NaN: 1 / batches seen, this one included.
+[[maybe_unused]] void move_both(const Tensor& running_mean, const Tensor& running_var,
+                                const std::optional<Tensor>& num_batches_tracked,
+                                const double* mean, const double* var, int64_t samples,
+                                int64_t count, double momentum) {
+  double factor = std::isnan(momentum) ? 0.0 : momentum;
+  if (num_batches_tracked) {
+    auto* batches = static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
+    *batches += 1;
+    if (std::isnan(momentum)) factor = 1.0 / double(*batches);
+  }
+  move_running(running_mean, mean, samples, factor, 1.0);
+  // stored unbiased
+  move_running(running_var, var, samples, factor, double(count) / double(count - 1));
+}
+
+}  // namespace
+}  // namespace truenorm

@@ -1,0 +1,43 @@
+"""What the tests of the recycled memory share."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import truenorm
+import truenorm.functional as F
+from truenorm import _pool
+
+only_native = pytest.mark.skipif(
+    truenorm.info().pool is None, reason="plain PyTorch ops recycle nothing"
+)
+
+CAP = 64
+# float32 results of 1, 2 and 8 MiB: the least that is recycled, and one of huge pages
+ONE, TWO, EIGHT = (1, 4, 256, 256), (2, 4, 256, 256), (8, 4, 256, 256)
+
+
+@pytest.fixture
+def pooled() -> Iterator[None]:
+    gc.collect()
+    before = statistics().cap_mib
+    truenorm.empty_cache()
+    _pool.set_cap(CAP)
+    yield
+    truenorm.empty_cache()
+    _pool.set_cap(before)
+
+
+def statistics() -> _pool.Pool:
+    pool = truenorm.info().pool
+    assert pool is not None
+    return pool
+
+
+def result(shape: tuple[int, ...] = ONE, dtype: torch.dtype = torch.float32) -> Tensor:
+    return F.instance_norm(torch.randn(shape, dtype=dtype))

@@ -1,0 +1,109 @@
+// Prints a digest of what every inner loop computes, for one instruction set. It needs neither
+// torch nor threads, so that `make neon` can run it on another processor's emulator.
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+
+namespace truenorm {
+namespace {
+
+struct Digest {
+  uint64_t state = 1469598103934665603u;
+
+  template <class V>
+  void add(const V* values, size_t count) {
+    const auto* bytes = reinterpret_cast<const unsigned char*>(values);
+    for (size_t i = 0; i < count * sizeof(V); ++i) state = (state ^ bytes[i]) * 1099511628211u;
+  }
+};
+
+// about normal, the same on every machine
+double next(uint64_t& state) {
+  double sum = -3.0;
+  for (int i = 0; i < 6; ++i) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    sum += double(state >> 40) * 0x1p-24;
+  }
+  return sum;
+}
+
+template <class T>
+void run(const Kernels<T>& k, Digest& digest) {
+  using A = compute_t<T>;
+  constexpr int64_t kMost = 3 * 257 + 64;
+  uint64_t state = 7;
+  std::vector<double> wide(kMost), grads(kMost);
+  std::vector<T> x(kMost), grad(kMost), out(kMost);
+  std::vector<A> a(kMost), b(kMost), c(kMost), d(kMost), e(kMost);
+  std::vector<double> mean(kMost), rstd(kMost), p(kMost), q(kMost);
+  for (double offset : {0.0, 3.0, 1000.0}) {
+    for (int64_t i = 0; i < kMost; ++i) {
+      wide[i] = next(state) + offset;
+      grads[i] = next(state);
+      a[i] = A(next(state)), b[i] = A(next(state)), c[i] = A(next(state)), d[i] = A(next(state)),
+      e[i] = A(next(state));
+      mean[i] = offset + 0.1 * next(state), rstd[i] = 1.0 + 0.1 * next(state);
+      p[i] = q[i] = 0.0;
+    }
+    k.narrow(wide.data(), x.data(), kMost);
+    k.narrow(grads.data(), grad.data(), kMost);
+    for (int64_t len : {1, 7, 15, 16, 17, 31, 32, 33, 49, 64, 100, 257}) {
+      for (bool centred : {true, false}) {
+        const Moments m = k.moments(x.data(), 2, len, 300, centred);
+        digest.add(&m, 1);
+      }
+      const GradSums sums = k.grad_sums(grad.data(), x.data(), 2, len, 300, mean[0], rstd[0]);
+      const GradSums row = k.row_grad_sums(grad.data(), x.data(), len, mean[0], rstd[0], a.data());
+      digest.add(&sums, 1), digest.add(&row, 1);
+      k.column_moments(x.data(), 3, len, len, p.data(), q.data());
+      digest.add(p.data(), len), digest.add(q.data(), len);
+      k.column_grad_sums(grad.data(), x.data(), 3, len, len, mean.data(), rstd.data(), p.data(),
+                         q.data());
+      digest.add(p.data(), len), digest.add(q.data(), len);
+      k.row_param_sums(grad.data(), x.data(), 3, len, len, mean.data(), rstd.data(), p.data(),
+                       q.data());
+      digest.add(p.data(), len), digest.add(q.data(), len);
+
+      const auto add_out = [&](int64_t count) { digest.add(out.data(), size_t(count)); };
+      const Affine<T> by[2] = {{mean[0], rstd[0], a.data(), b.data(), 3},
+                               {mean[1], rstd[1], nullptr, nullptr, 0}};
+      const GradAffine<A> grad_by[2] = {{mean[0], rstd[0], 0.7, 0.2, -0.3},
+                                        {mean[1], rstd[1], 1.0, 0.0, 0.1}};
+      for (bool stream : {false, true}) {
+        k.apply(x.data(), out.data(), 2, len, by, stream), add_out(2 * len);
+        k.apply_each(x.data(), out.data(), 3, len,
+                     {c.data(), a.data(), b.data(), mean.data(), rstd.data(), p.data()}, stream);
+        add_out(3 * len);
+        k.apply_row(x.data(), out.data(), len, {mean[0], rstd[0], a.data(), b.data()}, stream);
+        add_out(len);
+        k.apply_row(x.data(), out.data(), len, {mean[0], rstd[0], a.data(), nullptr}, stream);
+        add_out(len);
+        k.grad_apply(grad.data(), x.data(), out.data(), 2, len, grad_by, stream), add_out(2 * len);
+        k.grad_apply_each(grad.data(), x.data(), out.data(), 3, len,
+                          {a.data(), b.data(), c.data(), d.data(), e.data()}, stream);
+        add_out(3 * len);
+        k.grad_apply_row(grad.data(), x.data(), out.data(), len, a.data(), grad_by[0], stream);
+        add_out(len);
+        k.grad_scale(grad.data(), out.data(), 2, len, a.data(), stream), add_out(2 * len);
+        k.grad_scale_each(grad.data(), out.data(), 3, len, a.data(), stream), add_out(3 * len);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace truenorm
+
+int main() {
+  using namespace truenorm;
+  const InstructionSet* set = instruction_set();
+  if (!set) return 1;
+  Digest digest;
+  run(set->f64, digest);
+  run(set->f32, digest);
+  run(set->bf, digest);
+  run(set->hf, digest);
+  std::printf("%016llx %s\n", static_cast<unsigned long long>(digest.state), set->name);
+}
