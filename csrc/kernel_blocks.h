@@ -12,7 +12,7 @@ constexpr int kWide = 4;  // blocks of 16 columns that are kept in registers tog
 // How a run of `len` values is read, N at a time: body(first, keep) for whole blocks with keep 0,
 // then for the last few with the block that ends where the run does, whose first `keep` values have
 // been read before. A run of fewer than N is the caller's to pad.
-template <int N = kLanes, class Body>
+template <int N, class Body>
 TN_INLINE void blocks(int64_t len, const Body& body) {
   int64_t i = 0;
   for (; i + N <= len; i += N) body(i, 0);
@@ -23,7 +23,7 @@ TN_INLINE void blocks(int64_t len, const Body& body) {
 TN_INLINE void add_doubles(double* to, vd from) { store_raw(to, load_raw<vd>(to) + from); }
 TN_INLINE void add_doubles(double* to, vf from) {
   vd half[2];
-  halves(from, half);
+  doubles_of(from, half);
   add_doubles(to, half[0]);
   add_doubles(to + D, half[1]);
 }
@@ -46,13 +46,6 @@ struct Totals {
     return places[0];
   }
 };
-
-// v, with the lanes that were read before as zero.
-TN_INLINE vd unread(vd v, int r, int keep) {
-  vl lane;
-  for (int i = 0; i < D; ++i) lane[i] = r * D + i;
-  return (vd)((vl)v & (lane >= keep));
-}
 
 // Calls body<B>(column) for blocks of 64 and then of 16 columns; the last one ends with the
 // columns.

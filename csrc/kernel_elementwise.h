@@ -1,64 +1,10 @@
 // What maps value to value: outputs, and gradients of the input.
 #pragma once
 
-#include "kernel_blocks.h"
+#include "kernel_map.h"
 
 namespace truenorm {
 namespace {
-
-// out = f(in[0], …) on kStep values at a time; f(values, i) takes and returns a pair of vectors, i
-// being the place of the first in the run. The last step ends where the run does, and computes some
-// values a second time; a run shorter than a step goes through padded copies.
-template <class P, int In, class T, class Fn>
-TN_INLINE void map(const T* const (&in)[In], T* out, int64_t len, bool stream, const Fn& f) {
-  const auto step = [&](const T* const(&from)[In], int64_t i, T* to, bool past_caches) TN_FLAT {
-#pragma GCC unroll 8
-    for (int j = 0; j < kStep; j += P::size) {
-      P values[In];
-      for (int k = 0; k < In; ++k) values[k] = P::load(from[k] + i + j);
-      const P result = f(values, i + j);
-      if (past_caches)
-        P::stream(to + j, result);
-      else
-        P::store(to + j, result);
-    }
-  };
-  if (len < kStep) {
-    Padded<T, kStep> in_copy[In], out_copy;
-    const T* from[In];
-    for (int k = 0; k < In; ++k) from[k] = Padded<T, kStep>::fill(in_copy[k], in[k], len, T{});
-    step(from, 0, out_copy.values, false);
-    std::memcpy(out, out_copy.values, size_t(len) * sizeof(T));
-    return;
-  }
-  if (!stream) {
-    blocks<kStep>(len, [&](int64_t i, int) TN_FLAT { step(in, i, out + i, false); });
-    return;
-  }
-  // whole cache lines past the caches, what is before and after them as usual
-  T edge[kStep];
-  int64_t i = int64_t((-reinterpret_cast<uintptr_t>(out) & (kLine - 1)) / sizeof(T));
-  if (i > 0) {
-    step(in, 0, edge, false);
-    std::memcpy(out, edge, size_t(i) * sizeof(T));
-  }
-  for (; i + kStep <= len; i += kStep) step(in, i, out + i, true);
-  if (i < len) {
-    step(in, len - kStep, edge, false);
-    std::memcpy(out + i, edge + (i + kStep - len), size_t(len - i) * sizeof(T));
-  }
-}
-
-// The same for each of several rows that follow one another.
-template <class P, int In, class T, class Fn>
-TN_INLINE void map_rows(const T* const (&in)[In], T* out, int64_t rows, int64_t len, bool stream,
-                        const Fn& f) {
-  const T* from[In];
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int k = 0; k < In; ++k) from[k] = in[k] + row * len;
-    map<P, In>(from, out + row * len, len, stream, f);
-  }
-}
 
 // bfloat16: y = p + q in float is off by at most 1.5 · 2^-22 of |q|, which is much of y's last
 // place where the two cancel, and can turn the rounding wherever y is that near to half way between
@@ -102,7 +48,7 @@ TN_INLINE void apply_run(const T* x, T* y, int64_t len, const Affine<T>& by, boo
       const P p = {(v->v[0] - hi) * scale, (v->v[1] - hi) * scale};
       return sum_exactly<T, P>(p, {shift, shift}, {off, off}, [&](int k, int h) TN_FLAT {
         vd d[2];
-        halves(v->v[k], d);
+        doubles_of(v->v[k], d);
         return (d[h] - by.mean) * by.slope + by.bias;
       });
     });
@@ -137,7 +83,7 @@ void apply_each(const T* x, T* y, int64_t rows, int64_t len, const Affines<T>& b
       return sum_exactly<T, P>(p, shift, off, [&](int k, int h) TN_FLAT {
         const int64_t at = i + k * P::lanes + h * D;
         vd d[2];
-        halves(v->v[k], d);
+        doubles_of(v->v[k], d);
         return (d[h] - load_raw<vd>(by.mean + at)) * load_raw<vd>(by.slope + at) +
                load_raw<vd>(by.bias + at);
       });
@@ -166,11 +112,11 @@ TN_INLINE void map_row(const T* x, T* y, int64_t len, const RowAffine<T>& by, bo
       const vf off[2] = {magnitude(bias[0]) * kOff, magnitude(bias[1]) * kOff};
       return sum_exactly<T, P>(p, bias, off, [&](int k, int h) TN_FLAT {
         vd d[2], w[2], b[2];
-        halves(v->v[k], d);
-        halves(bias[k], b);
+        doubles_of(v->v[k], d);
+        doubles_of(bias[k], b);
         d[h] = (d[h] - by.mean) * by.rstd_double;
         if constexpr (Weight) {
-          halves(load_raw<vf>(by.weight + i + k * P::lanes), w);
+          doubles_of(load_raw<vf>(by.weight + i + k * P::lanes), w);
           d[h] *= w[h];
         }
         return Bias ? d[h] + b[h] : d[h];

@@ -6,64 +6,34 @@
 namespace truenorm {
 namespace {
 
-// In float64 about the first value: even an outlier there is at most sqrt(n) standard deviations
-// from the mean, which costs a relative error of some n · 1e-16. Or about zero.
-template <class T>
-TN_INLINE Moments moments_shifted(const T* x, int64_t runs, int64_t len, int64_t stride,
-                                  bool centred) {
-  const T origin = centred ? x[0] : T{};
-  const double shift = centred ? to_double(origin) : 0.0;
-  const vd shifts = splat<vd>(shift);
-  Sum sum, square;
-  const auto add = [&](const T* from, int keep) TN_FLAT {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      vd d = Lane<T>::load_double(from + r * D) - shifts;
-      if (keep) d = unread(d, r, keep);
-      sum.r[r] += d;
-      square.r[r] += d * d;
-    }
-  };
-  Padded<T> padded;
-  for (int64_t run = 0; run < runs; ++run) {
-    const T* p = x + run * stride;
-    if (len < kLanes)
-      add(Padded<T>::fill(padded, p, len, origin), 0);
-    else
-      blocks(len, [&](int64_t i, int keep) TN_FLAT { add(p + i, keep); });
-  }
-  const double n = double(runs * len);
-  const double s = Sum::total(sum), q = Sum::total(square);
-  if (!centred) return {n, 0.0, q};
-  const double m2 = q - s * s / n;
-  return {n, shift + s / n, m2 < 0.0 ? 0.0 : m2};
-}
-
-// The squares of float and narrower are exact in float64, so sums about zero lose nothing but what
-// cancels in Σx² − (Σx)² / n. Up to this square of the mean in variances that is a part of 2^-37;
-// beyond it the values are read again, about one of themselves.
-constexpr double kFarOff = 0x1p10;
-
-TN_INLINE bool near_zero(double s, double q, double n) {
-  // false for a NaN and for equal values, too
-  return s * s / n < kFarOff * (q - s * s / n);
-}
-
-template <class T>
-TN_INLINE Moments moments_about_zero(const T* x, int64_t runs, int64_t len, int64_t stride) {
+// Count, Σ(x − shift) and Σ(x − shift)² in float64, the shift being the value of `origin`; without
+// one the squares are exact, and may be fused.
+template <class T, bool shifted>
+TN_INLINE Moments sums_about(const T* x, int64_t runs, int64_t len, int64_t stride, T origin) {
   using P = AnyOrder<T>;
-  constexpr int N = kStep / P::size;
-  vd sums[N][2][2] = {}, squares[N][2][2] = {};
+  using V = typename P::V;
+  constexpr int N = kStep / P::size, H = P::lanes / D;
+  const V unread_value = splat<V>(compute_t<T>(to_double(origin)));
+  const vd shift = splat<vd>(to_double(origin));
+  vd sums[N][2][H] = {}, squares[N][2][H] = {};
   const auto add = [&](const T* from, int keep) TN_FLAT {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const P v = P::load(from + n * P::size);
+      const P pair = P::load(from + n * P::size);
       for (int k = 0; k < 2; ++k) {
-        vd half[2];
-        halves(keep ? unread<P>(v.v[k], n * P::size, k, keep) : v.v[k], half);
-        for (int h = 0; h < 2; ++h) {
-          sums[n][k][h] += half[h];
-          squares[n][k][h] = add_square(squares[n][k][h], half[h]);
+        V v = pair.v[k];
+        if (keep) v = unread<P>(v, n * P::size, k, keep, unread_value);
+        vd part[H];
+        doubles_of(v, part);
+        for (int h = 0; h < H; ++h) {
+          if constexpr (shifted) {
+            const vd d = part[h] - shift;
+            sums[n][k][h] += d;
+            squares[n][k][h] += d * d;
+          } else {
+            sums[n][k][h] += part[h];
+            squares[n][k][h] = add_square(squares[n][k][h], part[h]);
+          }
         }
       }
     }
@@ -72,7 +42,7 @@ TN_INLINE Moments moments_about_zero(const T* x, int64_t runs, int64_t len, int6
   for (int64_t run = 0; run < runs; ++run) {
     const T* p = x + run * stride;
     if (len < kStep)
-      add(Padded<T, kStep>::fill(padded, p, len, T{}), 0);
+      add(Padded<T, kStep>::fill(padded, p, len, origin), 0);
     else
       blocks<kStep>(len, [&](int64_t i, int keep) TN_FLAT { add(p + i, keep); });
   }
@@ -82,14 +52,30 @@ TN_INLINE Moments moments_about_zero(const T* x, int64_t runs, int64_t len, int6
   return {double(runs * len), Totals::sum<P>(sum), Totals::sum<P>(square)};
 }
 
+// The squares of float and narrower are exact in float64, so sums about zero lose nothing but what
+// cancels in Σx² − (Σx)² / n. Up to this square of the mean in variances that is 10 of its 53 bits;
+// beyond it the values are read again, about one of themselves.
+constexpr double kFarOff = 0x1p10;
+
+TN_INLINE bool near_zero(double s, double q, double n) {
+  // false for a NaN and for equal values, too
+  return s * s / n < kFarOff * (q - s * s / n);
+}
+
 template <class T>
 Moments moments(const T* x, int64_t runs, int64_t len, int64_t stride, bool centred) {
   if constexpr (!std::is_same_v<T, double>) {
-    const auto [n, s, q] = moments_about_zero(x, runs, len, stride);
+    const auto [n, s, q] = sums_about<T, false>(x, runs, len, stride, T{});
     if (!centred) return {n, 0.0, q};
     if (near_zero(s, q, n)) return {n, s / n, q - s * s / n};
   }
-  return moments_shifted(x, runs, len, stride, centred);
+  // Even where the first value is an outlier it is at most sqrt(n) standard deviations from the
+  // mean, which costs a relative error of some n · 1e-16.
+  const T origin = centred ? x[0] : T{};
+  const auto [n, s, q] = sums_about<T, true>(x, runs, len, stride, origin);
+  if (!centred) return {n, 0.0, q};
+  const double m2 = q - s * s / n;
+  return {n, to_double(origin) + s / n, m2 < 0.0 ? 0.0 : m2};
 }
 
 template <class T, int B>

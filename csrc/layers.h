@@ -1,4 +1,4 @@
-// What rows.cpp and channels.cpp offer to library.cpp: forward and backward of a whole tensor.
+// What rows_*.cpp and channels_*.cpp offer to library.cpp: forward and backward of a whole tensor.
 #pragma once
 
 #include <cmath>

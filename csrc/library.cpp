@@ -38,17 +38,6 @@ Tensor over(const Buffer& buffer, const Geometry& g, ScalarType type) {
   return Tensor(handle);
 }
 
-Tensor empty_result(const Geometry& g, ScalarType type) {
-  const size_t bytes = size_t(g.numel()) * element_size(type);
-  if (bytes >= kPoolFrom) {
-    const Buffer buffer = take(bytes);
-    if (buffer.data != nullptr) return over(buffer, g, type);
-  }
-  Tensor result = empty_strided(g.sizes, g.strides, type);
-  ask_for_huge_pages(result.mutable_data_ptr(), bytes);
-  return result;
-}
-
 // x with the geometry's strides: itself, or the one copy that is allowed.
 Tensor laid_out(const Tensor& x, const Geometry& g) {
   bool same = true;
@@ -59,6 +48,12 @@ Tensor laid_out(const Tensor& x, const Geometry& g) {
   Tensor copy = empty_strided(g.sizes, g.strides, x.scalar_type());
   torch::stable::copy_(copy, x);
   return copy;
+}
+
+// The output's gradient, as x is laid out and in its type.
+Tensor laid_out_like(const Tensor& x, const Tensor& grad, const Geometry& g) {
+  const ScalarType type = x.scalar_type();
+  return laid_out(grad.scalar_type() == type ? grad : torch::stable::to(grad, type), g);
 }
 
 template <class T>
@@ -102,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor
                                            std::optional<Tensor> bias, int64_t num_groups,
                                            int64_t feature_dims, bool centred, double eps) {
   const Geometry g = geometry_of(x, {num_groups, feature_dims, centred});
-  const Tensor y = empty_result(g, x.scalar_type());
+  const Tensor y = new_result(g, x.scalar_type());
   const Tensor mean = empty(g.num_statistics(), ScalarType::Double);
   const Tensor var = empty(g.num_statistics(), ScalarType::Double);
   STD_TORCH_CHECK(g.numel() > 0, "truenorm::forward takes no empty tensor: it has no moments");
@@ -113,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor
 Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& var, std::optional<Tensor> weight,
              std::optional<Tensor> bias, double eps) {
   const Geometry g = geometry_of(x, {0, 0, true});
-  const Tensor y = empty_result(g, x.scalar_type());
+  const Tensor y = new_result(g, x.scalar_type());
   if (g.numel() == 0) return y;
   const Values<double> m(mean), v(var);
   forward_into(x, weight, bias, g, eps, y, const_cast<double*>(m.get()),
@@ -128,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   const Geometry g = geometry_of(x, {num_groups, feature_dims, centred});
   const Params params(x, weight, g, feature_dims);
   std::optional<Tensor> of_x, of_weight, of_bias;
-  if (needs & kInput) of_x = empty_result(g, x.scalar_type());
+  if (needs & kInput) of_x = new_result(g, x.scalar_type());
   if (needs & kWeight) of_weight = params.gradient();
   if (needs & kBias) of_bias = params.gradient();
   if (g.numel() > 0) {
@@ -155,7 +150,7 @@ void update_running(const Tensor& running_mean, const Tensor& running_var,
 
 Tensor local_response(const Tensor& x, int64_t size, double alpha, double beta, double k) {
   const Geometry g = geometry_of(x, {0, 0, true});
-  Tensor y = empty_result(g, x.scalar_type());
+  Tensor y = new_result(g, x.scalar_type());
   if (g.numel() == 0) return y;
   const Tensor dense = laid_out(x, g);
   with_type(x, [&]<class T>(T) {
@@ -168,11 +163,10 @@ Tensor local_response(const Tensor& x, int64_t size, double alpha, double beta, 
 Tensor local_response_backward(const Tensor& grad, const Tensor& x, int64_t size, double alpha,
                                double beta, double k) {
   const Geometry g = geometry_of(x, {0, 0, true});
-  Tensor grad_x = empty_result(g, x.scalar_type());
+  Tensor grad_x = new_result(g, x.scalar_type());
   if (g.numel() == 0) return grad_x;
   const Tensor dense_x = laid_out(x, g);
-  const Tensor dense_grad = laid_out(
-      grad.scalar_type() == x.scalar_type() ? grad : torch::stable::to(grad, x.scalar_type()), g);
+  const Tensor dense_grad = laid_out_like(x, grad, g);
   with_type(x, [&]<class T>(T) {
     local_response_norm_backward<T>(
         g, table<T>(kernels()), static_cast<const T*>(dense_grad.const_data_ptr()),
@@ -184,7 +178,16 @@ Tensor local_response_backward(const Tensor& grad, const Tensor& x, int64_t size
 
 }  // namespace
 
-Tensor new_result(const Geometry& g, ScalarType type) { return empty_result(g, type); }
+Tensor new_result(const Geometry& g, ScalarType type) {
+  const size_t bytes = size_t(g.numel()) * element_size(type);
+  if (bytes >= kPoolFrom) {
+    const Buffer buffer = take(bytes);
+    if (buffer.data != nullptr) return over(buffer, g, type);
+  }
+  Tensor result = empty_strided(g.sizes, g.strides, type);
+  ask_for_huge_pages(result.mutable_data_ptr(), bytes);
+  return result;
+}
 
 void forward_into(const Tensor& x, const std::optional<Tensor>& weight,
                   const std::optional<Tensor>& bias, const Geometry& g, double eps, const Tensor& y,
@@ -217,9 +220,7 @@ void backward_into(const Tensor& grad, const Tensor& x, const double* mean, cons
     torch::stable::zero_(zero);
   }
   const Tensor dense_x = laid_out(x, g);
-  const Tensor same_type =
-      grad.scalar_type() == x.scalar_type() ? grad : torch::stable::to(grad, x.scalar_type());
-  const Tensor dense_grad = laid_out(same_type, g);
+  const Tensor dense_grad = laid_out_like(x, grad, g);
   Room<double> room;
   double* const sums = room.of(2 * g.c);
   with_type(x, [&]<class T>(T) {

@@ -130,9 +130,10 @@ TN_INLINE vh narrow_bits(vu v) {
 }
 
 // To the nearest bfloat16, ties to even, in the upper half; a NaN stays one.
-TN_INLINE vu round_to_bf16(vf v) {
-  const vu bits = (vu)v;
-  const vu rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+template <class U, class V>
+TN_INLINE U round_to_bf16(V v) {
+  const U bits = (U)v;
+  const U rounded = bits + 0x7fffu + (bits >> 16 & 1u);
   return v != v ? bits | 0x400000u : rounded;
 }
 
@@ -166,19 +167,14 @@ struct Lane<bf16> {
   using V = vf;
   static constexpr int lanes = F;
   TN_INLINE V load(const bf16* p) { return (vf)(widen_bits(load_raw<vh>(p)) << 16); }
-  TN_INLINE void store(bf16* p, V v) { store_raw(p, narrow_bits(round_to_bf16(v) >> 16)); }
+  TN_INLINE void store(bf16* p, V v) { store_raw(p, narrow_bits(round_to_bf16<vu>(v) >> 16)); }
   TN_INLINE vd load_double(const bf16* p) {
     const vu_half bits = __builtin_convertvector(load_raw<vh_half>(p), vu_half) << 16;
     return widen_half((vf_half)bits);
   }
   TN_INLINE void store_double(bf16* p, vd v) {
-    const vf_half narrowed = __builtin_convertvector(v, vf_half);
-    const vu_half bits = (vu_half)narrowed;
-    const vu_half rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-    const vu_half quiet = (bits >> 16 | 0x40u) << 16;
-    const vu_half is_nan = (vu_half)(narrowed != narrowed);
-    const vu_half result = ((rounded & ~is_nan) | (quiet & is_nan)) >> 16;
-    store_raw(p, __builtin_convertvector(result, vh_half));
+    const vu_half bits = round_to_bf16<vu_half>(__builtin_convertvector(v, vf_half)) >> 16;
+    store_raw(p, __builtin_convertvector(bits, vh_half));
   }
 };
 
@@ -246,24 +242,6 @@ struct Wide {
 
 constexpr int kLanes = 16;
 constexpr int R = kLanes / D;
-
-struct Sum {
-  vd r[R] = {};
-
-  // lane i + lane i + 8, then + 4, + 2, + 1: the same order for every width of a vector
-  TN_INLINE double total(const Sum& s) {
-    Sum t = s;
-#pragma GCC unroll 8
-    for (int width = R / 2; width > 0; width /= 2)
-      for (int r = 0; r < width; ++r) t.r[r] += t.r[r + width];
-    double lanes[D];
-    std::memcpy(lanes, t.r, sizeof(lanes));
-#pragma GCC unroll 8
-    for (int width = D / 2; width > 0; width /= 2)
-      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    return lanes[0];
-  }
-};
 
 template <class V, class A>
 TN_INLINE V splat(A value) {

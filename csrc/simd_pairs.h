@@ -61,7 +61,7 @@ struct EvenOdd {
     return {(vf)(both << 16), (vf)(both & 0xffff0000u)};
   }
   TN_INLINE vu joined(const EvenOdd& s) {
-    return round_to_bf16(s.v[0]) >> 16 | (round_to_bf16(s.v[1]) & 0xffff0000u);
+    return round_to_bf16<vu>(s.v[0]) >> 16 | (round_to_bf16<vu>(s.v[1]) & 0xffff0000u);
   }
   TN_INLINE void store(bf16* p, const EvenOdd& s) { store_raw(p, joined(s)); }
   TN_INLINE void stream(bf16* p, const EvenOdd& s) { store_streaming(p, joined(s)); }
@@ -72,17 +72,19 @@ struct EvenOdd {
 template <class T>
 using AnyOrder = std::conditional_t<std::is_same_v<T, bf16>, EvenOdd, InOrder<T>>;
 
-// v, with the values before place `keep` of the step as zero; v is vector k of the pair at `start`.
+// v, with `value` for what is before place `keep` of the step; v is vector k of the pair at
+// `start`.
 template <class P, class V>
-TN_INLINE V unread(V v, int start, int k, int keep) {
+TN_INLINE V unread(V v, int start, int k, int keep, V value = V{}) {
   using I = std::conditional_t<std::is_same_v<V, vd>, vl, vi>;
   I place;
   for (int i = 0; i < P::lanes; ++i) place[i] = start + P::place(k, i);
-  return (V)((I)v & (place >= keep));
+  return place >= keep ? v : value;
 }
 
-// The halves of a vector as doubles, and back.
-TN_INLINE void halves(vf v, vd (&out)[2]) {
+// A vector as doubles, and back.
+TN_INLINE void doubles_of(vd v, vd (&out)[1]) { out[0] = v; }
+TN_INLINE void doubles_of(vf v, vd (&out)[2]) {
   vf_half half[2];
   std::memcpy(half, &v, sizeof(v));
   out[0] = widen_half(half[0]);

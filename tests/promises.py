@@ -12,7 +12,7 @@ from torch import Tensor
 
 FIXED = {"affine": True, "track_running_stats": True}
 
-# csrc/layers.h cuts sums into pieces of 32,768 values, csrc/channels.cpp into 128 columns and folds
+# csrc/layers.h cuts sums into pieces of 32,768 values, csrc/channels.h into 128 columns and folds
 # fewer than 64; vectors have 16 lanes. Each shape is on another side of one of these limits.
 SHAPES: dict[str, tuple[Case, ...]] = {
     "batch": (

@@ -49,6 +49,24 @@ void run(const Kernels<T>& k, Digest& digest) {
     }
     k.narrow(wide.data(), x.data(), kMost);
     k.narrow(grads.data(), grad.data(), kMost);
+    // both layouts, forward and backward: in float where it serves, and in double
+    for (int64_t stride : {0, 100})
+      for (double beta : {0.5, 0.75, 1.0})
+        for (bool backward : {false, true}) {
+          const ResponseTile tile{7, stride ? 33 : 5, stride, 5, 0.1, beta, 1.0};
+          std::vector<float> near(2 * kMost);
+          std::vector<double> far(8 * kMost);
+          const T* const from = backward ? grad.data() : nullptr;
+          const auto add_tile = [&] {
+            for (int64_t c = 0; c < (stride ? 7 : 5); ++c)
+              digest.add(out.data() + c * (stride ? stride : 7), stride ? 33 : 7);
+          };
+          if (!std::is_same_v<T, double>) {
+            const bool finite = k.response(tile, from, x.data(), out.data(), near.data());
+            digest.add(&finite, 1), add_tile();
+          }
+          k.response_exact(tile, from, x.data(), out.data(), far.data(), false), add_tile();
+        }
     for (int64_t len : {1, 7, 15, 16, 17, 31, 32, 33, 49, 64, 100, 257}) {
       for (bool centred : {true, false}) {
         const Moments m = k.moments(x.data(), 2, len, 300, centred);

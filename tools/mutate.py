@@ -32,8 +32,8 @@ MUTATIONS = [
     Mutation(
         "1 sums about zero instead of about a value of the row",
         "kernel_moments.h",
-        "const double shift = centred ? to_double(origin) : 0.0;",
-        "const double shift = 0.0 * to_double(origin);",
+        "const vd shift = splat<vd>(to_double(origin));",
+        "const vd shift = splat<vd>(0.0 * to_double(origin));",
         "offsets",
     ),
     Mutation(
@@ -80,7 +80,7 @@ MUTATIONS = [
     ),
     Mutation(
         "1 positions left over by folding are forgotten",
-        "channels.cpp",
+        "channels_forward.cpp",
         "for (int64_t j = 0; j < cut.left_over; ++j) {\n        double value;",
         "for (int64_t j = 1; j < cut.left_over; ++j) {\n        double value;",
         "formats",
@@ -102,8 +102,8 @@ MUTATIONS = [
     Mutation(
         "3 bfloat16 by truncation",
         "simd.h",
-        "const vu rounded = bits + 0x7fffu + (bits >> 16 & 1u);",
-        "const vu rounded = bits + 0u * (bits >> 16 & 1u);",
+        "const U rounded = bits + 0x7fffu + (bits >> 16 & 1u);",
+        "const U rounded = bits + 0u * (bits >> 16 & 1u);",
         "formats",
     ),
     Mutation(
@@ -116,7 +116,7 @@ MUTATIONS = [
     ),
     Mutation(
         "4 cut by the batch",
-        "channels.cpp",
+        "channels.h",
         "rows_per_piece = std::max(kMinRows, kPiece / cols);",
         "rows_per_piece = std::max<int64_t>(2, kMinRows / g.n);",
         "batch",
@@ -124,14 +124,14 @@ MUTATIONS = [
     Mutation(
         "1 the last values of a run counted twice",
         "kernel_moments.h",
-        "halves(keep ? unread<P>(v.v[k], n * P::size, k, keep) : v.v[k], half);",
-        "halves(v.v[k], half);",
+        "if (keep) v = unread<P>(v, n * P::size, k, keep, unread_value);",
+        "",
         "formats",
     ),
     Mutation(
         "1 padding that is counted",
         "kernel_moments.h",
-        "Padded<T, kStep>::fill(padded, p, len, T{})",
+        "Padded<T, kStep>::fill(padded, p, len, origin)",
         "Padded<T, kStep>::fill(padded, p, len, p[0])",
         "formats",
     ),
@@ -144,7 +144,7 @@ MUTATIONS = [
     ),
     Mutation(
         "3 the lines at the edges of what goes past the caches",
-        "kernel_elementwise.h",
+        "kernel_map.h",
         "std::memcpy(out, edge, size_t(i) * sizeof(T));",
         "std::memcpy(out, edge, size_t(i - 1) * sizeof(T));",
         "past_the_caches",

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
@@ -27,7 +28,7 @@ class Traceable(torch.nn.Module):
         return tracer.create_proxy("call_module", path, (input,), {})  # type: ignore[no-any-return]
 
 
-class Direct(torch.nn.Module):
+class Direct(Traceable):
     """A layer whose plain calls go the short way, with what it holds read from where it is held.
 
     `self.weight` goes through Module.__getattr__, which takes longer than a check. A parametrized,
@@ -42,6 +43,23 @@ class Direct(torch.nn.Module):
         super().__init_subclass__(**kwargs)
         held = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         cls._direct = not any(hasattr(cls, name) for name in held)
+
+    def _directly(self, input: Tensor) -> Tensor | None:
+        """The short way; None where it is not for this call."""
+        raise NotImplementedError
+
+    def _validated(self, input: Tensor) -> Tensor:
+        """The long way, where every error is worded."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._direct and type(input) is Tensor and not is_compiling():
+            direct = self._directly(input)
+            if direct is not None:
+                return direct
+        if self._is_traced(input):
+            return self._as_leaf(input)
+        return self._validated(input)
 
 
 class FixedRank(Direct):

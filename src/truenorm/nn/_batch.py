@@ -6,18 +6,16 @@ from math import nan
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from .. import _checks, functional
 from .._ops import eager
-from ._base import FixedRank, LazyFeatures, RunningStatistics, Traceable
+from ._base import FixedRank, LazyFeatures, RunningStatistics
 
 
-class BatchForward(FixedRank, RunningStatistics, Traceable):
+class BatchForward(FixedRank, RunningStatistics):
     """forward() of every layer with batch statistics; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
-        """The short way; None where it is not for this call."""
         parameters, buffers = self._parameters, self._buffers
         try:
             weight, bias = parameters["weight"], parameters["bias"]
@@ -41,13 +39,7 @@ class BatchForward(FixedRank, RunningStatistics, Traceable):
         running = mean, var, count, nan if momentum is None else momentum
         return eager.call(eager.TRACKED, input, weight, bias, running, eager.BATCH, eps)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self._direct and type(input) is Tensor and not is_compiling():
-            direct = self._directly(input)
-            if direct is not None:
-                return direct
-        if self._is_traced(input):
-            return self._as_leaf(input)
+    def _validated(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         # checked here too: without weight and running statistics nothing else would notice
         _checks.check_num_features(input, 1, self.num_features, RuntimeError)

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from .. import _checks, functional
 from .._ops import eager
-from ._base import Direct, Traceable
+from ._base import Direct
 
 
-class GroupNorm(Direct, Traceable, torch.nn.GroupNorm):
+class GroupNorm(Direct, torch.nn.GroupNorm):
     """Normalize each group of channels of each sample by its own mean and variance.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
@@ -38,7 +37,6 @@ class GroupNorm(Direct, Traceable, torch.nn.GroupNorm):
         super().__init__(num_groups, num_channels, *args, **kwargs)
 
     def _directly(self, input: Tensor) -> Tensor | None:
-        """The short way; None where it is not for this call."""
         parameters, eps = self._parameters, self.eps
         try:
             weight, bias = parameters["weight"], parameters["bias"]
@@ -48,12 +46,6 @@ class GroupNorm(Direct, Traceable, torch.nn.GroupNorm):
             return None
         return eager.call(eager.OWN, input, weight, bias, (), eager.group(self.num_groups), eps)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self._direct and type(input) is Tensor and not is_compiling():
-            direct = self._directly(input)
-            if direct is not None:
-                return direct
-        if self._is_traced(input):
-            return self._as_leaf(input)
+    def _validated(self, input: Tensor) -> Tensor:
         _checks.check_eps(self.eps, "GroupNorm")
         return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

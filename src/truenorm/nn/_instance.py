@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from .. import _checks, functional
 from .._ops import eager
-from ._base import FixedRank, LazyFeatures, RunningStatistics, Traceable
+from ._base import FixedRank, LazyFeatures, RunningStatistics
 
 
-class InstanceForward(FixedRank, RunningStatistics, Traceable):
+class InstanceForward(FixedRank, RunningStatistics):
     """forward() of the InstanceNorm layers; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
-        """The short way; None where it is not for this call."""
         parameters, buffers = self._parameters, self._buffers
         try:
             weight, bias = parameters["weight"], parameters["bias"]
@@ -36,13 +34,7 @@ class InstanceForward(FixedRank, RunningStatistics, Traceable):
         running = mean, var, None, momentum or 0.0
         return eager.call(eager.TRACKED, input, weight, bias, running, eager.INSTANCE, eps)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self._direct and type(input) is Tensor and not is_compiling():
-            direct = self._directly(input)
-            if direct is not None:
-                return direct
-        if self._is_traced(input):
-            return self._as_leaf(input)
+    def _validated(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         unbatched = input.dim() == self._dims[0]
         # unlike torch, which only warns here unless affine: a mismatch is a transposed or

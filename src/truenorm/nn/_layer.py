@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from .. import _checks, functional
 from .._ops import eager
-from ._base import Direct, Traceable
+from ._base import Direct
 
 
-class LayerNorm(Direct, Traceable, torch.nn.LayerNorm):
+class LayerNorm(Direct, torch.nn.LayerNorm):
     """Normalize over the trailing dimensions, one mean and variance for each leading index.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias, weight and bias element by element.
@@ -27,7 +26,6 @@ class LayerNorm(Direct, Traceable, torch.nn.LayerNorm):
     """
 
     def _directly(self, input: Tensor) -> Tensor | None:
-        """The short way; None where it is not for this call."""
         parameters, eps, shape = self._parameters, self.eps, self.normalized_shape
         try:
             weight, bias = parameters["weight"], parameters["bias"]
@@ -39,12 +37,6 @@ class LayerNorm(Direct, Traceable, torch.nn.LayerNorm):
             return None
         return eager.call(eager.OWN, input, weight, bias, (), eager.layer(len(shape)), eps)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self._direct and type(input) is Tensor and not is_compiling():
-            direct = self._directly(input)
-            if direct is not None:
-                return direct
-        if self._is_traced(input):
-            return self._as_leaf(input)
+    def _validated(self, input: Tensor) -> Tensor:
         _checks.check_eps(self.eps, "LayerNorm")
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from .. import _checks, functional
 from .._ops import eager
-from ._base import Direct, Traceable
+from ._base import Direct
 
 
-class RMSNorm(Direct, Traceable, torch.nn.RMSNorm):
+class RMSNorm(Direct, torch.nn.RMSNorm):
     """Divide by the root mean square over the trailing dimensions.
 
     y = x / sqrt(E[x²] + eps) · weight, weight element by element; eps None is
@@ -28,28 +27,25 @@ class RMSNorm(Direct, Traceable, torch.nn.RMSNorm):
     torch.nn.RMSNorm.
     """
 
-    def _directly(self, x: Tensor) -> Tensor | None:
-        """The short way; None where it is not for this call."""
+    def _directly(self, input: Tensor) -> Tensor | None:
         parameters, eps, shape = self._parameters, self.eps, self.normalized_shape
         try:
             weight = parameters["weight"]
         except KeyError:
             return None
-        if not (shape and x.is_floating_point()) or x.shape[-len(shape) :] != shape:
+        if not (shape and input.is_floating_point()) or input.shape[-len(shape) :] != shape:
             return None
         if eps is None:
-            eps = torch.finfo(x.dtype).eps
+            eps = torch.finfo(input.dtype).eps
         if not eps >= 0:
             return None
-        return eager.call(eager.OWN, x, weight, None, (), eager.rms(len(shape)), eps)
+        return eager.call(eager.OWN, input, weight, None, (), eager.rms(len(shape)), eps)
 
+    # named as torch names it
     def forward(self, x: Tensor) -> Tensor:
-        if self._direct and type(x) is Tensor and not is_compiling():
-            direct = self._directly(x)
-            if direct is not None:
-                return direct
-        if self._is_traced(x):
-            return self._as_leaf(x)
+        return super().forward(x)
+
+    def _validated(self, input: Tensor) -> Tensor:
         if self.eps is not None:
             _checks.check_eps(self.eps, "RMSNorm")
-        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return functional.rms_norm(input, self.normalized_shape, self.weight, self.eps)

@@ -1,0 +1,116 @@
+// Memory [M, P, C]: M matrices of P positions by C channels, one statistic per column. Batch
+// statistics see one matrix of all samples' positions; the others one matrix per sample, whose
+// columns are merged where a group has several channels.
+#pragma once
+
+#include "layers.h"
+#include "parallel.h"
+
+namespace truenorm {
+
+constexpr int64_t kNarrow = 64;    // columns below which positions are folded into the row
+constexpr int64_t kMinRows = 256;  // rows that make a piece worth its partial result
+constexpr int64_t kMaxCols = 128;  // columns of a piece
+
+// A matrix of few columns is read as one of `fold` times as many, `fold` positions to a row, so
+// that the vectors are full; the positions left over make one short row.
+struct Cut {
+  int64_t matrices, channels, fold, cols, rows, left_over;
+  int64_t rows_per_piece, row_pieces, col_pieces;
+
+  explicit Cut(const Geometry& g) : matrices(g.over_batch() ? 1 : g.n), channels(g.c) {
+    const int64_t positions = g.over_batch() ? g.n * g.s : g.s;
+    fold = g.c < kNarrow ? std::min(ceil_div(kNarrow, g.c), positions) : 1;
+    cols = fold * g.c;
+    rows = positions / fold;
+    left_over = positions % fold;
+    rows_per_piece = std::max(kMinRows, kPiece / cols);
+    row_pieces = ceil_div(rows, rows_per_piece);
+    col_pieces = ceil_div(cols, kMaxCols);
+  }
+
+  int64_t matrix_values() const { return (rows * fold + left_over) * channels; }
+  int64_t rows_of(int64_t piece) const {
+    return std::min(rows_per_piece, rows - piece * rows_per_piece);
+  }
+};
+
+// body(matrix, row piece, first column, columns, offset of the first value) for every piece.
+template <class Body>
+void over_pieces(const Cut& cut, const Body& body) {
+  const int64_t cost = cut.rows_per_piece * std::min(cut.cols, kMaxCols);
+  parallel(cut.matrices * cut.row_pieces * cut.col_pieces, std::min(cost, cut.matrix_values()),
+           [&](int64_t i) {
+             const int64_t col = i % cut.col_pieces * kMaxCols;
+             const int64_t piece = i / cut.col_pieces % cut.row_pieces;
+             const int64_t matrix = i / cut.col_pieces / cut.row_pieces;
+             body(matrix, piece, col, std::min(kMaxCols, cut.cols - col),
+                  matrix * cut.matrix_values() + piece * cut.rows_per_piece * cut.cols + col);
+           });
+}
+
+// body(matrix, offset, rows, values of a row), several rows to a task, the last ones first: they
+// have just been read.
+template <class Body>
+void over_rows(const Cut& cut, bool stream, const Body& body) {
+  const int64_t rows_per_task = std::max<int64_t>(1, kPiece / cut.cols);
+  const int64_t tasks = ceil_div(cut.rows, rows_per_task);
+  parallel<true>(cut.matrices * tasks, std::min(kPiece, cut.matrix_values()), [&](int64_t i) {
+    const int64_t matrix = i / tasks, first = i % tasks * rows_per_task;
+    const int64_t last = std::min(cut.rows, first + rows_per_task);
+    const int64_t offset = matrix * cut.matrix_values();
+    body(matrix, offset + first * cut.cols, last - first, cut.cols);
+    if (last == cut.rows && cut.left_over > 0)
+      body(matrix, offset + cut.rows * cut.cols, 1, cut.left_over * cut.channels);
+    fence(stream);
+  });
+}
+
+// Values that vectors may read past the end of an array of coefficients.
+constexpr int64_t kPastEnd = 32;
+
+// A value per (matrix, channel), repeated for every folded position: what a row of cols reads.
+template <class A, class Value>
+std::unique_ptr<A[]> spread(const Cut& cut, const Value& value) {
+  auto values = scratch<A>(cut.matrices * cut.cols + kPastEnd);
+  for (int64_t m = 0; m < cut.matrices; ++m)
+    for (int64_t c = 0; c < cut.channels; ++c) {
+      const A v = value(m, c);
+      for (int64_t j = 0; j < cut.fold; ++j) values[m * cut.cols + j * cut.channels + c] = v;
+    }
+  return values;
+}
+
+// body(matrix, first column, columns) for every matrix and block of columns.
+template <class Body>
+void over_columns(const Cut& cut, int64_t cost, const Body& body) {
+  parallel(cut.matrices * cut.col_pieces, std::min(kMaxCols, cut.cols) * cost, [&](int64_t i) {
+    const int64_t col = i % cut.col_pieces * kMaxCols;
+    body(i / cut.col_pieces, col, std::min(kMaxCols, cut.cols - col));
+  });
+}
+
+// Arrays of `size` coefficients each, one after the other.
+template <class A>
+struct Arrays {
+  int64_t size;
+  std::unique_ptr<A[]> memory;
+
+  Arrays(int64_t count, int64_t values)
+      : size(values), memory(scratch<A>(count > 0 ? count * values + kPastEnd : 0)) {}
+  A* operator[](int64_t i) const { return memory.get() + i * size; }
+};
+
+// A sample whose values are read twice from cache is one task, if there are enough of them: then
+// `one_sample` is its geometry. Its pieces are the same, and so are the bits.
+template <class T>
+bool by_sample(const Geometry& g, int64_t tensors) {
+  return !g.over_batch() && g.n > 1 && busy(g.n) &&
+         tensors * g.c * g.s * int64_t(sizeof(T)) <= kInCache;
+}
+
+inline Geometry one_sample(const Geometry& g) {
+  return {1, g.c, g.s, g.memory, {}, {}, true, g.num_groups, g.centred};
+}
+
+}  // namespace truenorm

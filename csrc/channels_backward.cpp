@@ -1,0 +1,167 @@
+// The backward of channels_forward.cpp: sums down columns, and the gradients.
+#include "channels.h"
+
+namespace truenorm {
+namespace {
+
+// Sums of one channel of one matrix, pieces and folded positions added in order.
+template <class T>
+std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut) {
+  const Geometry& g = b.geometry;
+  const int64_t per_group = g.channels_per_group(), groups = g.groups();
+  const auto means =
+      spread<double>(cut, [&](int64_t m, int64_t c) { return b.mean[m * groups + c / per_group]; });
+  const auto rstds = spread<double>(cut, [&](int64_t m, int64_t c) {
+    return inverse_std(b.var[m * groups + c / per_group], b.eps);
+  });
+  // the short row of positions left over is one more piece
+  const int64_t pieces = cut.row_pieces + 1;
+  const int64_t parts = cut.matrices * pieces * cut.cols;
+  const auto grad = scratch<double>(parts), of_x_hat = scratch<double>(parts);
+  over_pieces(cut, [&](int64_t m, int64_t piece, int64_t col, int64_t cols, int64_t offset) {
+    const int64_t to = (m * pieces + piece) * cut.cols + col;
+    b.kernels.column_grad_sums(b.grad + offset, b.x + offset, cut.rows_of(piece), cols, cut.cols,
+                               means.get() + m * cut.cols + col, rstds.get() + m * cut.cols + col,
+                               grad.get() + to, of_x_hat.get() + to);
+  });
+  if (cut.left_over > 0) {
+    parallel(cut.matrices, cut.cols, [&](int64_t m) {
+      const int64_t rest = m * cut.matrix_values() + cut.rows * cut.cols;
+      const int64_t to = (m * pieces + cut.row_pieces) * cut.cols;
+      b.kernels.column_grad_sums(b.grad + rest, b.x + rest, 1, cut.left_over * cut.channels,
+                                 cut.cols, means.get() + m * cut.cols, rstds.get() + m * cut.cols,
+                                 grad.get() + to, of_x_hat.get() + to);
+    });
+  }
+  over_columns(cut, cut.row_pieces, [&](int64_t m, int64_t col, int64_t cols) {
+    double* const to = grad.get() + m * pieces * cut.cols + col;
+    double* const to_x = of_x_hat.get() + m * pieces * cut.cols + col;
+    for (int64_t piece = 1; piece < cut.row_pieces; ++piece)
+      for (int64_t c = 0; c < cols; ++c) {
+        to[c] += to[piece * cut.cols + c];
+        to_x[c] += to_x[piece * cut.cols + c];
+      }
+  });
+  auto sums = scratch<GradSums>(cut.matrices * cut.channels);
+  parallel(cut.matrices, cut.cols, [&](int64_t m) {
+    const auto add = [&](int64_t piece, int64_t folded) {
+      for (int64_t j = 0; j < folded; ++j)
+        for (int64_t c = 0; c < cut.channels; ++c) {
+          const int64_t from = (m * pieces + piece) * cut.cols + j * cut.channels + c;
+          sums[m * cut.channels + c].grad += grad[from];
+          sums[m * cut.channels + c].grad_x_hat += of_x_hat[from];
+        }
+    };
+    add(0, cut.fold);
+    add(cut.row_pieces, cut.left_over);
+  });
+  return sums;
+}
+
+template <class T>
+void param_grads(const Backward<T>& b, const Cut& cut, const GradSums* sums) {
+  if (!b.grad_weight && !b.grad_bias) return;
+  parallel(cut.channels, 16 * cut.matrices, [&](int64_t c) {
+    double weight = 0.0, bias = 0.0;
+    for (int64_t m = 0; m < cut.matrices; ++m) {
+      const GradSums& s = sums[m * cut.channels + c];
+      weight += s.grad_x_hat;
+      bias += s.grad;
+    }
+    if (b.grad_weight) b.grad_weight[c] = weight;
+    if (b.grad_bias) b.grad_bias[c] = bias;
+  });
+}
+
+// The coefficients of grad_x, per matrix and column.
+template <class T>
+Arrays<compute_t<T>> grad_coefficients(const Backward<T>& b, const Cut& cut, const GradSums* sums) {
+  using A = compute_t<T>;
+  const Geometry& g = b.geometry;
+  const int64_t per_group = g.channels_per_group(), groups = g.groups();
+  const double count = double(g.values_per_statistic());
+  Arrays<A> arrays(5, cut.matrices * cut.cols);
+  parallel(cut.matrices * groups, 16 * per_group, [&](int64_t i) {
+    const int64_t m = i / groups, first = i % groups * per_group;
+    const double rstd = inverse_std(b.var[i], b.eps);
+    const auto weight = [&](int64_t c) { return b.weight ? double(b.weight[c]) : 1.0; };
+    GradSums mean;
+    for (int64_t c = first; c < first + per_group; ++c) {
+      const GradSums& s = sums[m * cut.channels + c];
+      mean.grad += weight(c) * s.grad / count;
+      mean.grad_x_hat += weight(c) * s.grad_x_hat / count;
+    }
+    for (int64_t c = first; c < first + per_group; ++c) {
+      const GradAffine<A> a(b.mean[i], rstd, weight(c), mean.grad, mean.grad_x_hat);
+      for (int64_t to = m * cut.cols + c; to < (m + 1) * cut.cols; to += cut.channels) {
+        arrays[0][to] = a.scale;
+        arrays[1][to] = a.hi;
+        arrays[2][to] = a.rstd;
+        arrays[3][to] = a.slope;
+        arrays[4][to] = a.shift;
+      }
+    }
+  });
+  return arrays;
+}
+
+template <class T>
+void backward_samples(const Backward<T>& b) {
+  const Geometry& g = b.geometry;
+  const Geometry one = one_sample(g);
+  const auto weight = scratch<double>(g.n * g.c), bias = scratch<double>(g.n * g.c);
+  parallel(g.n, 2 * g.c * g.s, [&](int64_t n) {
+    const int64_t values = n * g.c * g.s, statistics = n * g.groups();
+    backward_channels(Backward<T>{one, b.kernels, b.eps, b.grad + values, b.x + values,
+                                  b.grad_x ? b.grad_x + values : nullptr, b.weight,
+                                  b.mean + statistics, b.var + statistics,
+                                  b.grad_weight ? weight.get() + n * g.c : nullptr,
+                                  b.grad_bias ? bias.get() + n * g.c : nullptr, false, b.stream});
+  });
+  const auto add = [&](const double* of_sample, double* to) {
+    if (!to) return;
+    std::fill(to, to + g.c, 0.0);
+    for (int64_t n = 0; n < g.n; ++n)
+      for (int64_t c = 0; c < g.c; ++c) to[c] += of_sample[n * g.c + c];
+  };
+  add(weight.get(), b.grad_weight);
+  add(bias.get(), b.grad_bias);
+}
+
+}  // namespace
+
+template <class T>
+void backward_channels(const Backward<T>& b) {
+  using A = compute_t<T>;
+  if (by_sample<T>(b.geometry, 2)) return backward_samples(b);
+  const Cut cut(b.geometry);
+  std::unique_ptr<GradSums[]> sums;
+  if (b.grad_weight || b.grad_bias || !b.fixed) {
+    sums = channel_sums(b, cut);
+    param_grads(b, cut, sums.get());
+  }
+  if (!b.grad_x) return;
+  if (b.fixed) {
+    const auto scale = spread<A>(cut, [&](int64_t, int64_t c) {
+      return A(inverse_std(b.var[c], b.eps) * (b.weight ? double(b.weight[c]) : 1.0));
+    });
+    over_rows(cut, b.stream, [&](int64_t, int64_t offset, int64_t rows, int64_t len) {
+      b.kernels.grad_scale_each(b.grad + offset, b.grad_x + offset, rows, len, scale.get(),
+                                b.stream);
+    });
+    return;
+  }
+  const Arrays<A> of = grad_coefficients(b, cut, sums.get());
+  const GradAffines<A> all = {of[0], of[1], of[2], of[3], of[4]};
+  over_rows(cut, b.stream, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
+    b.kernels.grad_apply_each(b.grad + offset, b.x + offset, b.grad_x + offset, rows, len,
+                              all.from(m * cut.cols), b.stream);
+  });
+}
+
+template void backward_channels<double>(const Backward<double>&);
+template void backward_channels<float>(const Backward<float>&);
+template void backward_channels<bf16>(const Backward<bf16>&);
+template void backward_channels<f16>(const Backward<f16>&);
+
+}  // namespace truenorm

@@ -1,0 +1,64 @@
+// How a value-by-value function walks along runs and rows, into the caches or past them.
+#pragma once
+
+#include "kernel_blocks.h"
+
+namespace truenorm {
+namespace {
+
+// out = f(in[0], …) on kStep values at a time; f(values, i) takes and returns a pair of vectors, i
+// being the place of the first in the run. The last step ends where the run does, and computes some
+// values a second time; a run shorter than a step goes through padded copies.
+template <class P, int In, class T, class Fn>
+TN_INLINE void map(const T* const (&in)[In], T* out, int64_t len, bool stream, const Fn& f) {
+  const auto step = [&](const T* const(&from)[In], int64_t i, T* to, bool past_caches) TN_FLAT {
+#pragma GCC unroll 8
+    for (int j = 0; j < kStep; j += P::size) {
+      P values[In];
+      for (int k = 0; k < In; ++k) values[k] = P::load(from[k] + i + j);
+      const P result = f(values, i + j);
+      if (past_caches)
+        P::stream(to + j, result);
+      else
+        P::store(to + j, result);
+    }
+  };
+  if (len < kStep) {
+    Padded<T, kStep> in_copy[In], out_copy;
+    const T* from[In];
+    for (int k = 0; k < In; ++k) from[k] = Padded<T, kStep>::fill(in_copy[k], in[k], len, T{});
+    step(from, 0, out_copy.values, false);
+    std::memcpy(out, out_copy.values, size_t(len) * sizeof(T));
+    return;
+  }
+  if (!stream) {
+    blocks<kStep>(len, [&](int64_t i, int) TN_FLAT { step(in, i, out + i, false); });
+    return;
+  }
+  // whole cache lines past the caches, what is before and after them as usual
+  T edge[kStep];
+  int64_t i = int64_t((-reinterpret_cast<uintptr_t>(out) & (kLine - 1)) / sizeof(T));
+  if (i > 0) {
+    step(in, 0, edge, false);
+    std::memcpy(out, edge, size_t(i) * sizeof(T));
+  }
+  for (; i + kStep <= len; i += kStep) step(in, i, out + i, true);
+  if (i < len) {
+    step(in, len - kStep, edge, false);
+    std::memcpy(out + i, edge + (i + kStep - len), size_t(len - i) * sizeof(T));
+  }
+}
+
+// The same for each of several rows that follow one another.
+template <class P, int In, class T, class Fn>
+TN_INLINE void map_rows(const T* const (&in)[In], T* out, int64_t rows, int64_t len, bool stream,
+                        const Fn& f) {
+  const T* from[In];
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int k = 0; k < In; ++k) from[k] = in[k] + row * len;
+    map<P, In>(from, out + row * len, len, stream, f);
+  }
+}
+
+}  // namespace
+}  // namespace truenorm
