@@ -1,8 +1,8 @@
 """Breaks the native kernels on purpose, one place at a time, and expects the tests to notice.
 
 Each mutation replaces one piece of csrc/ in a copy of the tree, builds it, and runs
-tests/test_kernels.py and tests/test_half.py against it; the exit status is 1 if any survives. Run by `make mutate`; words
-after the command pick the mutations whose description has one of them.
+tests/test_kernels.py and tests/test_half.py against it; the exit status is 1 if any survives. Run
+by `make mutate`; words after the command pick the mutations whose description has one of them.
 """
 
 from __future__ import annotations
