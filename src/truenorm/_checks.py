@@ -8,8 +8,10 @@ that code which matches on them goes on working.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
+import torch.distributed
 from torch import Tensor
 
 
@@ -212,3 +214,63 @@ def check_local_response(input: Tensor, size: Any) -> None:
             f"`size` (={size}) is the number of neighbouring channels and should be greater than "
             "zero"
         )
+
+
+def check_same_features(one: int, other: int) -> None:
+    if one != other:
+        raise ValueError(
+            f"moments of {one} and of {other} features cannot be merged: merge those of one layer"
+        )
+
+
+def check_process_group(group: Any) -> None:
+    """A torch.distributed.ProcessGroup that this process is a member of, or "world"."""
+    if group == "world":
+        return
+    if group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "`process_group` is a group that this process is not a member of: build the layer with "
+            "the group that holds this rank"
+        )
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            "`process_group` must be a torch.distributed.ProcessGroup or \"world\", but got "
+            f"{type(group).__name__}: make one with torch.distributed.new_group(ranks)"
+        )
+
+
+def check_no_transform(active: bool) -> None:
+    if active:
+        raise NotImplementedError(
+            "statistics over several processes have no vmap and no forward-mode derivative: call "
+            "the layer outside torch.func's transforms, or without its `process_group`"
+        )
+
+
+def check_same_statistics(layer: str, ranks: Sequence[float]) -> None:
+    """Every rank of a group exchanges as many statistics as the others."""
+    if any(n != ranks[0] for n in ranks):
+        by_rank = ", ".join(f"{n:.0f} on rank {rank}" for rank, n in enumerate(ranks))
+        raise ValueError(
+            f"{layer} has other numbers of statistics (channels; samples times groups) in other "
+            f"processes of its group: {by_rank}. Build the model the same, and where samples are "
+            "cut over ranks give every rank its part of each"
+        )
+
+
+def check_more_than_one_value_of_all(input: Tensor, count: float, *, per_sample: bool) -> None:
+    """`count` values in all processes together, of which `input` is this one's part."""
+    if count == 1:
+        what = "spatial element" if per_sample else "value per channel"
+        raise ValueError(
+            f"Expected more than 1 {what} when training, over all processes together, got input "
+            f"size {input.shape}: one value has no variance; use a larger batch, or call eval()"
+        )
+
+
+def exchange_failed(rank: int, ranks: int, error: Exception) -> NoReturn:
+    raise RuntimeError(
+        f"the exchange of statistics failed on rank {rank} of {ranks}: another process of the "
+        "group has died, has not called this layer within the group's timeout, or has called "
+        f"another one. What that process printed says why; the backend says: {error}"
+    ) from error

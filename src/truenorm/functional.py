@@ -7,12 +7,13 @@ out in `truenorm.reference`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _axes, _checks, _ops
+from . import _axes, _checks, _ops, distributed
 
 __all__ = [
     "batch_norm",
@@ -80,8 +81,14 @@ def batch_norm_tracked(
     training: bool,
     momentum: float | None,
     eps: float,
+    *,
+    group: Any = None,
+    layer: Any = None,
 ) -> Tensor:
-    """batch_norm that also counts batches; momentum None averages over all batches counted."""
+    """batch_norm that also counts batches; momentum None averages over all batches counted.
+
+    group: of processes that the batch of `layer` is spread over, or None.
+    """
     _checks.check_tensor("input", input)
     _checks.check_floating(input)
     if input.dim() < 2 and not input.numel():
@@ -99,11 +106,14 @@ def batch_norm_tracked(
         _checks.check_running_given(running_mean, "training=False")
         assert running_mean is not None and running_var is not None
         return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps)
-    count = _axes.values_per_statistic(input.shape, _axes.BATCH)
-    _checks.check_more_than_one_value(input, count, per_sample=False)
     running = None
     if running_mean is not None and running_var is not None:
         running = _ops.Running(running_mean, running_var, num_batches_tracked, momentum)
+    if group is not None:
+        call = distributed.Call(input, weight, bias, _axes.BATCH, eps, running, layer)
+        return distributed.normalize(call, group)
+    count = _axes.values_per_statistic(input.shape, _axes.BATCH)
+    _checks.check_more_than_one_value(input, count, per_sample=False)
     return _ops.normalize(input, weight, bias, _axes.BATCH, eps, running)
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .. import _checks, functional
 from .._ops import eager
-from ._base import FixedRank, LazyFeatures, RunningStatistics
+from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning, with_process_group
 
 
-class BatchForward(FixedRank, RunningStatistics):
+class BatchForward(FixedRank, Spanning, RunningStatistics):
     """forward() of every layer with batch statistics; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
@@ -33,6 +33,8 @@ class BatchForward(FixedRank, RunningStatistics):
                 return None
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
         if not (eps > 0 and (momentum is None or 0 <= momentum <= 1)):
+            return None
+        if self.process_group is not None:
             return None
         if mean is None or not self.track_running_stats:
             return eager.call(eager.OWN, input, weight, bias, (), eager.BATCH, eps)
@@ -61,9 +63,13 @@ class BatchForward(FixedRank, RunningStatistics):
             training,
             self.momentum,
             self.eps,
+            # in evaluation the ranks need not be in step, even without running statistics
+            group=self._statistics_group() if self.training else None,
+            layer=self,
         )
 
 
+@with_process_group
 class BatchNorm1d(BatchForward, torch.nn.BatchNorm1d):
     """Normalize each channel of a 2D or 3D input by its statistics over the whole batch.
 
@@ -89,6 +95,7 @@ class BatchNorm1d(BatchForward, torch.nn.BatchNorm1d):
     _shapes = "(N, C) or (N, C, L)"
 
 
+@with_process_group
 class BatchNorm2d(BatchForward, torch.nn.BatchNorm2d):
     """Normalize each channel of a 4D input by its statistics over the whole batch.
 
@@ -108,6 +115,7 @@ class BatchNorm2d(BatchForward, torch.nn.BatchNorm2d):
     _shapes = "(N, C, H, W)"
 
 
+@with_process_group
 class BatchNorm3d(BatchForward, torch.nn.BatchNorm3d):
     """Normalize each channel of a 5D input by its statistics over the whole batch.
 
@@ -127,6 +135,7 @@ class BatchNorm3d(BatchForward, torch.nn.BatchNorm3d):
     _shapes = "(N, C, D, H, W)"
 
 
+@with_process_group
 class LazyBatchNorm1d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm1d):
     """`BatchNorm1d` that reads `num_features` off dim 1 of its first input."""
 
@@ -135,6 +144,7 @@ class LazyBatchNorm1d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm1d):
     cls_to_become = BatchNorm1d
 
 
+@with_process_group
 class LazyBatchNorm2d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm2d):
     """`BatchNorm2d` that reads `num_features` off dim 1 of its first input."""
 
@@ -143,6 +153,7 @@ class LazyBatchNorm2d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm2d):
     cls_to_become = BatchNorm2d
 
 
+@with_process_group
 class LazyBatchNorm3d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm3d):
     """`BatchNorm3d` that reads `num_features` off dim 1 of its first input."""
 

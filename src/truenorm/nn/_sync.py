@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .. import _checks
+from .. import _checks, distributed
 from ._batch import BatchForward
 
 
@@ -42,16 +42,8 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
                 f"{tuple(input.shape)}"
             )
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self.training and self._world_size() > 1:
-            return torch.nn.SyncBatchNorm.forward(self, input)
-        return super().forward(input)
-
-    def _world_size(self) -> int:
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return 1
-        return distributed.get_world_size(self.process_group or distributed.group.WORLD)
+    def _statistics_group(self) -> Any:
+        return distributed.active_group(self.process_group)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: Module, process_group: Any = None) -> Module:
