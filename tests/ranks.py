@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import LAYOUTS, Result, randomize, run
+from cases import LAYOUTS, Result
 from torch import Tensor
 
 import truenorm

@@ -19,7 +19,9 @@ CUTS = {
     4: ([1, 2, 0, 3],),
     8: ([1, 1, 0, 2, 1, 3, 0, 1],),
 }
-EVERY_CUT = [pytest.param(cut, id="-".join(map(str, cut))) for cuts in CUTS.values() for cut in cuts]
+EVERY_CUT = [
+    pytest.param(cut, id="-".join(map(str, cut))) for cuts in CUTS.values() for cut in cuts
+]
 
 
 def whole(results: list[Result], dim: int = 0) -> Result:

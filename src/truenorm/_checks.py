@@ -234,7 +234,7 @@ def check_process_group(group: Any) -> None:
         )
     if not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
-            "`process_group` must be a torch.distributed.ProcessGroup or \"world\", but got "
+            '`process_group` must be a torch.distributed.ProcessGroup or "world", but got '
             f"{type(group).__name__}: make one with torch.distributed.new_group(ranks)"
         )
 

@@ -126,7 +126,7 @@ def backward_of_part(
     mean_grad_x_hat: Tensor,
     eps: float,
 ) -> Tensor:
-    """Gradient of a part of a batch, for means of weight · grad and weight · grad · x̂ over all of it.
+    """Gradient of a part of a batch, by means of weight · grad and weight · grad · x̂ over all.
 
     One statistic per channel of (N, C, *).
     """

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _axes, _checks, _ops, distributed
+from . import _axes, _checks, _ops
+from ._ops import synchronized
 
 __all__ = [
     "batch_norm",
@@ -110,8 +111,8 @@ def batch_norm_tracked(
     if running_mean is not None and running_var is not None:
         running = _ops.Running(running_mean, running_var, num_batches_tracked, momentum)
     if group is not None:
-        call = distributed.Call(input, weight, bias, _axes.BATCH, eps, running, layer)
-        return distributed.normalize(call, group)
+        call = synchronized.Call(layer, input, weight, bias, _axes.BATCH, eps, running)
+        return synchronized.normalize(call, group)
     count = _axes.values_per_statistic(input.shape, _axes.BATCH)
     _checks.check_more_than_one_value(input, count, per_sample=False)
     return _ops.normalize(input, weight, bias, _axes.BATCH, eps, running)

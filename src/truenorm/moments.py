@@ -114,7 +114,7 @@ class Moments:
         return Moments(self.count.to(device), self.mean.to(device), self.m2.to(device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write them to a file, which `load` reads; a file that is there is replaced in one step."""
+        """Write them to a file for `load`; one that is there is replaced in one step."""
         save_named(path, {"": self}, {})
 
     @staticmethod
@@ -155,16 +155,13 @@ def load_named(path: str | os.PathLike[str]) -> tuple[dict[str, Moments], dict[s
     """Read what `save_named` wrote."""
     try:
         content = torch.load(path, weights_only=True)
-        found = content["format"]
+        if content["format"] != _FORMAT:
+            raise KeyError(content["format"])
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, RuntimeError) as error:
-        found, cause = None, error
-    else:
-        cause = None
-    if found != _FORMAT:
         raise ValueError(
             f"`path` (={os.fspath(path)!r}) is no file of moments, or not of this version: delete "
             "it, or name another one"
-        ) from cause
+        ) from error
     return {name: Moments(*parts) for name, parts in content["moments"].items()}, content["note"]
 
 

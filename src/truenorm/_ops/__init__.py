@@ -17,7 +17,14 @@ from .._axes import BATCH, Axes
 from . import autograd, eager, operators
 from .autograd import Running, transformed
 
-__all__ = ["Running", "channel_moments", "eager", "local_response_norm", "normalize", "normalize_fixed"]
+__all__ = [
+    "Running",
+    "channel_moments",
+    "eager",
+    "local_response_norm",
+    "normalize",
+    "normalize_fixed",
+]
 
 
 def _wants_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from .. import _checks, distributed
+from .. import _checks, _exchange
 
 
 class Traceable(torch.nn.Module):
@@ -118,7 +118,7 @@ class Spanning(torch.nn.Module):
         """The group that this call's statistics span, or None."""
         if self.process_group is None:
             return None
-        return distributed.active_group(self.process_group)
+        return _exchange.active_group(self.process_group)
 
 
 L = TypeVar("L", bound=type[Spanning])
@@ -145,7 +145,7 @@ def with_process_group(cls: L) -> L:
     __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*signature.parameters.values(), group]
     )
-    cls.__init__ = __init__  # type: ignore[misc]
+    cls.__init__ = __init__  # type: ignore[assignment,method-assign]
     return cls
 
 

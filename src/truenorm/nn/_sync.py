@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .. import _checks, distributed
+from .. import _checks, _exchange
 from ._batch import BatchForward
 
 
@@ -43,7 +43,7 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
             )
 
     def _statistics_group(self) -> Any:
-        return distributed.active_group(self.process_group)
+        return _exchange.active_group(self.process_group)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: Module, process_group: Any = None) -> Module:
