@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 import torch
@@ -47,3 +49,60 @@ def step(
     result = Result(y.detach(), found[0], by_name.get("weight"), by_name.get("bias"))
     assert y.stride() == x.stride() or layout in ("sliced", "samples_inside"), layout
     return result, {k: v.clone() for k, v in layer.state_dict().items()}
+
+
+def second_order(
+    rank: int, x: Tensor, grad: Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any],
+    state: Any, incoming: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of incoming · (gradients of x, weight, bias) with respect to x, weight and grad."""
+    layer = layer_of(name, args, kwargs, state).double()
+    x, grad = x.requires_grad_(), grad.requires_grad_()
+    parameters = list(layer.parameters())
+    first = torch.autograd.grad(layer(x), [x, *parameters], grad, create_graph=True)
+    along = [incoming[0][rank], *incoming[1:]]
+    total = sum((a * b).sum() for a, b in zip(along, first, strict=True))
+    return list(torch.autograd.grad(total, [x, parameters[0], grad]))
+
+
+def raised(rank: int, shapes: list[tuple[int, ...]], features: list[int]) -> None:
+    """A step with a layer of this rank's features, the second one of a small network."""
+    truenorm.SyncBatchNorm(3)(torch.randn(2, 3))
+    layer = truenorm.SyncBatchNorm(features[rank])
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    try:
+        layer(torch.randn(shapes[rank]))
+    finally:
+        assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+def leave(rank: int, leaving: int, how: str) -> None:
+    """A step in which one rank dies before its forward, before its backward, or never comes."""
+    layer = truenorm.SyncBatchNorm(3)
+    x = torch.randn(2, 3, requires_grad=True)
+    layer(x)
+    if rank == leaving and how == "forward":
+        os._exit(9)
+    if rank == leaving and how == "late":
+        time.sleep(8)
+        return
+    y = layer(x)
+    if rank == leaving and how == "backward":
+        os._exit(9)
+    y.backward(torch.randn(2, 3))
+
+
+def raised_nothing(rank: int, shapes: list[tuple[int, ...]]) -> None:
+    layer = truenorm.SyncBatchNorm(5)
+    y = layer(torch.randn(shapes[rank]))
+    assert y.shape == shapes[rank]
+    assert torch.isfinite(y).all()
+    seen = any(shape[0] for shape in shapes)
+    assert layer.running_mean.any().item() == seen
+    assert torch.isfinite(layer.running_var).all()
+    assert layer.num_batches_tracked.item() == 1
+
+
+def nothing(rank: int) -> None:
+    """To wait until every process is there."""
+    torch.distributed.barrier()

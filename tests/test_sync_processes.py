@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import time
+
 import pytest
 import ranks
 import torch
 from cases import LAYOUTS, Result, exact, randomize
-from processes import processes
+from processes import Processes, processes
 from tolerances import assert_gradient, assert_output
 
 import truenorm
@@ -67,3 +70,80 @@ def test_sync_batch_norm(sizes: list[int], layout: str, dtype: torch.dtype) -> N
         assert state["num_batches_tracked"].item() == 1
     assert_output(found[0][1]["running_mean"], mean)
     assert_output(found[0][1]["running_var"], var)
+
+
+def test_the_second_derivative() -> None:
+    sizes = [2, 0, 3]
+    layer = randomize(truenorm.SyncBatchNorm(4)).double()
+    x, grad, along_x = (torch.randn(5, 4, 3).double() for _ in range(3))
+    along = [along_x, torch.randn(4).double(), torch.randn(4).double()]
+    # one process, by the same layer's own path, which test_autograd.py holds against differences
+    x_all, grad_all = (t.clone().requires_grad_() for t in (x, grad))
+    first = torch.autograd.grad(
+        layer(x_all), [x_all, *layer.parameters()], grad_all, create_graph=True
+    )
+    total = sum((a * b).sum() for a, b in zip(along, first, strict=True))
+    wanted = torch.autograd.grad(total, [x_all, layer.weight, grad_all])
+    state = randomize(truenorm.SyncBatchNorm(4)).state_dict()
+    state |= {k: v.detach() for k, v in layer.named_parameters()}
+    parts = zip(ranks.cut(x, sizes), ranks.cut(grad, sizes), strict=True)
+    spec = "SyncBatchNorm", (4,), {"dtype": torch.float64}, state
+    found = processes(3).run(
+        ranks.second_order, *spec, [list(along_x.split(sizes)), *along[1:]], each=list(parts)
+    )
+    assert_gradient(torch.cat([f[0] for f in found]), wanted[0])
+    assert_gradient(sum(f[1] for f in found), wanted[1])
+    assert_gradient(torch.cat([f[2] for f in found]), wanted[2])
+
+
+@pytest.mark.parametrize("sizes", [[3, 2], [0, 5]], ids=str)
+def test_compiled(sizes: list[int]) -> None:
+    layer = randomize(truenorm.SyncBatchNorm(5))
+    x, grad = torch.randn(5, 5, 7, 3) + 3.0, torch.randn(5, 5, 7, 3)
+    parts = list(zip(ranks.cut(x, sizes), ranks.cut(grad, sizes), strict=True))
+    spec = "SyncBatchNorm", (5,), {}, layer.state_dict()
+    eager = processes(2).run(ranks.step, *spec, each=parts)
+    compiled = processes(2).run(ranks.step, *spec, "contiguous", True, each=parts)
+    check(whole([result for result, _ in compiled]), exact(layer, x, grad))
+    for (one, state), (other, wanted) in zip(compiled, eager, strict=True):
+        assert torch.equal(one.output, other.output)
+        assert torch.equal(one.input, other.input)
+        assert all(torch.equal(v, wanted[k]) for k, v in state.items())
+
+
+def test_another_channel_count_is_an_error_on_every_rank() -> None:
+    found = processes(3).outcomes(ranks.raised, [(2, 5), (2, 5), (2, 7)], [5, 5, 7])
+    for failed in found:
+        assert failed.kind == "ValueError"
+        assert "SyncBatchNorm has other numbers of statistics" in failed.text
+        assert "5 on rank 0, 5 on rank 1, 7 on rank 2. Build the model the same" in failed.text
+
+
+def test_one_value_in_all_processes_is_an_error_on_every_rank() -> None:
+    found = processes(3).outcomes(ranks.raised, [(0, 5), (1, 5), (0, 5)], [5, 5, 5])
+    for failed in found:
+        assert failed.kind == "ValueError"
+        assert "more than 1 value per channel when training, over all processes" in failed.text
+    # two ranks with one value each are enough, and so are none at all
+    processes(3).run(ranks.raised_nothing, [(1, 5), (1, 5), (0, 5)])
+    processes(3).run(ranks.raised_nothing, [(0, 5), (0, 5), (0, 5)])
+
+
+@pytest.mark.parametrize("how", ["forward", "backward", "late"])
+def test_a_rank_that_does_not_come(how: str) -> None:
+    own = Processes(3, datetime.timedelta(seconds=4))
+    try:
+        own.run(ranks.nothing)
+        start = time.monotonic()
+        first, gone, last = own.outcomes(ranks.leave, 1, how)
+        assert time.monotonic() - start < 40
+        if how == "late":
+            assert gone is None
+        else:
+            assert str(gone) == "ended: 9"
+        for rank, failed in ((0, first), (2, last)):
+            assert failed.kind == "RuntimeError"
+            assert f"the exchange of statistics failed on rank {rank} of 3: anot" in failed.text
+            assert "within the group's timeout" in failed.text
+    finally:
+        own.close()

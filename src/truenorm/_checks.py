@@ -274,3 +274,19 @@ def exchange_failed(rank: int, ranks: int, error: Exception) -> NoReturn:
         "group has died, has not called this layer within the group's timeout, or has called "
         f"another one. What that process printed says why; the backend says: {error}"
     ) from error
+
+
+def check_only_with(name: str, value: Any, flag: str, given: bool) -> None:
+    if not given:
+        raise ValueError(
+            f"`{name}` (={value!r}) goes with {flag} only: add it, or leave {name} out"
+        )
+
+
+def check_dims(layer: str, dims: Any) -> None:
+    """How many dimensions of positions a SyncBatchNorm meets."""
+    if dims not in (1, 2, 3):
+        raise ValueError(
+            f"`dims` (={dims!r}) of {layer!r} must be 1, 2 or 3, the d of the BatchNorm that it "
+            "becomes: pass dims=2, say, where no convolution or Linear tells it"
+        )

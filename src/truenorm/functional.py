@@ -158,14 +158,7 @@ def instance_norm(
             momentum=momentum,
             eps=eps,
         )
-    _checks.check_tensor("input", input)
-    _checks.check_floating(input)
-    _checks.check_at_least_2d(input, ValueError)
-    _checks.check_both_running(running_mean, running_var)
-    _checks.check_per_channel("running_mean", running_mean, input)
-    _checks.check_per_channel("running_var", running_var, input)
-    _checks.check_per_channel("weight", weight, input)
-    _checks.check_per_channel("bias", bias, input)
+    _check_instance_norm(input, running_mean, running_var, weight, bias)
     if not use_input_stats:
         _checks.check_running_given(running_mean, "use_input_stats=False")
         assert running_mean is not None and running_var is not None
@@ -177,6 +170,38 @@ def instance_norm(
     if running_mean is not None and running_var is not None:
         running = _ops.Running(running_mean, running_var, None, momentum)
     return _ops.normalize(input, weight, bias, axes, eps, running)
+
+
+def _check_instance_norm(input: Tensor, running_mean: Any, running_var: Any, *params: Any) -> None:
+    _checks.check_tensor("input", input)
+    _checks.check_floating(input)
+    _checks.check_at_least_2d(input, ValueError)
+    _checks.check_both_running(running_mean, running_var)
+    names = "running_mean", "running_var", "weight", "bias"
+    for name, value in zip(names, (running_mean, running_var, *params), strict=True):
+        _checks.check_per_channel(name, value, input)
+
+
+def instance_norm_of_group(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    *,
+    group: Any,
+    layer: Any,
+) -> Tensor:
+    """instance_norm of samples whose positions are spread over the processes of a group."""
+    _check_instance_norm(input, running_mean, running_var, weight, bias)
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = _ops.Running(running_mean, running_var, None, momentum)
+    axes = _axes.instance(input.shape[1])
+    call = synchronized.Call(layer, input, weight, bias, axes, eps, running)
+    return synchronized.normalize(call, group)
 
 
 def group_norm(
@@ -209,16 +234,38 @@ def group_norm(
             bias=bias,
             eps=eps,
         )
+    _check_group_norm(input, num_groups, weight, bias)
+    n, c, s = _axes.ncs(input.shape, _axes.BATCH)
+    # as torch: an error only where the whole batch has one value per group
+    _checks.check_more_than_one_value(input, n * c // num_groups * s, per_sample=False)
+    return _ops.normalize(input, weight, bias, _axes.group(num_groups), eps)
+
+
+def _check_group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
+) -> None:
     _checks.check_tensor("input", input)
     _checks.check_floating(input)
     _checks.check_at_least_2d(input, RuntimeError)
     _checks.check_groups(input, num_groups)
     _checks.check_per_channel("weight", weight, input)
     _checks.check_per_channel("bias", bias, input)
-    n, c, s = _axes.ncs(input.shape, _axes.BATCH)
-    # as torch: an error only where the whole batch has one value per group
-    _checks.check_more_than_one_value(input, n * c // num_groups * s, per_sample=False)
-    return _ops.normalize(input, weight, bias, _axes.group(num_groups), eps)
+
+
+def group_norm_of_group(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    group: Any,
+    layer: Any,
+) -> Tensor:
+    """group_norm of samples whose positions are spread over the processes of a group."""
+    _check_group_norm(input, num_groups, weight, bias)
+    call = synchronized.Call(layer, input, weight, bias, _axes.group(num_groups), eps)
+    return synchronized.normalize(call, group)
 
 
 def layer_norm(

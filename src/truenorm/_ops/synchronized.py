@@ -196,8 +196,9 @@ class _Normalize(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         specs, group = ctx.kept
         layers = len(specs)
-        saved = ctx.saved_tensors[: 2 * layers]
-        statistics = [Statistics(*three) for three in _threes(ctx.saved_tensors[2 * layers :])]
+        kept = ctx.saved_tensors  # once: checkpointing gives them out only once
+        saved = kept[: 2 * layers]
+        statistics = [Statistics(*three) for three in _threes(kept[2 * layers :])]
         tensors = _flat(zip(grads[:layers], saved[::2], saved[1::2], strict=True))
         wanted = list(_threes(ctx.needs_input_grad[1:]))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .. import _checks, functional
 from .._ops import eager
-from ._base import Direct
+from ._base import Direct, Spanning, with_process_group
 
 
-class GroupNorm(Direct, torch.nn.GroupNorm):
+@with_process_group
+class GroupNorm(Direct, Spanning, torch.nn.GroupNorm):
     """Normalize each group of channels of each sample by its own mean and variance.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
@@ -42,10 +43,13 @@ class GroupNorm(Direct, torch.nn.GroupNorm):
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:
             return None
-        if not (eps >= 0 and self.num_groups > 0):
+        if not (eps >= 0 and self.num_groups > 0 and self.process_group is None):
             return None
         return eager.call(eager.OWN, input, weight, bias, (), eager.group(self.num_groups), eps)
 
     def _validated(self, input: Tensor) -> Tensor:
         _checks.check_eps(self.eps, "GroupNorm")
-        return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        spec = self.num_groups, self.weight, self.bias, self.eps
+        if (group := self._statistics_group()) is not None:
+            return functional.group_norm_of_group(input, *spec, group=group, layer=self)
+        return functional.group_norm(input, *spec)

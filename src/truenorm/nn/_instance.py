@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .. import _checks, functional
 from .._ops import eager
-from ._base import FixedRank, LazyFeatures, RunningStatistics
+from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning, with_process_group
 
 
-class InstanceForward(FixedRank, RunningStatistics):
+class InstanceForward(FixedRank, Spanning, RunningStatistics):
     """forward() of the InstanceNorm layers; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
@@ -29,6 +29,8 @@ class InstanceForward(FixedRank, RunningStatistics):
             if mean is None or var is None:
                 return None
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
+        if self.process_group is not None:
+            return None
         if mean is None or var is None:
             return eager.call(eager.OWN, input, weight, bias, (), eager.INSTANCE, eps)
         running = mean, var, None, momentum or 0.0
@@ -45,19 +47,21 @@ class InstanceForward(FixedRank, RunningStatistics):
         _checks.check_eps(self.eps, type(self).__name__)
         if self.momentum is not None:
             _checks.check_momentum(self.momentum)
-        y = functional.instance_norm(
-            input.unsqueeze(0) if unbatched else input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.training or not self.track_running_stats,
-            self.momentum if self.momentum is not None else 0.0,
-            self.eps,
-        )
+        batched = input.unsqueeze(0) if unbatched else input
+        own = self.training or not self.track_running_stats
+        running = self.running_mean, self.running_var
+        parameters = self.weight, self.bias
+        momentum = self.momentum if self.momentum is not None else 0.0
+        if own and (group := self._statistics_group()) is not None:
+            y = functional.instance_norm_of_group(
+                batched, *running, *parameters, momentum, self.eps, group=group, layer=self
+            )
+        else:
+            y = functional.instance_norm(batched, *running, *parameters, own, momentum, self.eps)
         return y.squeeze(0) if unbatched else y
 
 
+@with_process_group
 class InstanceNorm1d(InstanceForward, torch.nn.InstanceNorm1d):
     """Normalize each channel of each sample by its own mean and variance.
 
@@ -83,6 +87,7 @@ class InstanceNorm1d(InstanceForward, torch.nn.InstanceNorm1d):
     _shapes = "(C, L) or (N, C, L)"
 
 
+@with_process_group
 class InstanceNorm2d(InstanceForward, torch.nn.InstanceNorm2d):
     """Normalize each channel of each image by its own mean and variance.
 
@@ -102,6 +107,7 @@ class InstanceNorm2d(InstanceForward, torch.nn.InstanceNorm2d):
     _shapes = "(C, H, W) or (N, C, H, W)"
 
 
+@with_process_group
 class InstanceNorm3d(InstanceForward, torch.nn.InstanceNorm3d):
     """Normalize each channel of each volume by its own mean and variance.
 
@@ -121,6 +127,7 @@ class InstanceNorm3d(InstanceForward, torch.nn.InstanceNorm3d):
     _shapes = "(C, D, H, W) or (N, C, D, H, W)"
 
 
+@with_process_group
 class LazyInstanceNorm1d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm1d):
     """`InstanceNorm1d` that reads `num_features` off dim 1 of its first input (batched)."""
 
@@ -129,6 +136,7 @@ class LazyInstanceNorm1d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNor
     cls_to_become = InstanceNorm1d
 
 
+@with_process_group
 class LazyInstanceNorm2d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm2d):
     """`InstanceNorm2d` that reads `num_features` off dim 1 of its first input (batched)."""
 
@@ -137,6 +145,7 @@ class LazyInstanceNorm2d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNor
     cls_to_become = InstanceNorm2d
 
 
+@with_process_group
 class LazyInstanceNorm3d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm3d):
     """`InstanceNorm3d` that reads `num_features` off dim 1 of its first input (batched)."""
 
