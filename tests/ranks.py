@@ -6,8 +6,10 @@ import os
 import time
 from typing import Any
 
+import pytest
 import torch
-from cases import LAYOUTS, Result
+from cases import LAYOUTS, Result, run
+from checking import same_layout
 from torch import Tensor
 
 import truenorm
@@ -47,7 +49,7 @@ def step(
     found = torch.autograd.grad(y, [x, *parameters.values()], grad)
     by_name = dict(zip(parameters, found[1:], strict=True))
     result = Result(y.detach(), found[0], by_name.get("weight"), by_name.get("bias"))
-    assert y.stride() == x.stride() or layout in ("sliced", "samples_inside"), layout
+    assert same_layout(y, x) or layout in ("sliced", "samples_inside"), layout
     return result, {k: v.clone() for k, v in layer.state_dict().items()}
 
 
@@ -106,3 +108,15 @@ def raised_nothing(rank: int, shapes: list[tuple[int, ...]]) -> None:
 def nothing(rank: int) -> None:
     """To wait until every process is there."""
     torch.distributed.barrier()
+
+
+def step_in_pairs(rank: int, x: Tensor, grad: Tensor, state: Any) -> Result:
+    """SyncBatchNorm over ranks 0 and 1, and over 2 and 3; another rank's group is refused."""
+    groups = [torch.distributed.new_group([first, first + 1]) for first in (0, 2)]
+    layer = truenorm.SyncBatchNorm(5, process_group=groups[rank // 2])
+    layer.load_state_dict(state)
+    result = run(layer, x, grad)
+    other = truenorm.SyncBatchNorm(5, process_group=groups[1 - rank // 2])
+    with pytest.raises(ValueError, match="a group that this process is not a member of"):
+        other(x)
+    return result

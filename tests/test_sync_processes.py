@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from typing import Any
 
 import pytest
 import ranks
@@ -147,3 +148,75 @@ def test_a_rank_that_does_not_come(how: str) -> None:
             assert "within the group's timeout" in failed.text
     finally:
         own.close()
+
+
+WORLD = {"process_group": "world"}
+SPACE = [
+    ("InstanceNorm2d", (5,), {"affine": True, "track_running_stats": True}, (2, 5, 9, 3)),
+    ("InstanceNorm3d", (3,), {}, (1, 3, 9, 2, 3)),
+    ("GroupNorm", (3, 6), {}, (2, 6, 9, 5)),
+    ("GroupNorm", (1, 4), {}, (3, 4, 9)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", [[4, 5], [3, 0, 6], [1, 4, 3, 1]], ids=str)
+@pytest.mark.parametrize(("name", "args", "kwargs", "shape"), SPACE)
+def test_a_sample_cut_over_ranks(
+    name: str, args: Any, kwargs: Any, shape: Any, sizes: list[int], layout: str, dtype: torch.dtype
+) -> None:
+    layer = randomize(getattr(truenorm, name)(*args, **kwargs))
+    x = (torch.randn(shape) * 1.7 + 3.0).to(dtype)
+    grad = torch.randn(x.shape).to(dtype)
+    state = layer.state_dict()
+    parts = list(zip(ranks.cut(x, sizes, 2), ranks.cut(grad, sizes, 2), strict=True))
+    spec = name, args, kwargs | WORLD, {k: v.clone() for k, v in state.items()}, layout
+    found = processes(len(sizes)).run(ranks.step, *spec, each=parts)
+    if dtype == torch.float64:
+        layer = layer.double()
+    check(whole([result for result, _ in found], 2), exact(layer, x, grad))
+    if "running_mean" in state:
+        moved = reference.running_update(
+            state["running_mean"], state["running_var"], x, 0.1, per_sample=True
+        )
+        for _, after in found:
+            assert_output(after["running_mean"], moved[0])
+            assert_output(after["running_var"], moved[1])
+            assert torch.equal(after["running_var"], found[0][1]["running_var"])
+
+
+@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
+def test_batch_norm_of_a_group(name: str) -> None:
+    layer = randomize(getattr(truenorm, name)(5, momentum=None))
+    shape = {"1": (6, 5), "2": (6, 5, 7, 3), "3": (6, 5, 2, 3, 2)}[name[-2]]
+    x, grad = torch.randn(shape) + 30.0, torch.randn(shape)
+    parts = list(zip(ranks.cut(x, [4, 2]), ranks.cut(grad, [4, 2]), strict=True))
+    spec = name, (5,), {"momentum": None} | WORLD, layer.state_dict()
+    found = processes(2).run(ranks.step, *spec, each=parts)
+    check(whole([result for result, _ in found]), exact(layer, x, grad))
+    mean, var = reference.running_update(layer.running_mean, layer.running_var, x, 1.0)
+    assert_output(found[1][1]["running_mean"], mean)
+    assert_output(found[1][1]["running_var"], var)
+
+
+@pytest.mark.parametrize("offset", [1e3, 1e6])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_far_from_zero(layout: str, offset: float) -> None:
+    layer = randomize(truenorm.SyncBatchNorm(5))
+    x = torch.randn(6, 5, 7, 3) + offset
+    grad = torch.randn(x.shape)
+    parts = list(zip(ranks.cut(x, [1, 2, 3]), ranks.cut(grad, [1, 2, 3]), strict=True))
+    spec = "SyncBatchNorm", (5,), {}, layer.state_dict(), layout
+    found = processes(3).run(ranks.step, *spec, each=parts)
+    check(whole([result for result, _ in found]), exact(layer, x, grad))
+
+
+def test_statistics_of_some_ranks() -> None:
+    x, grad = torch.randn(8, 5, 3), torch.randn(8, 5, 3)
+    layer = randomize(truenorm.SyncBatchNorm(5))
+    parts = list(zip(ranks.cut(x, [2] * 4), ranks.cut(grad, [2] * 4), strict=True))
+    found = processes(4).run(ranks.step_in_pairs, layer.state_dict(), each=parts)
+    for first in (0, 2):
+        half = slice(2 * first, 2 * first + 4)
+        check(whole(found[first : first + 2]), exact(layer, x[half], grad[half]))
