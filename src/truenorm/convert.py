@@ -152,7 +152,7 @@ def convert(
     _swap(model, classes)
     if sync:
         for module in model.modules():
-            if isinstance(module, BatchForward):
+            if isinstance(module, BatchForward) and isinstance(module, tuple(classes.values())):
                 module.process_group = process_group or WORLD
     return model
 
