@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import LAYOUTS, Result, run
 from checking import same_layout
+from test_convert import ResNet
 from torch import Tensor
 
 import truenorm
@@ -120,3 +121,16 @@ def step_in_pairs(rank: int, x: Tensor, grad: Tensor, state: Any) -> Result:
     with pytest.raises(ValueError, match="a group that this process is not a member of"):
         other(x)
     return result
+
+
+def recalibrated(rank: int, data: list[Tensor], state: Any) -> dict[str, Tensor]:
+    """The state of test_convert.py's ResNet after its statistics were those of all ranks' data."""
+    model = truenorm.convert(ResNet(), sync=True)
+    model.load_state_dict(state)
+    before = {k: v.clone() for k, v in state.items()}
+    try:
+        truenorm.recalibrate(model, data)
+    except Exception:
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        raise
+    return {k: v.clone() for k, v in model.state_dict().items()}

@@ -7,16 +7,20 @@ from ._explain import explain
 from ._library import info
 from ._pool import empty_cache
 from .convert import convert, revert
+from .moments import Moments
 from .nn import *  # noqa: F403
 from .nn import __all__ as _layers
+from .recalibrate import recalibrate
 
 __all__ = [
+    "Moments",
     "convert",
     "empty_cache",
     "explain",
     "functional",
     "info",
     "nn",
+    "recalibrate",
     "reference",
     "revert",
     *_layers,

@@ -290,3 +290,70 @@ def check_dims(layer: str, dims: Any) -> None:
             f"`dims` (={dims!r}) of {layer!r} must be 1, 2 or 3, the d of the BatchNorm that it "
             "becomes: pass dims=2, say, where no convolution or Linear tells it"
         )
+
+
+def check_model(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"`model` must be a torch.nn.Module, but got {type(model).__name__}: pass the model "
+            "itself, not its state_dict or its output"
+        )
+
+
+def check_positive(name: str, value: Any) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"`{name}` must be at least 1, but got {value}")
+
+
+def check_something_tracks(layers: Any) -> None:
+    if not layers:
+        raise ValueError(
+            "`model` has no layer with running statistics: there is nothing to recalibrate; build "
+            "its norm layers with track_running_stats=True"
+        )
+
+
+def check_initialized(name: str, lazy: bool) -> None:
+    if lazy:
+        raise ValueError(
+            f"`model` has a lazy layer, {name!r}, that does not know its num_features yet: call "
+            "the model once before"
+        )
+
+
+def check_some_batches(batches: int) -> None:
+    if not batches:
+        raise ValueError("`loader` gave no batch: pass one that starts over at each iteration")
+
+
+def check_same_model(path: Any, same: bool) -> None:
+    if not same:
+        raise ValueError(
+            f"`resume` (={str(path)!r}) was written for a model with other parameters: delete the "
+            "file, or name another one"
+        )
+
+
+def check_pass_of_rank(rank: int, failed: str | None) -> None:
+    if failed is not None:
+        raise RuntimeError(
+            f"recalibrate failed on rank {rank}, and so on all: nothing was changed. There: "
+            f"{failed}"
+        )
+
+
+def check_more_than_one_seen(layer: str, values: float) -> None:
+    if values <= 1:
+        raise ValueError(
+            f"`loader` gave {layer!r} {values:.0f} value(s) per channel, which have no variance: "
+            "pass more data"
+        )
+
+
+def check_whole_samples(layer: str, process_group: Any) -> None:
+    if process_group is not None:
+        raise ValueError(
+            f"`model` has an InstanceNorm, {layer!r}, that tracks statistics of samples cut over "
+            "a process_group: recalibrate cannot see whole samples there; recalibrate it in one "
+            "process, without its process_group"
+        )

@@ -19,6 +19,8 @@ from .moments import add_pairs
 
 # as `process_group`: every process, found out when the layer is called
 WORLD = "world"
+# no other process, also for SyncBatchNorm
+ALONE = "alone"
 
 # torch 2.13 gave it another name
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
@@ -34,7 +36,7 @@ def active_group(process_group: Any) -> Any:
 
     process_group: a ProcessGroup, or None or "world" for all processes.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not (dist.is_available() and dist.is_initialized()) or process_group == ALONE:
         return None
     if process_group is None or process_group == WORLD:
         process_group = dist.group.WORLD

@@ -96,11 +96,7 @@ def _unsynchronize(model: Module, dims: int | None) -> None:
 
 
 def _check(model: Any, sync: bool | None, process_group: Any, dims: Any) -> None:
-    if not isinstance(model, Module):
-        raise TypeError(
-            f"`model` must be a torch.nn.Module, but got {type(model).__name__}: pass the model "
-            "itself, not its state_dict or its output"
-        )
+    _checks.check_model(model)
     if process_group is not None:
         _checks.check_only_with("process_group", process_group, "sync=True", sync is True)
         _checks.check_process_group(process_group)

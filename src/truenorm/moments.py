@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +156,9 @@ def load_named(path: str | os.PathLike[str]) -> tuple[dict[str, Moments], dict[s
         content = torch.load(path, weights_only=True)
         if content["format"] != _FORMAT:
             raise KeyError(content["format"])
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch.load meets in foreign bytes
         raise ValueError(
             f"`path` (={os.fspath(path)!r}) is no file of moments, or not of this version: delete "
             "it, or name another one"
