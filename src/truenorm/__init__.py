@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import functional, nn, reference
+from . import distributed, functional, nn, reference
 from ._explain import explain
 from ._library import info
 from ._pool import empty_cache
@@ -15,6 +15,7 @@ from .recalibrate import recalibrate
 __all__ = [
     "Moments",
     "convert",
+    "distributed",
     "empty_cache",
     "explain",
     "functional",

@@ -357,3 +357,26 @@ def check_whole_samples(layer: str, process_group: Any) -> None:
             "a process_group: recalibrate cannot see whole samples there; recalibrate it in one "
             "process, without its process_group"
         )
+
+
+def check_together(layers: Sequence[Any], inputs: Sequence[Any], kind: type) -> None:
+    for layer in layers:
+        if not isinstance(layer, kind):
+            raise TypeError(
+                f"`layers` holds a {type(layer).__name__}, whose statistics do not span processes: "
+                "give BatchNorm, SyncBatchNorm, InstanceNorm and GroupNorm layers of truenorm"
+            )
+    if len(layers) != len(inputs):
+        raise ValueError(
+            f"`inputs` (={len(inputs)} of them) must be as many as `layers` (={len(layers)})"
+        )
+    if len({id(layer) for layer in layers}) < len(layers):
+        raise ValueError("`layers` holds a layer twice: call it a second time by itself")
+
+
+def check_one_group(groups: Sequence[Any]) -> None:
+    if any(group is not groups[0] for group in groups):
+        raise ValueError(
+            "`layers` exchange statistics with different groups, or only some of them do: give "
+            "those of one `process_group`, all in training or all in evaluation"
+        )

@@ -7,14 +7,12 @@ out in `truenorm.reference`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _axes, _checks, _ops
-from ._ops import synchronized
 
 __all__ = [
     "batch_norm",
@@ -82,18 +80,36 @@ def batch_norm_tracked(
     training: bool,
     momentum: float | None,
     eps: float,
-    *,
-    group: Any = None,
-    layer: Any = None,
 ) -> Tensor:
-    """batch_norm that also counts batches; momentum None averages over all batches counted.
-
-    group: of processes that the batch of `layer` is spread over, or None.
-    """
+    """batch_norm that also counts batches; momentum None averages over all batches counted."""
     _checks.check_tensor("input", input)
     _checks.check_floating(input)
     if input.dim() < 2 and not input.numel():
         return input.clone()  # as torch, which looks for channels only where there are values
+    check_batch_norm(input, running_mean, running_var, weight, bias, training, eps)
+    if not training:
+        _checks.check_running_given(running_mean, "training=False")
+        assert running_mean is not None and running_var is not None
+        return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps)
+    count = _axes.values_per_statistic(input.shape, _axes.BATCH)
+    _checks.check_more_than_one_value(input, count, per_sample=False)
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = _ops.Running(running_mean, running_var, num_batches_tracked, momentum)
+    return _ops.normalize(input, weight, bias, _axes.BATCH, eps, running)
+
+
+def check_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> None:
+    _checks.check_tensor("input", input)
+    _checks.check_floating(input)
     # torch fails over the channels it looks for, or over the statistics it checks first
     one_dim_error = IndexError if training and running_mean is None else RuntimeError
     _checks.check_at_least_2d(input, one_dim_error)
@@ -103,19 +119,6 @@ def batch_norm_tracked(
     _checks.check_per_channel("running_var", running_var, input)
     _checks.check_per_channel("weight", weight, input)
     _checks.check_per_channel("bias", bias, input)
-    if not training:
-        _checks.check_running_given(running_mean, "training=False")
-        assert running_mean is not None and running_var is not None
-        return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps)
-    running = None
-    if running_mean is not None and running_var is not None:
-        running = _ops.Running(running_mean, running_var, num_batches_tracked, momentum)
-    if group is not None:
-        call = synchronized.Call(layer, input, weight, bias, _axes.BATCH, eps, running)
-        return synchronized.normalize(call, group)
-    count = _axes.values_per_statistic(input.shape, _axes.BATCH)
-    _checks.check_more_than_one_value(input, count, per_sample=False)
-    return _ops.normalize(input, weight, bias, _axes.BATCH, eps, running)
 
 
 def instance_norm(
@@ -158,7 +161,7 @@ def instance_norm(
             momentum=momentum,
             eps=eps,
         )
-    _check_instance_norm(input, running_mean, running_var, weight, bias)
+    check_instance_norm(input, running_mean, running_var, weight, bias)
     if not use_input_stats:
         _checks.check_running_given(running_mean, "use_input_stats=False")
         assert running_mean is not None and running_var is not None
@@ -172,36 +175,21 @@ def instance_norm(
     return _ops.normalize(input, weight, bias, axes, eps, running)
 
 
-def _check_instance_norm(input: Tensor, running_mean: Any, running_var: Any, *params: Any) -> None:
-    _checks.check_tensor("input", input)
-    _checks.check_floating(input)
-    _checks.check_at_least_2d(input, ValueError)
-    _checks.check_both_running(running_mean, running_var)
-    names = "running_mean", "running_var", "weight", "bias"
-    for name, value in zip(names, (running_mean, running_var, *params), strict=True):
-        _checks.check_per_channel(name, value, input)
-
-
-def instance_norm_of_group(
+def check_instance_norm(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    momentum: float,
-    eps: float,
-    *,
-    group: Any,
-    layer: Any,
-) -> Tensor:
-    """instance_norm of samples whose positions are spread over the processes of a group."""
-    _check_instance_norm(input, running_mean, running_var, weight, bias)
-    running = None
-    if running_mean is not None and running_var is not None:
-        running = _ops.Running(running_mean, running_var, None, momentum)
-    axes = _axes.instance(input.shape[1])
-    call = synchronized.Call(layer, input, weight, bias, axes, eps, running)
-    return synchronized.normalize(call, group)
+) -> None:
+    _checks.check_tensor("input", input)
+    _checks.check_floating(input)
+    _checks.check_at_least_2d(input, ValueError)
+    _checks.check_both_running(running_mean, running_var)
+    _checks.check_per_channel("running_mean", running_mean, input)
+    _checks.check_per_channel("running_var", running_var, input)
+    _checks.check_per_channel("weight", weight, input)
+    _checks.check_per_channel("bias", bias, input)
 
 
 def group_norm(
@@ -234,14 +222,14 @@ def group_norm(
             bias=bias,
             eps=eps,
         )
-    _check_group_norm(input, num_groups, weight, bias)
+    check_group_norm(input, num_groups, weight, bias)
     n, c, s = _axes.ncs(input.shape, _axes.BATCH)
     # as torch: an error only where the whole batch has one value per group
     _checks.check_more_than_one_value(input, n * c // num_groups * s, per_sample=False)
     return _ops.normalize(input, weight, bias, _axes.group(num_groups), eps)
 
 
-def _check_group_norm(
+def check_group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
 ) -> None:
     _checks.check_tensor("input", input)
@@ -250,22 +238,6 @@ def _check_group_norm(
     _checks.check_groups(input, num_groups)
     _checks.check_per_channel("weight", weight, input)
     _checks.check_per_channel("bias", bias, input)
-
-
-def group_norm_of_group(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    group: Any,
-    layer: Any,
-) -> Tensor:
-    """group_norm of samples whose positions are spread over the processes of a group."""
-    _check_group_norm(input, num_groups, weight, bias)
-    call = synchronized.Call(layer, input, weight, bias, _axes.group(num_groups), eps)
-    return synchronized.normalize(call, group)
 
 
 def layer_norm(

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from .. import _checks, _exchange
+from .._ops import synchronized
 
 
 class Traceable(torch.nn.Module):
@@ -119,6 +120,10 @@ class Spanning(torch.nn.Module):
         if self.process_group is None:
             return None
         return _exchange.active_group(self.process_group)
+
+    def _spanning(self, input: Tensor) -> synchronized.Call:
+        """This call, checked, for statistics that span a group."""
+        raise NotImplementedError
 
 
 L = TypeVar("L", bound=type[Spanning])

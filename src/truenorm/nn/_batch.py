@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from math import nan
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks, functional
-from .._ops import eager
+from .._axes import BATCH
+from .._ops import Running, eager, synchronized
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning, with_process_group
 
 
@@ -41,12 +43,30 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
         running = mean, var, count, nan if momentum is None else momentum
         return eager.call(eager.TRACKED, input, weight, bias, running, eager.BATCH, eps)
 
-    def _validated(self, input: Tensor) -> Tensor:
+    def _statistics_group(self) -> Any:
+        # in evaluation the ranks need not be in step, even without running statistics
+        return super()._statistics_group() if self.training else None
+
+    def _check_input(self, input: Tensor) -> None:
         self._check_input_dim(input)
         # checked here too: without weight and running statistics nothing else would notice
         _checks.check_num_features(input, 1, self.num_features, RuntimeError)
         if self.training and self.momentum is not None:
             _checks.check_momentum(self.momentum)
+
+    def _spanning(self, input: Tensor) -> synchronized.Call:
+        self._check_input(input)
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        functional.check_batch_norm(input, mean, var, weight, bias, True, self.eps)
+        running = None
+        if mean is not None and var is not None and self.track_running_stats:
+            running = Running(mean, var, self.num_batches_tracked, self.momentum)
+        return synchronized.Call(self, input, weight, bias, BATCH, self.eps, running)
+
+    def _validated(self, input: Tensor) -> Tensor:
+        if (group := self._statistics_group()) is not None:
+            return synchronized.normalize(self._spanning(input), group)
+        self._check_input(input)
         # as torch: the running statistics serve evaluation wherever they exist, and are updated
         # in training only while they are tracked
         running_mean, running_var = self.running_mean, self.running_var
@@ -63,9 +83,6 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
             training,
             self.momentum,
             self.eps,
-            # in evaluation the ranks need not be in step, even without running statistics
-            group=self._statistics_group() if self.training else None,
-            layer=self,
         )
 
 

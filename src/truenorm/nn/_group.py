@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks, functional
-from .._ops import eager
+from .._axes import group
+from .._ops import eager, synchronized
 from ._base import Direct, Spanning, with_process_group
 
 
@@ -48,8 +49,13 @@ class GroupNorm(Direct, Spanning, torch.nn.GroupNorm):
         return eager.call(eager.OWN, input, weight, bias, (), eager.group(self.num_groups), eps)
 
     def _validated(self, input: Tensor) -> Tensor:
+        if (processes := self._statistics_group()) is not None:
+            return synchronized.normalize(self._spanning(input), processes)
         _checks.check_eps(self.eps, "GroupNorm")
-        spec = self.num_groups, self.weight, self.bias, self.eps
-        if (group := self._statistics_group()) is not None:
-            return functional.group_norm_of_group(input, *spec, group=group, layer=self)
-        return functional.group_norm(input, *spec)
+        return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+    def _spanning(self, input: Tensor) -> synchronized.Call:
+        _checks.check_eps(self.eps, "GroupNorm")
+        functional.check_group_norm(input, self.num_groups, self.weight, self.bias)
+        axes = group(self.num_groups)
+        return synchronized.Call(self, input, self.weight, self.bias, axes, self.eps)

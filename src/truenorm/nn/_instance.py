@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import _checks, functional
-from .._ops import eager
+from .._axes import instance
+from .._ops import Running, eager, synchronized
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning, with_process_group
 
 
@@ -36,7 +39,12 @@ class InstanceForward(FixedRank, Spanning, RunningStatistics):
         running = mean, var, None, momentum or 0.0
         return eager.call(eager.TRACKED, input, weight, bias, running, eager.INSTANCE, eps)
 
-    def _validated(self, input: Tensor) -> Tensor:
+    def _statistics_group(self) -> Any:
+        own = self.training or not self.track_running_stats
+        return super()._statistics_group() if own else None
+
+    def _batched(self, input: Tensor) -> Tensor:
+        """The input, checked, as a batch."""
         self._check_input_dim(input)
         unbatched = input.dim() == self._dims[0]
         # unlike torch, which only warns here unless affine: a mismatch is a transposed or
@@ -47,18 +55,33 @@ class InstanceForward(FixedRank, Spanning, RunningStatistics):
         _checks.check_eps(self.eps, type(self).__name__)
         if self.momentum is not None:
             _checks.check_momentum(self.momentum)
-        batched = input.unsqueeze(0) if unbatched else input
-        own = self.training or not self.track_running_stats
-        running = self.running_mean, self.running_var
-        parameters = self.weight, self.bias
-        momentum = self.momentum if self.momentum is not None else 0.0
-        if own and (group := self._statistics_group()) is not None:
-            y = functional.instance_norm_of_group(
-                batched, *running, *parameters, momentum, self.eps, group=group, layer=self
-            )
+        return input.unsqueeze(0) if unbatched else input
+
+    def _spanning(self, input: Tensor) -> synchronized.Call:
+        x = self._batched(input)
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        functional.check_instance_norm(x, mean, var, weight, bias)
+        running = None
+        if mean is not None and var is not None:
+            running = Running(mean, var, None, self.momentum or 0.0)
+        axes = instance(self.num_features)
+        return synchronized.Call(self, x, weight, bias, axes, self.eps, running)
+
+    def _validated(self, input: Tensor) -> Tensor:
+        if (group := self._statistics_group()) is not None:
+            y = synchronized.normalize(self._spanning(input), group)
         else:
-            y = functional.instance_norm(batched, *running, *parameters, own, momentum, self.eps)
-        return y.squeeze(0) if unbatched else y
+            y = functional.instance_norm(
+                self._batched(input),
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.training or not self.track_running_stats,
+                self.momentum if self.momentum is not None else 0.0,
+                self.eps,
+            )
+        return y.squeeze(0) if y.dim() != input.dim() else y
 
 
 @with_process_group

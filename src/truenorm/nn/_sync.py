@@ -53,7 +53,7 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
             )
 
     def _statistics_group(self) -> Any:
-        return _exchange.active_group(self.process_group)
+        return _exchange.active_group(self.process_group) if self.training else None
 
     @classmethod
     def convert_sync_batchnorm(cls, module: Module, process_group: Any = None) -> Module:
