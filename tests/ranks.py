@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from test_convert import ResNet
 from torch import Tensor
 
 import truenorm
+from truenorm import _exchange
 
 
 def cut(x: Tensor, sizes: list[int], dim: int = 0) -> list[Tensor]:
@@ -134,3 +136,71 @@ def recalibrated(rank: int, data: list[Tensor], state: Any) -> dict[str, Tensor]
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         raise
     return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def counted(step: Callable[[], Any]) -> list[int]:
+    """Numbers in each all-gather of a step."""
+    sizes: list[int] = []
+    real = _exchange._all_gather
+
+    def counting(into: Tensor, message: Tensor, group: Any) -> None:
+        sizes.append(message.numel())
+        real(into, message, group=group)
+
+    _exchange._all_gather = counting
+    try:
+        step()
+    finally:
+        _exchange._all_gather = real
+    return sizes
+
+
+def exchanges(rank: int) -> dict[str, list[int]]:
+    """What a step of each kind of layer sends, its second one."""
+    found = {}
+    for name, layer, shape in (
+        ("batch", truenorm.SyncBatchNorm(5), (2, 5, 3)),
+        ("instance", truenorm.InstanceNorm1d(5, process_group="world"), (2, 5, 3)),
+        ("group", truenorm.GroupNorm(2, 6, process_group="world"), (3, 6, 3)),
+        ("eval", truenorm.SyncBatchNorm(5).eval(), (2, 5, 3)),
+    ):
+        for _ in range(2):
+            x = torch.randn(shape, requires_grad=True)
+            found[name] = counted(lambda x=x, f=layer: f(x).backward(torch.randn(x.shape)))
+    layer, x = truenorm.SyncBatchNorm(5), torch.randn(2, 5)
+    layer(x)
+    found["parameters alone"] = counted(lambda: layer(x).backward(torch.randn(2, 5)))
+    return found
+
+
+def together(rank: int, states: list[Any], xs: list[Tensor], grads: list[Tensor]) -> list[Any]:
+    """Three layers with one exchange, then each by itself: results, states, sizes of messages."""
+    found = []
+    for at_once in (True, False):
+        layers = [
+            truenorm.SyncBatchNorm(5),
+            truenorm.BatchNorm1d(3, process_group="world"),
+            truenorm.InstanceNorm1d(4, process_group="world"),
+        ]
+        for layer, state in zip(layers, states, strict=True):
+            layer.load_state_dict(state)
+        inputs = [x.clone().requires_grad_() for x in xs]
+        outputs: list[Tensor] = []
+
+        def forward(
+            layers: Any = layers, inputs: Any = inputs, outputs: Any = outputs, at: bool = at_once
+        ) -> None:
+            if at:
+                outputs += truenorm.distributed.call_together(layers, inputs)
+            else:
+                outputs += [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+
+        forward()
+        outputs.clear()
+        sizes = [counted(forward)]
+        sizes.append(counted(lambda o=outputs: torch.autograd.backward(o, grads)))
+        values = [t.detach() for t in outputs] + [x.grad for x in inputs]
+        values += [p.grad for layer in layers for p in layer.parameters()]
+        values += [b for layer in layers for b in layer.buffers()]
+        found.append((values, sizes))
+    return found

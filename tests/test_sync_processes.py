@@ -220,3 +220,48 @@ def test_statistics_of_some_ranks() -> None:
     for first in (0, 2):
         half = slice(2 * first, 2 * first + 4)
         check(whole(found[first : first + 2]), exact(layer, x[half], grad[half]))
+
+
+def test_what_a_step_sends() -> None:
+    found = processes(2).run(ranks.exchanges)
+    assert found[0] == found[1]
+    # 2 numbers per statistic and 2 more forward, 2 per statistic backward
+    assert found[0] == {
+        "batch": [12, 10],
+        "instance": [22, 20],
+        "group": [14, 12],
+        "eval": [],
+        "parameters alone": [12],
+    }
+
+
+def test_together() -> None:
+    layers = [truenorm.SyncBatchNorm(5), truenorm.BatchNorm1d(3), truenorm.InstanceNorm1d(4)]
+    states = [randomize(layer).state_dict() for layer in layers]
+    # the last one unbatched
+    shapes = [(2, 5, 3), (4, 3), (4, 7)]
+    each = [[[torch.randn(s) for s in shapes] for _ in range(2)] for _ in range(3)]
+    for (at_once, sizes), (one_by_one, single) in processes(3).run(
+        ranks.together, each=[(states, xs, grads) for xs, grads in each]
+    ):
+        assert len(at_once) == len(one_by_one) == 16
+        assert all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))
+        assert sizes == [[12 + 8 + 10], [10 + 6 + 8]]
+        assert single == [[12, 8, 10], [8, 6, 10]]
+
+
+def test_together_in_one_process_and_bad_input() -> None:
+    together = truenorm.distributed.call_together
+    layers = [truenorm.BatchNorm1d(3), truenorm.GroupNorm(1, 4)]
+    xs = [torch.randn(4, 3), torch.randn(2, 4)]
+    for y, layer, x in zip(together(layers, xs), layers, xs, strict=True):
+        assert torch.equal(y, layer(x))
+    assert together([], []) == []
+    with pytest.raises(TypeError, match="`layers` holds a LayerNorm, whose statistics do not span"):
+        together([truenorm.LayerNorm(3)], xs[:1])
+    with pytest.raises(
+        ValueError, match=r"`inputs` \(=1 of them\) must be as many as `layers` \(=2"
+    ):
+        together(layers, xs[:1])
+    with pytest.raises(ValueError, match="`layers` holds a layer twice"):
+        together(layers[:1] * 2, xs[:1] * 2)
