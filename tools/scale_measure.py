@@ -12,9 +12,12 @@ runs one rank alone, and the others elsewhere.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -137,20 +140,36 @@ def _differences(
     return found
 
 
+def _compare(label: str, cut: list[int], gathered: Callable[..., list[Any]]) -> None:
+    """Rows of a table: gathered(cut, dtype, offset) gives every rank's part of every layer."""
+    rows: dict[str, list[str]] = {}
+    for dtype, offset in SETTINGS:
+        ranks = gathered(cut, dtype, offset)
+        for seed, (name, (layer, shape, dim)) in enumerate(_layers(None).items()):
+            x, grad = _data(shape, dtype, offset, seed)
+            parts = [r[name] for r in ranks]
+            layer = _filled(layer, seed).to(dtype)
+            found = _differences(layer, parts, x, grad, dim, "Instance" in name)
+            rows.setdefault(name, []).append(" / ".join(f"{d:.0e}" for d in found))
+    for name, columns in rows.items():
+        print(f"| {name} | {label} | " + " | ".join(columns) + " |", flush=True)
+
+
 def equality() -> None:
     """Largest differences from float64 on the whole batch, relative to the largest value."""
     print("| layer | ranks |" + "".join(f" {str(d)[6:]}, mean {o:.0e} |" for d, o in SETTINGS))
     for label, cut in CUTS.items():
-        rows: dict[str, list[str]] = {}
-        for dtype, offset in SETTINGS:
-            ranks = in_processes(len(cut), _part_of_layers, cut, dtype, offset)
-            for seed, (name, (layer, shape, dim)) in enumerate(_layers(None).items()):
-                x, grad = _data(shape, dtype, offset, seed)
-                layer, parts = _filled(layer, seed).to(dtype), [r[name] for r in ranks]
-                found = _differences(layer, parts, x, grad, dim, "Instance" in name)
-                rows.setdefault(name, []).append(" / ".join(f"{d:.0e}" for d in found))
-        for name, columns in rows.items():
-            print(f"| {name} | {label} | " + " | ".join(columns) + " |", flush=True)
+        _compare(label, cut, lambda *a: in_processes(len(a[0]), _part_of_layers, *a))
+
+
+def _equality_of_hosts(rank: int, ranks: int) -> None:
+    def gathered(*arguments: Any) -> list[Any]:
+        found: list[Any] = [None] * ranks
+        dist.all_gather_object(found, _part_of_layers(rank, *arguments))
+        return found
+
+    with contextlib.redirect_stdout(sys.stdout if rank == 0 else io.StringIO()):
+        _compare(f"{ranks} hosts", next(c for c in CUTS.values() if len(c) == ranks), gathered)
 
 
 # ---------------------------------------------------------------- times
@@ -272,13 +291,12 @@ def main() -> None:
         master = f"tcp://{os.environ['MASTER']}"
         dist.init_process_group("gloo", init_method=master, rank=rank, world_size=ranks)
         if args.what == "equality":
-            cut = [2, 0, 4][:ranks]
-            result = _part_of_layers(rank, cut, torch.float32, 0.0)
+            _equality_of_hosts(rank, ranks)
         else:
             work = {"collectives": _all_gathers, "layers": _steps}[args.what]
             result = work(rank, args.seconds)
-        if rank == 0:
-            print(result)
+            if rank == 0:
+                print(result)
         dist.barrier()
         dist.destroy_process_group()
     elif args.what in ("collectives", "layers"):
