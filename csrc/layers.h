@@ -76,8 +76,8 @@ void forward_channels(const Forward<T>& f);
 template <class T>
 void backward_channels(const Backward<T>& b);
 
-// Means of weight · grad and of weight · grad · x̂ over all that a channel's statistics span, of which
-// the tensor may be a part.
+// Means of weight · grad and of weight · grad · x̂ over all that a channel's statistics span, of
+// which the tensor may be a part.
 struct MeanGrads {
   const double* grad;
   const double* grad_x_hat;

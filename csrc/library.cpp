@@ -162,11 +162,19 @@ Tensor backward_of_part(const Tensor& grad, const Tensor& x, const Tensor& mean,
   const Values<double> m(mean), v(var), of_grad(mean_grad), of_x_hat(mean_grad_x_hat);
   with_type(x, [&]<class T>(T) {
     const Values<compute_t<T>> w(weight);
-    const Backward<T> b{g, table<T>(kernels()), eps,
+    const Backward<T> b{g,
+                        table<T>(kernels()),
+                        eps,
                         static_cast<const T*>(dense_grad.const_data_ptr()),
                         static_cast<const T*>(dense_x.const_data_ptr()),
-                        static_cast<T*>(grad_x.mutable_data_ptr()), w.get(), m.get(), v.get(),
-                        nullptr, nullptr, false, streams<T>(g)};
+                        static_cast<T*>(grad_x.mutable_data_ptr()),
+                        w.get(),
+                        m.get(),
+                        v.get(),
+                        nullptr,
+                        nullptr,
+                        false,
+                        streams<T>(g)};
     backward_given(b, {of_grad.get(), of_x_hat.get()});
   });
   return grad_x;
