@@ -13,6 +13,7 @@ from cases import LAYOUTS, Result, run
 from checking import same_layout
 from test_convert import ResNet
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import truenorm
 from truenorm import _exchange
@@ -39,19 +40,21 @@ def step(
     kwargs: dict[str, Any],
     state: Any,
     layout: str = "contiguous",
-    compiled: bool = False,
+    backend: str = "",
 ) -> tuple[Result, dict[str, Tensor]]:
     """A layer forward and backward on this rank's part: what it gives, and its state after."""
     layer = layer_of(name, args, kwargs, state)
     if x.dtype == torch.float64:
         layer = layer.double()
-    call = torch.compile(layer, fullgraph=True) if compiled else layer
+    call = torch.compile(layer, fullgraph=True, backend=backend) if backend else layer
     x = LAYOUTS[layout](x).detach().requires_grad_()
     y = call(x)
     parameters = {n: p for n in ("weight", "bias") if (p := getattr(layer, n, None)) is not None}
     found = torch.autograd.grad(y, [x, *parameters.values()], grad)
     by_name = dict(zip(parameters, found[1:], strict=True))
     result = Result(y.detach(), found[0], by_name.get("weight"), by_name.get("bias"))
+    if backend:
+        torch.compiler.reset()
     assert same_layout(y, x) or layout in ("sliced", "samples_inside"), layout
     return result, {k: v.clone() for k, v in layer.state_dict().items()}
 
@@ -204,3 +207,44 @@ def together(rank: int, states: list[Any], xs: list[Tensor], grads: list[Tensor]
         values += [b for layer in layers for b in layer.buffers()]
         found.append((values, sizes))
     return found
+
+
+class NoReading(TorchDispatchMode):
+    """An error where a value is read on the host, as .item() and `if tensor` do."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert op is not torch.ops.aten._local_scalar_dense.default, "read on the host"
+        return op(*args, **(kwargs or {}))
+
+
+def step_as_on_a_device(rank: int, x: Tensor, grad: Tensor, name: str, args: Any) -> bool:
+    """A step in which nothing may be read on the host, as on a GPU, gives what it else gives."""
+    kwargs = {} if name == "SyncBatchNorm" else {"process_group": "world"}
+    layer = getattr(truenorm, name)(*args, **kwargs)
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    found = []
+    for reading in (True, False):
+        layer.load_state_dict(state)
+        real = _exchange._is_readable
+        try:
+            if reading:
+                result = run(layer, x, grad)
+            else:
+                _exchange._is_readable = lambda values: False
+                with NoReading():
+                    result = run(layer, x, grad)
+        finally:
+            _exchange._is_readable = real
+        values = [t for t in result if t is not None] + list(layer.state_dict().values())
+        found.append([v.clone() for v in values])
+    return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def one_value_on_a_device(rank: int) -> None:
+    layer = truenorm.SyncBatchNorm(5)
+    layer(torch.randn(2, 5))
+    _exchange._is_readable, real = lambda values: False, _exchange._is_readable
+    try:
+        layer(torch.randn(1 - rank, 5))
+    finally:
+        _exchange._is_readable = real

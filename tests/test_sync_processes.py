@@ -104,7 +104,7 @@ def test_compiled(sizes: list[int]) -> None:
     parts = list(zip(ranks.cut(x, sizes), ranks.cut(grad, sizes), strict=True))
     spec = "SyncBatchNorm", (5,), {}, layer.state_dict()
     eager = processes(2).run(ranks.step, *spec, each=parts)
-    compiled = processes(2).run(ranks.step, *spec, "contiguous", True, each=parts)
+    compiled = processes(2).run(ranks.step, *spec, "contiguous", "inductor", each=parts)
     check(whole([result for result, _ in compiled]), exact(layer, x, grad))
     for (one, state), (other, wanted) in zip(compiled, eager, strict=True):
         assert torch.equal(one.output, other.output)
@@ -265,3 +265,38 @@ def test_together_in_one_process_and_bad_input() -> None:
         together(layers, xs[:1])
     with pytest.raises(ValueError, match="`layers` holds a layer twice"):
         together(layers[:1] * 2, xs[:1] * 2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs", "shape"),
+    [("BatchNorm2d", (5,), {"momentum": None}, (5, 5, 4, 3)), *SPACE],
+)
+def test_compiled_without_a_break(
+    name: str, args: Any, kwargs: Any, shape: Any, layout: str
+) -> None:
+    layer = randomize(getattr(truenorm, name)(*args, **kwargs))
+    x, grad = torch.randn(shape) + 3.0, torch.randn(shape)
+    dim = 0 if "Batch" in name else 2
+    sizes = [shape[dim] - 2, 2]
+    parts = list(zip(ranks.cut(x, sizes, dim), ranks.cut(grad, sizes, dim), strict=True))
+    spec = name, args, kwargs | WORLD, layer.state_dict(), layout
+    eager = processes(2).run(ranks.step, *spec, each=parts)
+    compiled = processes(2).run(ranks.step, *spec, "aot_eager", each=parts)
+    check(whole([result for result, _ in compiled], dim), exact(layer, x, grad))
+    for (one, state), (other, wanted) in zip(compiled, eager, strict=True):
+        assert torch.equal(one.output, other.output)
+        assert torch.equal(one.input, other.input)
+        assert all(torch.equal(v, wanted[k]) for k, v in state.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "shape"),
+    [("SyncBatchNorm", (4,), (3, 4, 5)), ("GroupNorm", (2, 4), (2, 4, 6))],
+)
+def test_nothing_waits_for_the_host(name: str, args: Any, shape: Any) -> None:
+    each = [(torch.randn(shape), torch.randn(shape)) for _ in range(2)]
+    assert processes(2).run(ranks.step_as_on_a_device, name, args, each=each) == [True, True]
+    for failed in processes(2).outcomes(ranks.one_value_on_a_device):
+        assert failed.kind == "RuntimeError"
+        assert "expected more than 1 value per statistic over all processes" in failed.text

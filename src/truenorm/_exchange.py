@@ -94,13 +94,18 @@ def agree(layer: Any, statistics: int, device: torch.device, group: Any) -> None
     _AGREED[layer] = key, {statistics} | (numbers if known == key else set())
 
 
+def _is_readable(values: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device."""
+    return values.is_cpu and not torch.compiler.is_compiling()
+
+
 def check_messages(values: Tensor, statistics: Tensor, x: Tensor, *, per_sample: bool) -> None:
     """The messages of all ranks hold as many statistics as this one's, and values enough.
 
     values, statistics: of each rank's message, how many values a statistic spans and how many
     statistics there are.
     """
-    if values.is_cpu and not torch.compiler.is_compiling():
+    if _is_readable(values):
         _checks.check_same_statistics("A layer", statistics.tolist())
         total = sum(values.tolist())
         _checks.check_more_than_one_value_of_all(x, total, per_sample=per_sample)

@@ -105,7 +105,8 @@ class BatchNorm1d(BatchForward, torch.nn.BatchNorm1d):
     range; RuntimeError for another channel count or device. Running statistics stay untouched.
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167. Arguments as in
-    torch.nn.BatchNorm1d.
+    torch.nn.BatchNorm1d, and `process_group`: a torch.distributed group, or "world", over whose
+    processes the batch is spread in training, as `SyncBatchNorm` describes; None for this one.
     """
 
     _dims = (2, 3)
@@ -125,7 +126,7 @@ class BatchNorm2d(BatchForward, torch.nn.BatchNorm2d):
     format; weight, bias, running_mean, running_var (C,).
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167. Arguments as in
-    torch.nn.BatchNorm2d.
+    torch.nn.BatchNorm2d, and `process_group` as in `BatchNorm1d`.
     """
 
     _dims = (4,)
@@ -145,7 +146,7 @@ class BatchNorm3d(BatchForward, torch.nn.BatchNorm3d):
     memory format; weight, bias, running_mean, running_var (C,).
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167. Arguments as in
-    torch.nn.BatchNorm3d.
+    torch.nn.BatchNorm3d, and `process_group` as in `BatchNorm1d`.
     """
 
     _dims = (5,)

@@ -29,7 +29,9 @@ class GroupNorm(Direct, Spanning, torch.nn.GroupNorm):
     Errors: ValueError where num_groups does not divide num_channels, or eps is negative;
     RuntimeError for another channel count or device.
 
-    Source: Wu and He 2018, https://arxiv.org/abs/1803.08494. Arguments as in torch.nn.GroupNorm.
+    Source: Wu and He 2018, https://arxiv.org/abs/1803.08494. Arguments as in torch.nn.GroupNorm,
+    and `process_group`: a torch.distributed group, or "world", over whose processes each sample's
+    positions are spread, as in `InstanceNorm1d`, with N·num_groups statistics.
     """
 
     # its signature is that of the installed torch

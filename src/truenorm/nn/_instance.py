@@ -103,7 +103,10 @@ class InstanceNorm1d(InstanceForward, torch.nn.InstanceNorm1d):
     warns), for one position, and for eps or momentum out of range.
 
     Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022. Arguments as in
-    torch.nn.InstanceNorm1d.
+    torch.nn.InstanceNorm1d, and `process_group`: a torch.distributed group, or "world", over whose
+    processes each sample's positions are spread, all with the same samples. The statistics span
+    all of them, in training and evaluation alike; communication and errors are as in
+    `SyncBatchNorm`, with N·C statistics.
     """
 
     _dims = (2, 3)
@@ -123,7 +126,7 @@ class InstanceNorm2d(InstanceForward, torch.nn.InstanceNorm2d):
     same, in the same memory format; weight, bias, running_mean, running_var (C,).
 
     Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022. Arguments as in
-    torch.nn.InstanceNorm2d.
+    torch.nn.InstanceNorm2d, and `process_group` as in `InstanceNorm1d`.
     """
 
     _dims = (3, 4)
@@ -143,7 +146,7 @@ class InstanceNorm3d(InstanceForward, torch.nn.InstanceNorm3d):
     the same, in the same memory format; weight, bias, running_mean, running_var (C,).
 
     Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022. Arguments as in
-    torch.nn.InstanceNorm3d.
+    torch.nn.InstanceNorm3d, and `process_group` as in `InstanceNorm1d`.
     """
 
     _dims = (4, 5)

@@ -71,13 +71,15 @@ def _let_ours_pass() -> None:
     It refuses every SyncBatchNorm whose parameters are on a CPU, since torch's cannot run there.
     """
     parallel = torch.nn.parallel.DistributedDataParallel
-    check = parallel._passing_sync_batchnorm_handle
+    check: Any = getattr(parallel, "_passing_sync_batchnorm_handle", None)
+    if check is None:  # another torch, without that check
+        return
 
     @functools.wraps(check)
     def check_theirs(self: Any, module: Module) -> None:
         found = {isinstance(m, SyncBatchNorm) for m in module.modules() if _is_sync(m)}
         if found != {True}:
-            check(self, module)  # type: ignore[no-untyped-call]
+            check(self, module)
 
     parallel._passing_sync_batchnorm_handle = check_theirs  # type: ignore[method-assign]
 
