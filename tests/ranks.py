@@ -248,3 +248,14 @@ def one_value_on_a_device(rank: int) -> None:
         layer(torch.randn(1 - rank, 5))
     finally:
         _exchange._is_readable = real
+
+
+def eager_on_one_rank(rank: int) -> bool:
+    """A compiled layer that one rank then calls without its graph: the ranks stay in step."""
+    layer = truenorm.SyncBatchNorm(5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 5)
+    compiled(x)
+    y = (layer if rank else compiled)(x)
+    torch.compiler.reset()
+    return bool(torch.equal(y, compiled(x)))

@@ -97,14 +97,14 @@ def test_the_second_derivative() -> None:
     assert_gradient(torch.cat([f[2] for f in found]), wanted[2])
 
 
-@pytest.mark.parametrize("sizes", [[3, 2], [0, 5]], ids=str)
-def test_compiled(sizes: list[int]) -> None:
+@pytest.mark.parametrize(("sizes", "backend"), [([3, 2], "inductor"), ([0, 5], "aot_eager")])
+def test_compiled(sizes: list[int], backend: str) -> None:
     layer = randomize(truenorm.SyncBatchNorm(5))
     x, grad = torch.randn(5, 5, 7, 3) + 3.0, torch.randn(5, 5, 7, 3)
     parts = list(zip(ranks.cut(x, sizes), ranks.cut(grad, sizes), strict=True))
     spec = "SyncBatchNorm", (5,), {}, layer.state_dict()
     eager = processes(2).run(ranks.step, *spec, each=parts)
-    compiled = processes(2).run(ranks.step, *spec, "contiguous", "inductor", each=parts)
+    compiled = processes(2).run(ranks.step, *spec, "contiguous", backend, each=parts)
     check(whole([result for result, _ in compiled]), exact(layer, x, grad))
     for (one, state), (other, wanted) in zip(compiled, eager, strict=True):
         assert torch.equal(one.output, other.output)
@@ -288,6 +288,10 @@ def test_compiled_without_a_break(
         assert torch.equal(one.output, other.output)
         assert torch.equal(one.input, other.input)
         assert all(torch.equal(v, wanted[k]) for k, v in state.items())
+
+
+def test_a_rank_that_goes_on_without_its_graph() -> None:
+    assert processes(2).run(ranks.eager_on_one_rank) == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
 )
 
 # layer: group (its name and identity), and numbers of statistics that all ranks agreed upon in it
+_ANY = -1
 _AGREED: WeakKeyDictionary[Any, tuple[tuple[str, int], set[int]]] = WeakKeyDictionary()
 
 
@@ -77,16 +78,31 @@ def all_sum(values: Tensor, group: Any) -> Tensor:
     return cast(Tensor, _AllSum.apply(values, group))  # type: ignore[no-untyped-call]
 
 
+def _key(group: Any) -> tuple[str, int]:
+    return group.group_name, id(group)
+
+
+# runs once, while the graph is made
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _take_to_agree(layer: Any) -> bool:
+    group = layer._statistics_group()
+    if group is not None:
+        _AGREED[layer] = _key(group), {_ANY}
+    return True
+
+
 def agree(layer: Any, statistics: int, device: torch.device, group: Any) -> None:
     """Compare the number of statistics of a layer over all ranks, once for each layer and group.
 
-    Not while compiling: a graph may be compiled again by one rank alone.
+    Not in a graph, which one rank may compile again alone: a compiled layer is taken to agree, also
+    where a rank later goes on without its graph.
     """
     if torch.compiler.is_compiling():
+        _take_to_agree(layer)
         return
-    key = group.group_name, id(group)
+    key = _key(group)
     known, numbers = _AGREED.get(layer, (None, set()))
-    if known == key and statistics in numbers:
+    if known == key and (statistics in numbers or _ANY in numbers):
         return
     # of fixed length, whatever the ranks disagree about
     found = gather(torch.tensor([statistics], device=device), group)[:, 0].tolist()
