@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from . import functional, nn, reference
 from ._explain import explain
+from ._fold import fold
 from ._library import info
 from ._pool import empty_cache
 from .convert import convert, revert
@@ -14,6 +15,7 @@ __all__ = [
     "convert",
     "empty_cache",
     "explain",
+    "fold",
     "functional",
     "info",
     "nn",

@@ -7,10 +7,12 @@ that code which matches on them goes on working.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
+from torch.nn import Module
 
 
 def _shape(x: Tensor) -> str:
@@ -212,3 +214,106 @@ def check_local_response(input: Tensor, size: Any) -> None:
             f"`size` (={size}) is the number of neighbouring channels and should be greater than "
             "zero"
         )
+
+
+# ---------------------------------------------------------------- tools for whole models
+
+
+def check_module(name: str, model: Any) -> None:
+    if not isinstance(model, Module):
+        raise TypeError(
+            f"`{name}` must be a torch.nn.Module, but got {type(model).__name__}: pass the model "
+            "itself, not its state_dict or its output"
+        )
+
+
+def fail_lazy(name: str, key: str) -> NoReturn:
+    raise ValueError(
+        f"`{name}` has not seen an input yet: its lazy {key!r} has no shape; run it once first"
+    )
+
+
+def fail_no_norms(name: str, model: Module) -> NoReturn:
+    raise ValueError(
+        f"`{name}` ({type(model).__name__}) has no normalization layer: pass a model that has one "
+        "of torch.nn's or truenorm's, or a subclass of them"
+    )
+
+
+def fail_batch(data: Any) -> NoReturn:
+    raise TypeError(
+        f"`data` must be a batch (a tensor, a tuple, list or dictionary of tensors) or a loader of "
+        f"batches, but got {type(data).__name__}"
+    )
+
+
+def fail_no_batch() -> NoReturn:
+    raise ValueError("`data` is a loader that gave no batch: check its data set and its sampler")
+
+
+def fail_loader(index: int, error: Exception) -> NoReturn:
+    raise RuntimeError(
+        f"`data` is a loader that failed at batch {index} with {type(error).__name__}: {error}"
+    ) from error
+
+
+def _shapes(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k!r}: {_shapes(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_shapes(v) for v in value) + "]"
+    return type(value).__name__
+
+
+def fail_forward(name: str, batch: Any, error: Exception) -> NoReturn:
+    raise ValueError(
+        f"`{name}` failed on a batch of shape {_shapes(batch)} with {type(error).__name__}: "
+        f"{error} — pass data that the model takes, or say how it is called: "
+        "call=lambda model, batch: model(…)"
+    ) from error
+
+
+def check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number of at least 1, but got {value!r}")
+
+
+def check_foldable(model: Module) -> None:
+    if hasattr(model, "_orig_mod") or isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"`model` is compiled ({type(model).__name__}), and its layers can no longer be "
+            "replaced: fold the model first, then compile it"
+        )
+    if model.training:
+        raise ValueError(
+            "`model` is in training mode, where BatchNorm normalizes by the batch: call "
+            "model.eval() first"
+        )
+
+
+def check_folded_linear(input: Tensor) -> None:
+    if input.dim() != 2:
+        raise ValueError(
+            f"expected 2D input (got {input.dim()}D input): BatchNorm was folded into a Linear "
+            f"layer for inputs (N, C), and means other channels for {_shape(input)}; use the model "
+            "before folding"
+        )
+
+
+def check_fold_changed_nothing(error: float, error_before: float) -> None:
+    # roundings of the same order; what was misread in a forward is off by far more
+    if not error <= 1e-3 + 20.0 * error_before:
+        raise RuntimeError(
+            f"folding changed the model's output by {error:.1e} of its largest value (its own "
+            f"rounding error: {error_before:.1e}), so its forward runs its layers in another order "
+            "than it seems to: the model is unchanged, fold its parts one by one"
+        )
+
+
+def fail_copy(error: Exception) -> NoReturn:
+    raise ValueError(
+        f"`model` cannot be copied ({type(error).__name__}: {error}): pass inplace=True to change "
+        "the model itself"
+    ) from error

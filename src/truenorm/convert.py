@@ -14,7 +14,7 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-from . import nn
+from . import _checks, nn
 
 _TO_TRUENORM: dict[type[Module], type[Module]] = {
     getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__
@@ -28,11 +28,7 @@ M = TypeVar("M", bound=Module)
 
 def _swap(model: Module, classes: dict[type[Module], type[Module]]) -> list[Module]:
     """Swap classes below `model`; the layers that were swapped."""
-    if not isinstance(model, Module):
-        raise TypeError(
-            f"`model` must be a torch.nn.Module, but got {type(model).__name__}: pass the model "
-            "itself, not its state_dict or its output"
-        )
+    _checks.check_module("model", model)
     swapped = []
     for module in model.modules():
         kind = type(module)
