@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from . import functional, nn, reference
+from ._compare import compare
 from ._explain import explain
 from ._fold import fold
 from ._library import info
@@ -12,6 +13,7 @@ from .nn import *  # noqa: F403
 from .nn import __all__ as _layers
 
 __all__ = [
+    "compare",
     "convert",
     "empty_cache",
     "explain",

@@ -240,10 +240,11 @@ def fail_no_norms(name: str, model: Module) -> NoReturn:
     )
 
 
-def fail_batch(data: Any) -> NoReturn:
+def fail_batch(name: str, data: Any) -> NoReturn:
+    loader = " or a loader of batches" if name == "data" else ""
     raise TypeError(
-        f"`data` must be a batch (a tensor, a tuple, list or dictionary of tensors) or a loader of "
-        f"batches, but got {type(data).__name__}"
+        f"`{name}` must be a batch (a tensor, a tuple, list or dictionary of tensors){loader}, but "
+        f"got {type(data).__name__}"
     )
 
 
@@ -317,3 +318,10 @@ def fail_copy(error: Exception) -> NoReturn:
         f"`model` cannot be copied ({type(error).__name__}: {error}): pass inplace=True to change "
         "the model itself"
     ) from error
+
+
+def fail_nothing_in_common() -> NoReturn:
+    raise ValueError(
+        "`model_a` and `model_b` have no layer of the same name, and no output, in common: compare "
+        "two versions of one model"
+    )

@@ -250,13 +250,15 @@ class _Plan:
                     layer.bias = torch.nn.Parameter(bias, layer.weight.requires_grad)
                 else:
                     layer.bias.copy_(b)
-        for name, (into, _) in self.into.items():
+        for name, (into, side) in self.into.items():
             parent, _, child = name.rpartition(".")
             holder = self.model.get_submodule(parent)
             was = self.modules[name]
             undo.append(_put(holder, child, was))
             linear = isinstance(self.modules[into], torch.nn.Linear)
-            identity = TwoDimensional() if linear else torch.nn.Identity()
+            identity: Any = TwoDimensional() if linear else torch.nn.Identity()
+            # compare() looks for these
+            identity.folded_into, identity.folded_side = into, side
             holder._modules[child] = identity.train(was.training)
 
         def back() -> None:

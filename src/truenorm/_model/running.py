@@ -43,7 +43,7 @@ def batches(data: Any, limit: int) -> Iterator[Any]:
     try:
         iterator = iter(data)
     except TypeError:
-        _checks.fail_batch(data)
+        _checks.fail_batch("data", data)
     for index in range(limit):
         try:
             batch = next(iterator)
@@ -103,7 +103,8 @@ def untouched(*models: Module, training: bool | None = None) -> Iterator[ExitSta
         for name, buffer in m._buffers.items()
         if buffer is not None
     ]
-    devices = sorted({b.device.index or 0 for *_, b in held if b.is_cuda})
+    tensors = (t for model in models for t in (*model.parameters(), *model.buffers()))
+    devices = sorted({t.device.index or 0 for t in tensors if t.is_cuda})
     with torch.random.fork_rng(devices), torch.no_grad():
         try:
             if training is not None:
