@@ -41,7 +41,7 @@ struct Forward {
   const Kernels<T>& kernels;
   double eps;
   const T* x;
-  T* y;
+  T* y;                        // null: only the statistics are wanted, of a batch
   const compute_t<T>* weight;  // per channel, or null
   const compute_t<T>* bias;
   double* mean;  // per statistic; written, or read where `fixed`

@@ -94,6 +94,7 @@ void forward_batch(const Forward<T>& f) {
       set_statistic(f, channel, m);
     }
   }
+  if (!f.y) return;
   const auto affine = scratch<Affine<T>>(g.c);
   for (int64_t c = 0; c < g.c; ++c)
     affine[c] = Affine<T>(f.mean[c], inverse_std(f.var[c], f.eps), f.weight, f.bias, c);

@@ -134,8 +134,17 @@ def test_local_response_norm(dtype: torch.dtype, layout: str) -> None:
     opcheck(OPS.local_response_norm_backward.default, (grad, x, *spec), rtol=0.02, atol=0.02)
 
 
+@BY_LAYOUT
+@BY_DTYPE
+def test_moments(dtype: torch.dtype, layout: str) -> None:
+    spec, shape, _ = AXES["batch"]
+    x = placed(shape, layout, dtype, grad=False)
+    assert all(map(torch.equal, OPS.moments(x), statistics(x, spec)))
+    opcheck(OPS.moments.default, (x,))
+
+
 def test_every_operator_is_here() -> None:
-    tested = {"forward", "apply", "backward", "update_running_"}
+    tested = {"forward", "apply", "backward", "update_running_", "moments"}
     tested |= {"local_response_norm", "local_response_norm_backward"}
     # by test_eager.py
     tested |= {"eager_forward", "eager_forward_running", "eager_apply", "eager_backward"}

@@ -6,6 +6,7 @@ from . import functional, nn, reference
 from ._compare import compare
 from ._explain import explain
 from ._fold import fold
+from ._inspect import inspect
 from ._library import info
 from ._pool import empty_cache
 from .convert import convert, revert
@@ -20,6 +21,7 @@ __all__ = [
     "fold",
     "functional",
     "info",
+    "inspect",
     "nn",
     "reference",
     "revert",

@@ -248,6 +248,16 @@ def fail_batch(name: str, data: Any) -> NoReturn:
     )
 
 
+def check_not_batches(data: Sequence[Any]) -> None:
+    """A list of equals may be a batch (input, target), or several batches."""
+    kinds = {(v.shape, v.dtype) if isinstance(v, Tensor) else type(v) for v in data}
+    if len(kinds) == 1:
+        raise ValueError(
+            f"`data` is a list of {len(data)} tensors of one shape, and may mean that many batches "
+            "or one of that many tensors: pass iter(data) for batches, tuple(data) for one batch"
+        )
+
+
 def fail_no_batch() -> NoReturn:
     raise ValueError("`data` is a loader that gave no batch: check its data set and its sampler")
 
@@ -324,4 +334,11 @@ def fail_nothing_in_common() -> NoReturn:
     raise ValueError(
         "`model_a` and `model_b` have no layer of the same name, and no output, in common: compare "
         "two versions of one model"
+    )
+
+
+def fail_not_reached(name: str, layers: Sequence[str]) -> NoReturn:
+    raise ValueError(
+        f"`{name}` called none of its {len(layers)} normalization layers on this data (the first: "
+        f"{layers[0]!r}): pass data and `call` that run the whole model"
     )

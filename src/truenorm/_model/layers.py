@@ -76,6 +76,12 @@ class View:
         return 0 if self.axes is None else _axes.values_per_statistic(self.x.shape, self.axes)
 
 
+def trailing(module: Module) -> int:
+    """How many trailing dimensions a LayerNorm or RMSNorm spans."""
+    shape = getattr(module, "normalized_shape", None)
+    return 1 if shape is None else len(shape)
+
+
 def view(module: Module, kind: str, x: Tensor) -> View | None:
     """The input as the layer sees it; None where it is no input for such a layer."""
     if kind in (LAYER, RMS):

@@ -38,6 +38,8 @@ def is_batch(data: Any) -> bool:
 def batches(data: Any, limit: int) -> Iterator[Any]:
     """At most `limit` batches; a loader's own error says at which batch it came."""
     if is_batch(data):
+        if isinstance(data, list) and len(data) > 1:
+            _checks.check_not_batches(data)
         yield data
         return
     try:

@@ -26,6 +26,7 @@ _SCHEMAS = {
     " -> Tensor",
     "backward": f"(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, {_AXES},"
     " float eps, bool fixed, int needs) -> (Tensor, Tensor, Tensor)",
+    "moments": "(Tensor x) -> (Tensor, Tensor)",
     "update_running_": "(Tensor(a!) running_mean, Tensor(b!) running_var,"
     " Tensor(c!)? num_batches_tracked, Tensor x, Tensor mean, Tensor var, float? momentum) -> ()",
     "local_response_norm": "(Tensor x, int size, float alpha, float beta, float k) -> Tensor",
@@ -113,10 +114,15 @@ def _plain_backward(
     )
 
 
+def _plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _plain.moments(x, BATCH)
+
+
 for _name, _kernel in {
     "forward": _plain_forward,
     "apply": _plain_apply,
     "backward": _plain_backward,
+    "moments": _plain_moments,
     "update_running_": _plain.update_running,
     "local_response_norm": _plain.local_response_norm,
     "local_response_norm_backward": _plain.local_response_norm_backward,
@@ -175,6 +181,11 @@ def _fake_backward(
     return grad_input, parameter(NEEDS_WEIGHT), parameter(NEEDS_BIAS)
 
 
+def _fake_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty(x.shape[1], dtype=_statistic_dtype(x))
+    return mean, torch.empty_like(mean)
+
+
 def _fake_update_running(*args: Any) -> None:
     return None
 
@@ -193,6 +204,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "forward": _fake_forward,
     "apply": _fake_apply,
     "backward": _fake_backward,
+    "moments": _fake_moments,
     "update_running_": _fake_update_running,
     "local_response_norm": _fake_local_response_norm,
     "local_response_norm_backward": _fake_local_response_norm_backward,
@@ -208,6 +220,7 @@ eager_forward = torch.ops.truenorm.eager_forward.default
 eager_forward_running = torch.ops.truenorm.eager_forward_running.default
 eager_apply = torch.ops.truenorm.eager_apply.default
 eager_backward = torch.ops.truenorm.eager_backward.default
+moments = torch.ops.truenorm.moments.default
 update_running = torch.ops.truenorm.update_running_.default
 local_response_norm = torch.ops.truenorm.local_response_norm.default
 local_response_norm_backward = torch.ops.truenorm.local_response_norm_backward.default
