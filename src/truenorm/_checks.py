@@ -8,6 +8,7 @@ that code which matches on them goes on working.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -342,3 +343,22 @@ def fail_not_reached(name: str, layers: Sequence[str]) -> NoReturn:
         f"`{name}` called none of its {len(layers)} normalization layers on this data (the first: "
         f"{layers[0]!r}): pass data and `call` that run the whole model"
     )
+
+
+def fail_exists(path: Path) -> NoReturn:
+    raise FileExistsError(
+        f"`path` (={str(path)!r}) exists: name another file, or pass force=True to replace it"
+    )
+
+
+def check_writable(path: Path, *, force: bool) -> None:
+    """Before the work is done, that what comes of it can be written."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"`path` (={str(path)!r}): the folder {str(folder)!r} does not exist, make it first"
+        )
+    if path.is_dir():
+        raise IsADirectoryError(f"`path` (={str(path)!r}) is a folder: name a file")
+    if path.exists() and not force:
+        fail_exists(path)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 SEVERITIES = ("error", "warning", "note")
@@ -142,15 +143,29 @@ class Inspection:
         """The same as JSON: numbers to six digits, null for those that are not finite."""
         return json.dumps(plain(self.to_dict(), _six), indent=1)
 
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write it as one self-contained HTML page, whole or not at all (needs truenorm[report]).
+
+        Errors: FileExistsError where the file exists, unless `force`; FileNotFoundError where its
+        folder does not.
+        """
+        from .._report.page import save
+
+        save(self, path, force=force)
+
     def __str__(self) -> str:
         mode = "training" if self.training else "evaluation"
         lines = [
             f"{self.model}: {len(self.layers)} normalization layers, in {mode} mode, "
             f"{self.batches} batch{'es' * (self.batches != 1)}"
         ]
-        for layers, f in grouped(self.findings):
-            where = ", ".join(layers[:4]) + (f" and {len(layers) - 4} more" * (len(layers) > 4))
-            lines += [f"\n{f.severity.upper()} {where}: {f.text}", f"    {f.remedy}"]
+        for first, *others in grouped(self.findings):
+            lines.append(f"\n{first.severity.upper()} {first.layer or 'the model'}: {first.text}")
+            lines.append(f"    {first.remedy}")
+            if others:
+                names = ", ".join(f.layer for f in others[:4])
+                more = f" and {len(others) - 4} more" * (len(others) > 4)
+                lines.append(f"    the like in {names}{more}")
         if not self.findings:
             lines.append("nothing to report")
         width = max(len(row.name) for row in self.layers)
@@ -167,12 +182,12 @@ class Inspection:
         return "\n".join(lines)
 
 
-def grouped(findings: tuple[Finding, ...]) -> list[tuple[tuple[str, ...], Finding]]:
-    """Findings that say the same of several layers, once: (layers, the first of them)."""
-    same: dict[tuple[str, str, str], list[Finding]] = {}
+def grouped(findings: tuple[Finding, ...]) -> list[tuple[Finding, ...]]:
+    """Findings of one severity and measure together, in the order of the first of each."""
+    same: dict[tuple[str, str], list[Finding]] = {}
     for f in findings:
-        same.setdefault((f.severity, f.text, f.remedy), []).append(f)
-    return [(tuple(f.layer for f in group), group[0]) for group in same.values()]
+        same.setdefault((f.severity, f.measure), []).append(f)
+    return [tuple(group) for group in same.values()]
 
 
 def median(values: tuple[float, ...]) -> float | None:
