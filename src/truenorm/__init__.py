@@ -9,6 +9,7 @@ from ._fold import fold
 from ._inspect import inspect
 from ._library import info
 from ._pool import empty_cache
+from ._standard import standard_ops
 from .convert import convert, revert
 from .nn import *  # noqa: F403
 from .nn import __all__ as _layers
@@ -25,5 +26,6 @@ __all__ = [
     "nn",
     "reference",
     "revert",
+    "standard_ops",
     *_layers,
 ]
