@@ -147,5 +147,5 @@ def test_the_benchmark_judges_and_times(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(models, "convert", broken)
     wrong = models.measure(small, plan)
-    assert "differs from torch's by" in wrong.wrong
+    assert "of float64, torch's by" in wrong.wrong
     assert "WRONG, not timed" in models.line(wrong)
