@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from truenorm._bench import models
 from truenorm._bench.networks import NETWORKS, Network, first_tensor, without_norms
 from truenorm._bench.timing import Plan
 from truenorm._model.layers import norms_of
+from truenorm.cli import main
 
 EVERY = pytest.mark.parametrize("network", NETWORKS, ids=[n.name for n in NETWORKS])
 FOLDING = {"ResNet-50", "MobileNetV2"}
@@ -149,3 +151,39 @@ def test_the_benchmark_judges_and_times(monkeypatch: pytest.MonkeyPatch) -> None
     wrong = models.measure(small, plan)
     assert "of float64, torch's by" in wrong.wrong
     assert "WRONG, not timed" in models.line(wrong)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--layer", "LayerNorm"], "--layer is of layers: leave it out with --models"),
+        (["--chart", "x.png"], "--chart is of layers"),
+        (["--dtype", "bfloat16"], "--models takes float32"),
+        (["--threads", "1", "2"], "one number of --threads"),
+    ],
+)
+def test_options_of_the_benchmark(argv: list[str], message: str, capsys: Any) -> None:
+    assert main(["bench", "--models", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_benchmark_of_networks(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    network = next(n for n in NETWORKS if n.name == "BasicUNet")
+    pytest.importorskip(network.package)
+    small = network._replace(build=lambda _: network.build(True), shape=network.small)
+    missing = network._replace(name="Other", package="no_such_package")
+    monkeypatch.setattr(models, "NETWORKS", (small, missing))
+    before = torch.get_num_threads()
+    path = tmp_path / "models.json"
+    argv = ["bench", "--models", "--quick", "--threads", "1", "--json", str(path)]
+    assert main(argv) == 0
+    assert torch.get_num_threads() == before
+    out = capsys.readouterr().out
+    assert "Other        left out: pip install no_such_package" in out
+    (found,) = json.loads(path.read_text())["models"]
+    assert found["network"] == "BasicUNet"
+    seconds = found["median_seconds"]
+    way = seconds["torch"] - seconds["ceiling"]
+    if way > 0.0:
+        expected = (seconds["torch"] - seconds["truenorm"]) / way
+        assert found["share_of_the_way"] == pytest.approx(expected)
