@@ -370,6 +370,8 @@ def test_the_gap_between_training_and_evaluation() -> None:
     f = found(nn.Sequential(nn.BatchNorm2d(6)), x)["kl"]
     assert f.severity == "error"
     assert "never updated" in f.text
+    exec(f.remedy, {"model": model, "truenorm": truenorm, "loader": [x]})
+    assert "kl" not in found(model, x)
 
 
 def test_weights_and_statistics() -> None:

@@ -189,7 +189,7 @@ def _gap(o: Observer, t: LayerTable) -> Iterator[Finding]:
             "error", t.name, "kl", (),
             "its running statistics were never updated (mean 0, variance 1): evaluation does not "
             "normalize",
-            "torch.optim.swa_utils.update_bn(loader, model)",
+            "truenorm.recalibrate(model, loader)",
         )  # fmt: skip
         return
     # what a sample of this size gives by chance
@@ -206,7 +206,7 @@ def _gap(o: Observer, t: LayerTable) -> Iterator[Finding]:
         f"statistics say; channel {worst} has mean {t.channels.mean[worst]:.3g} and deviation "
         f"{t.channels.std[worst]:.3g}, the layer expects {t.channels.running_mean[worst]:.3g} and "
         f"{t.channels.running_std[worst]:.3g}",
-        "torch.optim.swa_utils.update_bn(loader, model)  # on data as in use",
+        "truenorm.recalibrate(model, loader)  # on data as in use",
     )  # fmt: skip
 
 
