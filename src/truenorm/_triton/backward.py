@@ -21,11 +21,12 @@ from .tiles import (
     statistics,
     two_floats,
     unit_offsets,
+    units_of,
     value_offsets,
 )
 
 
-@triton.jit(do_not_specialize=["U", "R", "units", "n", "blocks", "eps_bits"])
+@triton.jit(do_not_specialize=["R", "units", "n", "blocks", "eps_bits"])
 def backward(
     p_grad, p_x, p_mean, p_var, p_weight, o_grad, o_weight, o_bias,
     U, C, K, R, run_stride, units, n, blocks, eps_bits,
@@ -39,7 +40,6 @@ def backward(
 
     One sum per unit, or, where parameters go by value, one row of sums per program.
     """
-    lane = tl.arange(0, BU)
     at = tl.arange(0, BK)
     if RUNS:
         k, r = (at % K).to(INDEX), (at // K).to(INDEX)
@@ -54,8 +54,7 @@ def backward(
         of_weight = tl.zeros((BK,), ACC)
         of_bias = tl.zeros((BK,), ACC)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        u = (tl.zeros((BU,), INDEX) + block) * units + lane
-        in_unit = (lane < units) & (u < U)
+        u, in_unit = units_of(block, U, units, BU, GROUPED, INDEX)
         offsets = unit_offsets(u, C, K, COLUMNS, ONE_SAMPLE)[:, None] + inside[None, :]
         mask = in_unit[:, None] & in_value[None, :]
         if GROUPED:
@@ -98,7 +97,7 @@ def backward(
 
 @triton.jit(
     do_not_specialize=[
-        "U", "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "eps_bits",
+        "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "eps_bits",
     ]
 )  # fmt: skip
 def backward_sums(
@@ -186,7 +185,7 @@ def merge_sums(
 
 @triton.jit(
     do_not_specialize=[
-        "U", "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "eps_bits",
+        "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "eps_bits",
     ]
 )  # fmt: skip
 def backward_apply(

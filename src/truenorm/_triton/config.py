@@ -32,7 +32,7 @@ class Limits:
     """
 
     forward: int = 65536
-    backward: int = 65536
+    backward: int = 32768
     tile: int = 8192
     per_thread: int = 64
     columns: int = 8

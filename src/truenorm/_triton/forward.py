@@ -19,6 +19,7 @@ from .tiles import (
     statistics,
     two_floats,
     unit_offsets,
+    units_of,
     value_offsets,
 )
 
@@ -53,7 +54,7 @@ def _tile_moments(x, mask, n, CENTRED: tl.constexpr, GROUPED: tl.constexpr, ACC:
     return mean, var, d
 
 
-@triton.jit(do_not_specialize=["eps_bits", "U", "R", "units", "n"])
+@triton.jit(do_not_specialize=["eps_bits", "R", "units", "n"])
 def forward(
     p_x, p_weight, p_bias, o_y, o_mean, o_var,
     U, C, K, R, run_stride, units, n, eps_bits,
@@ -63,9 +64,7 @@ def forward(
     CENTRED: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """y, mean and variance, x read once: a tile holds every value of its statistics."""
-    lane = tl.arange(0, BU)
-    u = tl.program_id(0).to(INDEX) * units + lane
-    in_unit = (lane < units) & (u < U)
+    u, in_unit = units_of(tl.program_id(0), U, units, BU, GROUPED, INDEX)
     at = tl.arange(0, BK)
     if RUNS:
         k, r = (at % K).to(INDEX), (at // K).to(INDEX)
@@ -80,7 +79,7 @@ def forward(
     x = tl.load(p_x + offsets, mask=mask, other=0).to(ACC)
     mean, var, d = _tile_moments(x, mask, tl.full((), n, ACC), CENTRED, GROUPED, ACC)
     if GROUPED:
-        statistic, writes = u // units, in_unit & (lane == 0)
+        statistic, writes = u // units, in_unit & (u % units == 0)
     else:
         statistic, writes = u, in_unit
     tl.store(o_mean + statistic, mean, mask=writes)
@@ -117,7 +116,7 @@ def _sums(
     return tl.sum(s1, 1), tl.sum(s2, 1)
 
 
-@triton.jit(do_not_specialize=["U", "R", "unit_blocks", "chunks", "k_chunks", "r_chunk"])
+@triton.jit(do_not_specialize=["R", "unit_blocks", "chunks", "k_chunks", "r_chunk"])
 def moments(
     p_x, o_mean, o_m2,
     U, C, K, R, run_stride, unit_blocks, chunks, k_chunks, k_chunk, r_chunk,
@@ -208,7 +207,7 @@ def merge_moments(
 
 @triton.jit(
     do_not_specialize=[
-        "U", "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "eps_bits",
+        "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "eps_bits",
     ]
 )  # fmt: skip
 def normalize(

@@ -32,6 +32,11 @@ def _bits(value: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
+def _launch(warps: int) -> dict[str, Any]:
+    # named, since Triton 3.10 changes what it takes without
+    return {"num_warps": warps, "enable_fp_fusion": True}
+
+
 def _on(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
@@ -130,7 +135,7 @@ class Units:
             "BK": launch.values,
             "COLUMNS": self.columns,
             "ONE_SAMPLE": self.one_sample,
-            "num_warps": launch.warps,
+            **_launch(launch.warps),
         }
 
 
@@ -198,7 +203,7 @@ def _moments(x: Tensor, units: Units, centred: bool) -> tuple[Tensor, Tensor]:
     forward_kernels.merge_moments[(-(-units.statistics // merge.units),)](
         parts[0], parts[1], mean, var,
         units.statistics, per_statistic, plan.count, units.K, units.R, *plan.cuts,
-        CENTRED=centred, BQ=merge.units, BP=merge.values, num_warps=merge.warps,
+        CENTRED=centred, BQ=merge.units, BP=merge.values, **_launch(merge.warps),
     )  # fmt: skip
     return mean, var
 
@@ -382,7 +387,7 @@ class _Backward:
             gx, g, self.weight, slope, shift, self.grad_weight, self.grad_bias,
             results, units.C, units.values, parts, chunks, *steps,
             STATISTICS=statistics is not None, PARAMETERS=parameters, HAS_WEIGHT=weighted,
-            BQ=merge.units, BP=merge.values, num_warps=merge.warps,
+            BQ=merge.units, BP=merge.values, **_launch(merge.warps),
         )  # fmt: skip
 
     def _sums(self, plan: Streamed, *, by_value: bool, weighted: bool) -> tuple[Tensor, Tensor]:
@@ -464,7 +469,7 @@ def update_running(
             channels, mean.numel() // channels, values,
             _bits(0.0 if momentum is None else momentum),
             HAS_COUNT=num_batches_tracked is not None, AVERAGE=momentum is None, BC=128, BN=8,
-            num_warps=4,
+            **_launch(4),
         )  # fmt: skip
         if momentum is None and num_batches_tracked is not None:
             num_batches_tracked.add_(1)
@@ -485,7 +490,7 @@ def _response(x: Tensor, beta: float) -> tuple[tuple[int, int, int], dict[str, A
         # float32's logarithm is too coarse for other powers
         "ACC": acc if quarters else tl.float64,
         "INDEX": _index(x),
-        "num_warps": 4,
+        **_launch(4),
     }
     return (x.numel(), c, 1 if _inside(x, s) else s), constants
 

@@ -45,6 +45,24 @@ def split_program(unit_blocks, chunks, CHUNKS_FIRST: tl.constexpr, BACKWARDS: tl
 
 
 @triton.jit
+def units_of(
+    block, U, units, BU: tl.constexpr, GROUPED: tl.constexpr, INDEX: tl.constexpr
+):  # fmt: skip
+    """The units of a tile of whole statistics, and which of them there are.
+
+    Grouped, a tile holds the `units` of one statistic, else BU of them.
+    """
+    lane = tl.arange(0, BU)
+    # in the interpreter the block of a loop is a plain integer
+    first = tl.zeros((BU,), INDEX) + block
+    if GROUPED:
+        u = first * units + lane
+        return u, (lane < units) & (u < U)
+    u = first * BU + lane
+    return u, u < U
+
+
+@triton.jit
 def unit_offsets(u, C, K, COLUMNS: tl.constexpr, ONE_SAMPLE: tl.constexpr):
     """Where units begin. u decides whether offsets have 32 or 64 bits."""
     if COLUMNS:
