@@ -15,6 +15,9 @@ import torch
 # must not be run in their stead
 CACHE = tempfile.TemporaryDirectory(prefix="truenorm-tests-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
+# before anything imports Triton: without a GPU its kernels run in the interpreter (on_triton.py)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 with warnings.catch_warnings():
     # without the native library truenorm warns, and the suite runs on plain PyTorch ops

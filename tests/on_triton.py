@@ -1,11 +1,13 @@
 """Layers on the Triton kernels: on the GPU where there is one, else in Triton's interpreter.
 
-`device()` says where tensors must be, `triton_kernels()` routes truenorm's operators to the kernels
-while it is open: on the CPU, whose own kernels would otherwise serve them.
+`DEVICE` is where tensors must be. `triton_kernels()` routes truenorm's operators to the kernels
+while it is open, on a CPU, whose own kernels would otherwise serve them. `small_tiles()` cuts small
+cases into as many tiles, chunks and programs as large ones.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -23,8 +25,8 @@ DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 if os.environ.get("FAIL_WITHOUT_CUDA") == "1" and not HAS_CUDA:
     raise RuntimeError("FAIL_WITHOUT_CUDA=1, and torch sees no CUDA device on this machine")
 
-# conftest.py has asked for the interpreter where there is no GPU
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")
 
 
 def _round_to_nearest() -> None:
@@ -59,18 +61,49 @@ class _Routed(TorchDispatchMode):
             getattr(torch.ops.truenorm, name).default: kernel
             for name, kernel in host.KERNELS.items()
         }
+        self.served = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return self.kernels.get(func, func)(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kernel = self.kernels.get(func)
+        self.served += kernel is not None
+        return (kernel or func)(*args, **(kwargs or {}))
 
 
 @contextmanager
 def triton_kernels() -> Iterator[None]:
-    """truenorm's operators run the Triton kernels. On a GPU they do so by themselves."""
+    """truenorm's operators run the Triton kernels, and did so at least once."""
     if HAS_CUDA:
+        import truenorm
+
+        assert truenorm.info().cuda == "triton"
         yield
         return
-    with _Routed():
+    with (
+        # numpy warns of what a GPU computes in silence: Inf and NaN, and the lanes of a mask
+        np_errors(),
+        _Routed() as mode,
+    ):
         yield
+    assert mode.served
+
+
+@contextmanager
+def np_errors() -> Iterator[None]:
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        yield
+
+
+@contextmanager
+def small_tiles(**limits: int) -> Iterator[None]:
+    """No statistic fits on chip, and a chunk is two small tiles; or what `limits` say."""
+    from truenorm._triton import config
+
+    before = config.LIMITS
+    small = {"forward": 0, "backward": 0, "tile": 256, "steps": 2, "columns": 2, "per_thread": 8}
+    config.LIMITS = dataclasses.replace(before, **(limits or small))
+    try:
+        yield
+    finally:
+        config.LIMITS = before
