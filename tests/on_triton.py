@@ -18,6 +18,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import truenorm
+from truenorm import _triton
+from truenorm._ops import operators
+
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
@@ -55,11 +59,9 @@ if HAS_TRITON and not HAS_CUDA:
 class _Routed(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        from truenorm._triton import host
-
         self.kernels = {
-            getattr(torch.ops.truenorm, name).default: kernel
-            for name, kernel in host.KERNELS.items()
+            getattr(torch.ops.truenorm, name).default: _triton.serving(name, plain)
+            for name, plain in operators.PLAIN.items()
         }
         self.served = 0
 
@@ -73,26 +75,16 @@ class _Routed(TorchDispatchMode):
 def triton_kernels() -> Iterator[None]:
     """truenorm's operators run the Triton kernels, and did so at least once."""
     if HAS_CUDA:
-        import truenorm
-
         assert truenorm.info().cuda == "triton"
         yield
         return
-    with (
-        # numpy warns of what a GPU computes in silence: Inf and NaN, and the lanes of a mask
-        np_errors(),
-        _Routed() as mode,
-    ):
-        yield
-    assert mode.served
-
-
-@contextmanager
-def np_errors() -> Iterator[None]:
     import numpy as np
 
-    with np.errstate(all="ignore"):
+    # numpy warns of what a GPU computes in silence: Inf and NaN, and the lanes outside a mask
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"), _Routed() as mode:
+        patch.setattr(_triton, "why_plain", lambda index: "")
         yield
+    assert mode.served
 
 
 @contextmanager

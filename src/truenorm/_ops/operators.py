@@ -114,7 +114,7 @@ def _plain_backward(
     )
 
 
-_PLAIN: dict[str, Callable[..., Any]] = {
+PLAIN: dict[str, Callable[..., Any]] = {
     "forward": _plain_forward,
     "apply": _plain_apply,
     "backward": _plain_backward,
@@ -122,9 +122,9 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "local_response_norm": _plain.local_response_norm,
     "local_response_norm_backward": _plain.local_response_norm_backward,
 }
-for _name, _kernel in _PLAIN.items():
+for _name, _kernel in PLAIN.items():
     _library_def.impl(_name, _kernel, "CompositeExplicitAutograd")
-_triton.register(_library_def, _PLAIN)
+_triton.register(_library_def, PLAIN)
 
 
 # ---------------------------------------------------------------- shape rules, for the compiler

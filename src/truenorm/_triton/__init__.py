@@ -100,14 +100,16 @@ def why_plain(index: int) -> str:
     return _devices[index]
 
 
-def _serving(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+def serving(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator on CUDA tensors: the kernels, or plain where they cannot serve."""
+
     def serve(*args: Any) -> Any:
-        # the first argument of every operator is a tensor on the device
+        # the first argument of every operator is a tensor on the device, of the input's kind
         if why_plain(args[0].device.index):
             return plain(*args)
         from . import host
 
-        return host.KERNELS[name](*args)
+        return (host.KERNELS[name] if host.serves(args[0]) else plain)(*args)
 
     return serve
 
@@ -116,7 +118,7 @@ def register(library: torch.library.Library, plain: Kernels) -> None:
     """Put the kernels before the plain ones, for CUDA tensors."""
     if not WHY_NOT:
         for name, kernel in plain.items():
-            library.impl(name, _serving(name, kernel), "CUDA")
+            library.impl(name, serving(name, kernel), "CUDA")
 
 
 def describe() -> tuple[str, str]:

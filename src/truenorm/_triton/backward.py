@@ -1,4 +1,4 @@
-"""The backward kernels: x and the output's gradient read once where both fit on chip, else in passes.
+"""The backward kernels: x and the output's gradient read once where they fit on chip, or in passes.
 
     grad_x = (w·g − mean(w·g) − x̂ · mean(w·g·x̂)) / std        means over a statistic
     grad_weight = Σ g·x̂,  grad_bias = Σ g                     over a parameter's values

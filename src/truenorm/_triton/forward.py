@@ -165,9 +165,7 @@ def moments(
     tl.store(o_m2 + u * chunks + chunk, m2, mask=in_unit)
 
 
-@triton.jit(
-    do_not_specialize=["Q", "parts", "chunks", "K", "R", "k_chunks", "k_chunk", "r_chunk"]
-)
+@triton.jit(do_not_specialize=["Q", "parts", "chunks", "K", "R", "k_chunks", "k_chunk", "r_chunk"])
 def merge_moments(
     p_mean, p_m2, o_mean, o_var,
     Q, parts, chunks, K, R, k_chunks, k_chunk, r_chunk,

@@ -7,6 +7,7 @@ capture them. Launches and bytes are counted in docs/performance.md.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -209,8 +210,16 @@ def _moments(x: Tensor, units: Units, centred: bool) -> tuple[Tensor, Tensor]:
 
 
 def _normalize(
-    x: Tensor, y: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, units: Units,
-    eps: float, *, own: bool,
+    x: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Any,
+    bias: Any,
+    units: Units,
+    eps: float,
+    *,
+    own: bool,
 ) -> None:
     # a mean of the values' own is rounded, one that was given is not
     acc, width = _compute(x, cancels=own or bias is not None)
@@ -233,8 +242,6 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     axes = Axes(num_groups, feature_dims, centred)
-    if not serves(x):
-        return _plain.forward(x, weight, bias, axes, eps)
     y = _axes.empty_result(x, axes)
     with _on(x):
         x, weight, bias = _dense(x, y.stride()), _flat(weight), _flat(bias)
@@ -263,8 +270,6 @@ def forward(
 def apply(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    if not serves(x):
-        return _plain.apply(x, mean, var, weight, bias, BATCH, eps)
     y = _axes.empty_result(x, BATCH)
     with _on(x):
         x = _dense(x, y.stride())
@@ -456,8 +461,11 @@ def update_running(
     var: Tensor,
     momentum: float | None,
 ) -> None:
-    dense = running_mean.is_contiguous() and running_var.is_contiguous()
-    if not (serves(x) and dense):
+    plain = not (running_mean.is_contiguous() and running_var.is_contiguous())
+    if num_batches_tracked is not None:
+        # a layer whose buffers were moved one by one
+        plain |= num_batches_tracked.device != x.device
+    if plain:
         return _plain.update_running(
             running_mean, running_var, num_batches_tracked, x, mean, var, momentum
         )
@@ -496,8 +504,6 @@ def _response(x: Tensor, beta: float) -> tuple[tuple[int, int, int], dict[str, A
 
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    if not serves(x):
-        return _plain.local_response_norm(x, size, alpha, beta, k)
     y = _axes.empty_result(x, BATCH)
     with _on(x):
         x = _dense(x, y.stride())
@@ -511,8 +517,6 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
 def local_response_norm_backward(
     grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> Tensor:
-    if not serves(x):
-        return _plain.local_response_norm_backward(grad, x, size, alpha, beta, k)
     result = _axes.empty_result(x, BATCH)
     with _on(x):
         x, grad = _dense(x, result.stride()), _dense(grad.to(x.dtype), result.stride())
@@ -528,7 +532,7 @@ def serves(x: Tensor) -> bool:
     return x.dtype in DTYPES and x.numel() > 0
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "forward": forward,
     "apply": apply,
     "backward": backward,

@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def as_float64(bits):
-    """The float64 with these bits: Triton would pass a float as float32, and lose an eps of 1e-65."""
+    """The float64 with these bits: Triton passes a float as float32, which has no eps of 1e-65."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
