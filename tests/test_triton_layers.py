@@ -92,6 +92,14 @@ def test_more_than_one_tile(case: Case, cut: str) -> None:
             check_layer(layer, place(case.input(dtype, offset=3.0), layout))
 
 
+def test_more_blocks_of_rows_than_programs() -> None:
+    """A program then adds up the parameters' gradients over several blocks."""
+    for case in (Case("LayerNorm", ((20,),), {}, (37, 20)), Case("RMSNorm", ((9,),), {}, (70, 9))):
+        layer = build(case)
+        with small_tiles(tile=32), triton_kernels():
+            check_layer(layer, case.input().to(DEVICE))
+
+
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize(
     ("name", "momentum"), [("BatchNorm2d", 0.3), ("BatchNorm2d", None), ("InstanceNorm2d", 0.3)]

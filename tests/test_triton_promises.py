@@ -12,6 +12,9 @@ from checking import check_layer
 from on_triton import DEVICE, needs_triton, small_tiles, triton_kernels
 from promises import bits, same
 from tolerances import FLOAT32_FORWARD, FLOAT32_GRADIENT, relative
+from torch import Tensor
+
+from truenorm import _axes
 
 pytestmark = needs_triton
 
@@ -55,18 +58,47 @@ def test_offsets(case: Case, offset: float, cut: str) -> None:
 
 
 @BY_CUT
-@BY_CASE
-def test_a_chunk_that_starts_far_from_its_mean(case: Case, cut: str) -> None:
-    """A first value, a first tile and a whole sample far out: what a shift about it would lose."""
-    if "RMS" in case.layer:
-        return  # not centred: nothing is shifted
+@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case.id)
+def test_values_that_start_far_from_their_mean(case: Case, cut: str) -> None:
+    """A first value, and a whole first tile, far out: what sums about it would lose."""
     for far in (slice(0, 1), slice(0, 40)):
         layer = case.build().to(DEVICE)
         x = case.input()
         x.view(-1)[far] += 3e5
-        x = x.to(DEVICE)
         with CUTS[cut](), triton_kernels():
-            check_layer(layer, x)
+            check_layer(layer, x.to(DEVICE))
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row."""
+    forward = torch.ops.truenorm.forward.default
+    with triton_kernels():
+        return forward(x, None, None, *_axes.layer(1), 1e-5)[1:]  # type: ignore[no-any-return]
+
+
+def test_a_pivot_far_from_the_mean_of_its_chunk() -> None:
+    """Those sums are made again in float64: nothing of float32's rounding is left."""
+    x = torch.randn(3, 250).to(DEVICE)
+    x[1, :16] += 1e4
+    # chunks of 16 tiles of 16 values
+    with small_tiles(forward=0, tile=64):
+        mean, var = moments(x)
+    wide = x.double()[1]
+    assert relative(mean[1], wide.mean()) <= 1e-14
+    assert relative(var[1], wide.var(correction=0)) <= 1e-14
+
+
+@BY_CUT
+def test_neighbours_in_a_tile(cut: str) -> None:
+    """What is summed again for one statistic leaves the others of its tile as they were."""
+    x = torch.randn(8, 9).to(DEVICE)
+    with CUTS[cut]():
+        before = moments(x)
+        x[3] *= 1e25
+        after = moments(x)
+    for a, b in zip(before, after, strict=True):
+        assert torch.isfinite(b).all()
+        assert [i for i in range(8) if a[i] != b[i]] == [3]
 
 
 @BY_CUT

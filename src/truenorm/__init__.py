@@ -6,6 +6,7 @@ from . import functional, nn, reference
 from ._explain import explain
 from ._library import info
 from ._pool import empty_cache
+from ._triton.tune import tune
 from .convert import convert, revert
 from .nn import *  # noqa: F403
 from .nn import __all__ as _layers
@@ -19,5 +20,6 @@ __all__ = [
     "nn",
     "reference",
     "revert",
+    "tune",
     *_layers,
 ]

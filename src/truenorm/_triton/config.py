@@ -6,7 +6,10 @@ sums, and so its bits, must not depend on what else is in the batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,41 @@ LIMITS = Limits()
 MAX_WARPS = 16
 
 
+class Key(NamedTuple):
+    """What a tile is chosen for: `whole` statistics, or to walk over units with; see below."""
+
+    whole: bool
+    values: int
+    units: int
+    columns: bool
+    grouped: bool
+    width: int
+    backward: bool
+
+
+# truenorm.tune's
+CHOSEN: dict[Key, Launch] = {}
+_asked: dict[Key, Launch] | None = None
+
+
+@contextmanager
+def asked() -> Iterator[dict[Key, Launch]]:
+    """What is chosen while this is open."""
+    global _asked
+    _asked = {}
+    try:
+        yield _asked
+    finally:
+        _asked = None
+
+
+def _choose(key: Key, launch: Launch) -> Launch:
+    chosen = CHOSEN.get(key, launch)
+    if _asked is not None:
+        _asked[key] = chosen
+    return chosen
+
+
 def power_of_two(n: int) -> int:
     """The least power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -72,7 +110,8 @@ def whole(
     limit = LIMITS.backward if backward else LIMITS.forward
     if tall * wide * width > limit:
         return None
-    return Launch(tall, wide, _warps(tall * wide * width))
+    key = Key(True, values, units, columns, grouped, width, backward)
+    return _choose(key, Launch(tall, wide, _warps(tall * wide * width)))
 
 
 def streamed(values: int, units: int, *, columns: bool, width: int) -> Launch:
@@ -82,7 +121,8 @@ def streamed(values: int, units: int, *, columns: bool, width: int) -> Launch:
     else:
         tall = max(1, LIMITS.tile // (power_of_two(values) * width))
     wide = min(power_of_two(values), max(1, LIMITS.tile // (tall * width)))
-    return Launch(tall, wide, _warps(tall * wide * width))
+    key = Key(False, values, units, columns, False, width, False)
+    return _choose(key, Launch(tall, wide, _warps(tall * wide * width)))
 
 
 @dataclass(frozen=True)

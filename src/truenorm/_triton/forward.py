@@ -150,7 +150,7 @@ def moments(
     m2 = m2.to(tl.float64)
     if ACC == tl.float32:
         # squares outside float32's range, or a first tile far from the mean of the chunk
-        lost = (s2 < 1e-24) | (s2 > 1e24) | (s2 != s2) | (m2 < 0.0625 * s2)
+        lost = (s2 < 1e-24) | (s2 > 1e24) | (s2 != s2) | (m2 < 0.25 * s2)
         if tl.max((lost & in_unit).to(tl.int32), 0) > 0:
             t1, t2 = _sums(
                 p_x, base, in_unit, pivot.to(tl.float64), r0, r1, k0, k1, C, run_stride,
