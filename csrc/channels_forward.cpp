@@ -57,10 +57,9 @@ void statistics(const Forward<T>& f, const Cut& cut) {
 template <class T>
 struct ForwardCoefficients {
   Arrays<compute_t<T>> values;
-  Arrays<double> doubles;
 
   ForwardCoefficients(const Forward<T>& f, const Cut& cut)
-      : values(3, cut.matrices * cut.cols), doubles(is_half<T> ? 3 : 0, cut.matrices * cut.cols) {
+      : values(Affines<T>::kArrays, cut.matrices * cut.cols) {
     const int64_t per_group = f.geometry.channels_per_group(), groups = f.geometry.groups();
     const Affines<T> all = (*this)(0);
     parallel(cut.matrices, 8 * cut.channels, [&](int64_t m) {
@@ -74,8 +73,9 @@ struct ForwardCoefficients {
   }
 
   Affines<T> operator()(int64_t first) const {
-    return Affines<T>{values[0], values[1], values[2], doubles[0], doubles[1], doubles[2]}.from(
-        first);
+    Affines<T> all;
+    for (int64_t i = 0; i < Affines<T>::kArrays; ++i) all.of[i] = values[i];
+    return all.from(first);
   }
 };
 

@@ -1,7 +1,9 @@
 // Element types, and the coefficients that the inner loops apply to them.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace truenorm {
@@ -20,69 +22,96 @@ using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T>
 constexpr bool is_half = std::is_same_v<T, bf16> || std::is_same_v<T, f16>;
 
+// `value` with its low bits cut off, so that the difference to a T of about its size is exact.
+template <class T>
+float coarse(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits &= std::is_same_v<T, bf16> ? 0xffff0000u : 0xffffe000u;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// What half precision subtracts from x, so that the difference is exact: nothing where the mean is
+// small enough to go into a coefficient, and else the mean, so coarse that it loses no bit of an x
+// of its size. A mean that is itself a T, as where all values are equal, is subtracted whole, so
+// that exactly the bias is left.
+template <class T>
+float exact_base(double mean, double rstd) {
+  const float base = coarse<T>(float(mean));
+  return double(base) == mean || !(std::fabs(mean) * rstd <= 32.0) ? base : 0.0f;
+}
+
 // y = (x − hi) · scale + shift, with the mean as two numbers: hi is subtracted first, exactly where
-// it matters, and the rest, lo, goes into the shift. Half precision needs the same once more in
-// double: where weight · x̂ and bias cancel, float32's error is more than the last place of the
-// small number that is left.
+// it matters, and the rest, lo, goes into the shift.
+//
+// Half precision takes scale and shift as two floats each, and an exact x − hi: where weight · x̂ and
+// bias cancel, float32's error is more than the last place of the small number that is left.
 template <class T>
 struct Affine {
   using A = compute_t<T>;
   A hi, scale, shift;
-  double mean, slope, bias;
+  A scale_rest, shift_rest;
 
   Affine() = default;
-  Affine(double mean_, double rstd, const A* weight, const A* biases, int64_t channel)
-      : hi(A(mean_)),
-        mean(mean_),
-        slope(weight ? rstd * double(weight[channel]) : rstd),
-        bias(biases ? double(biases[channel]) : 0.0) {
-    const double lo = mean - double(hi);
+  Affine(double mean, double rstd, const A* weight, const A* biases, int64_t channel)
+      : hi(A(mean)) {
+    const double slope = weight ? rstd * double(weight[channel]) : rstd;
+    const double bias = biases ? double(biases[channel]) : 0.0;
+    if constexpr (is_half<T>) hi = exact_base<T>(mean, rstd);
+    const double offset = bias - (mean - double(hi)) * slope;
     scale = A(slope);
-    shift = A(bias - lo * slope);
+    shift = A(offset);
+    scale_rest = A(slope - double(scale));
+    shift_rest = A(offset - double(shift));
   }
 };
 
-// One Affine per element, array by array; the doubles are there for half precision alone. 32 values
+// One Affine per element, array by array; the rests are there for half precision alone. 32 values
 // past the end are readable.
 template <class T>
 struct Affines {
-  compute_t<T>*hi, *scale, *shift;
-  double *mean, *slope, *bias;
+  static constexpr int64_t kArrays = is_half<T> ? 5 : 3;
+  compute_t<T>* of[kArrays];
 
   void set(int64_t i, const Affine<T>& a) const {
-    hi[i] = a.hi;
-    scale[i] = a.scale;
-    shift[i] = a.shift;
+    of[0][i] = a.hi;
+    of[1][i] = a.scale;
+    of[2][i] = a.shift;
     if constexpr (is_half<T>) {
-      mean[i] = a.mean;
-      slope[i] = a.slope;
-      bias[i] = a.bias;
+      of[3][i] = a.scale_rest;
+      of[4][i] = a.shift_rest;
     }
   }
   Affines from(int64_t i) const {
-    if constexpr (is_half<T>)
-      return {hi + i, scale + i, shift + i, mean + i, slope + i, bias + i};
-    else
-      return {hi + i, scale + i, shift + i, nullptr, nullptr, nullptr};
+    Affines moved = *this;
+    for (auto& array : moved.of) array += i;
+    return moved;
   }
 };
 
 // y = ((x − hi) − lo) · rstd · weight + bias, weight and bias by element, null where there is none.
+//
+// With a bias half precision needs more of x̂ than a float holds, see x_hat_twice(): there
+// x̂ = (x − base) · (rstd + rstd_rest) + offset + offset_rest.
 template <class T>
 struct RowAffine {
   using A = compute_t<T>;
+  static constexpr double kGrid = 0x1p-14;  // of offset
   A hi, lo, rstd;
-  double mean, rstd_double;
+  A base, rstd_rest, offset, offset_rest;
   const A *weight, *bias;
 
-  RowAffine(double mean_, double rstd_, const A* w, const A* b)
-      : hi(A(mean_)),
-        lo(A(mean_ - double(hi))),
-        rstd(A(rstd_)),
-        mean(mean_),
-        rstd_double(rstd_),
-        weight(w),
-        bias(b) {}
+  RowAffine(double mean, double rstd_, const A* w, const A* b)
+      : hi(A(mean)), lo(A(mean - double(hi))), rstd(A(rstd_)), weight(w), bias(b) {
+    if constexpr (is_half<T>) {
+      base = exact_base<T>(mean, rstd_);
+      rstd_rest = A(rstd_ - double(rstd));
+      const double shift = (double(base) - mean) * rstd_;
+      offset = A(std::nearbyint(shift / kGrid) * kGrid);
+      offset_rest = A(shift - double(offset));
+    }
+  }
 };
 
 // grad_x = grad · scale + (x − hi) · rstd · slope + shift. rstd is kept apart from slope: their

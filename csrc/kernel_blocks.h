@@ -19,6 +19,16 @@ TN_INLINE void blocks(int64_t len, const Body& body) {
   if (i < len) body(len - N, int(i + N - len));
 }
 
+// The beginning of a run that is read some runs later: runs that lie apart are no stream that the
+// processor foresees.
+template <class T>
+TN_INLINE void foresee(const T* run, int64_t len) {
+  constexpr int64_t kMost = 256 / int64_t(sizeof(T)), kStep = int64_t(kLine / sizeof(T));
+  for (int64_t i = 0; i < (len < kMost ? len : kMost); i += kStep) __builtin_prefetch(run + i);
+  if (len < kMost) __builtin_prefetch(run + len - 1);
+}
+constexpr int64_t kForesight = 4;  // runs ahead
+
 // to[i] += from[i]
 TN_INLINE void add_doubles(double* to, vd from) { store_raw(to, load_raw<vd>(to) + from); }
 TN_INLINE void add_doubles(double* to, vf from) {

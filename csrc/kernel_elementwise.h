@@ -6,35 +6,20 @@
 namespace truenorm {
 namespace {
 
-// bfloat16: y = p + q in float is off by at most 1.5 · 2^-22 of |q|, which is much of y's last
-// place where the two cancel, and can turn the rounding wherever y is that near to half way between
-// two bfloat16: there the value is computed again in double. Each value is judged by itself,
-// whatever its neighbours are. float16, of three more bits, would need it too often to gain: it is
-// computed in double throughout.
-constexpr float kOff = 3.0f;
-
-// Whether y's distance from half way, in last places of a float, times |y| is less than `off`.
-TN_INLINE vi near_half_way(vf y, vf off) {
-  const vi distance = ((vi)y & 0xffff) - 0x8000;
-  return magnitude(__builtin_convertvector(distance, vf) * y) < off;
-}
-
-// p + q, and exact(k, h), half h of vector k in double, where that is needed; off = kOff · |q|.
-template <class T, class P, class Exact>
-TN_INLINE P sum_exactly(const P& p, const vf (&q)[2], const vf (&off)[2], const Exact& exact) {
-  P y;
-  if constexpr (std::is_same_v<T, f16>) {
-    for (int k = 0; k < 2; ++k) y.v[k] = rejoin(exact(k, 0), exact(k, 1));
-    return y;
-  }
-  vi again[2];
+// Half precision: d · scale + shift, each of them two floats, off by little more than the rounding to
+// float, whatever cancels.
+template <class P>
+TN_INLINE P affine_twice(const P& d, const vf (&scale)[2], const vf (&shift)[2],
+                         const vf (&scale_rest)[2], const vf (&shift_rest)[2]) {
+  P y, out;
   for (int k = 0; k < 2; ++k) {
-    y.v[k] = p.v[k] + q[k];
-    again[k] = near_half_way(y.v[k], off[k]);
+    y.v[k] = fused(d.v[k], scale[k], shift[k]);
+    out.v[k] = y.v[k] + fused(d.v[k], scale_rest[k], shift_rest[k]);
   }
-  if (__builtin_expect(any(again[0] | again[1]), 0))
-    for (int k = 0; k < 2; ++k) y.v[k] = again[k] ? rejoin(exact(k, 0), exact(k, 1)) : y.v[k];
-  return y;
+  // the rest of an infinite value may be infinite the other way
+  if (__builtin_expect(unordered(out.v[0], out.v[1]), 0))
+    for (int k = 0; k < 2; ++k) out.v[k] = out.v[k] == out.v[k] ? out.v[k] : y.v[k];
+  return out;
 }
 
 template <class T>
@@ -43,14 +28,10 @@ TN_INLINE void apply_run(const T* x, T* y, int64_t len, const Affine<T>& by, boo
   using V = typename P::V;
   const V hi = splat<V>(by.hi), scale = splat<V>(by.scale), shift = splat<V>(by.shift);
   if constexpr (is_half<T>) {
-    const vf off = magnitude(shift) * kOff;
+    const V scale_rest = splat<V>(by.scale_rest), shift_rest = splat<V>(by.shift_rest);
     map<P, 1>({x}, y, len, stream, [&](const P* v, int64_t) TN_FLAT {
-      const P p = {(v->v[0] - hi) * scale, (v->v[1] - hi) * scale};
-      return sum_exactly<T, P>(p, {shift, shift}, {off, off}, [&](int k, int h) TN_FLAT {
-        vd d[2];
-        doubles_of(v->v[k], d);
-        return (d[h] - by.mean) * by.slope + by.bias;
-      });
+      return affine_twice(P{v->v[0] - hi, v->v[1] - hi}, {scale, scale}, {shift, shift},
+                          {scale_rest, scale_rest}, {shift_rest, shift_rest});
     });
   } else {
     map<P, 1>({x}, y, len, stream, [&](const P* v, int64_t) TN_FLAT {
@@ -71,27 +52,31 @@ void apply_each(const T* x, T* y, int64_t rows, int64_t len, const Affines<T>& b
   using P = InOrder<T>;
   using V = typename P::V;
   map_rows<P, 1>({x}, y, rows, len, stream, [&](const P* v, int64_t i) TN_FLAT {
-    P p;
-    V shift[2];
+    P d;
+    V of[Affines<T>::kArrays][2];
     for (int k = 0; k < 2; ++k) {
-      const int64_t at = i + k * P::lanes;
-      p.v[k] = (v->v[k] - load_raw<V>(by.hi + at)) * load_raw<V>(by.scale + at);
-      shift[k] = load_raw<V>(by.shift + at);
+      for (int j = 0; j < Affines<T>::kArrays; ++j)
+        of[j][k] = load_raw<V>(by.of[j] + i + k * P::lanes);
+      d.v[k] = v->v[k] - of[0][k];
     }
     if constexpr (is_half<T>) {
-      const vf off[2] = {magnitude(shift[0]) * kOff, magnitude(shift[1]) * kOff};
-      return sum_exactly<T, P>(p, shift, off, [&](int k, int h) TN_FLAT {
-        const int64_t at = i + k * P::lanes + h * D;
-        vd d[2];
-        doubles_of(v->v[k], d);
-        return (d[h] - load_raw<vd>(by.mean + at)) * load_raw<vd>(by.slope + at) +
-               load_raw<vd>(by.bias + at);
-      });
+      return affine_twice(d, of[1], of[2], of[3], of[4]);
     } else {
-      for (int k = 0; k < 2; ++k) p.v[k] += shift[k];
-      return p;
+      for (int k = 0; k < 2; ++k) d.v[k] = d.v[k] * of[1][k] + of[2][k];
+      return d;
     }
   });
+}
+
+// x̂ as two floats: the one nearest on a grid of RowAffine::kGrid, from which the difference is
+// exact as long as x̂ is less than 2^10, and the rest.
+template <class T>
+TN_INLINE void x_hat_twice(vf x, const RowAffine<T>& by, vf& near, vf& rest) {
+  const vf d = x - by.base, rstd = splat<vf>(by.rstd), offset = splat<vf>(by.offset);
+  constexpr float to_grid = float(0x1.8p23 * RowAffine<T>::kGrid);
+  near = (fused(d, rstd, offset) + to_grid) - to_grid;
+  rest = fused(d, rstd, offset - near) +
+         fused(d, splat<vf>(by.rstd_rest), splat<vf>(by.offset_rest));
 }
 
 template <class T, bool Weight, bool Bias>
@@ -100,32 +85,21 @@ TN_INLINE void map_row(const T* x, T* y, int64_t len, const RowAffine<T>& by, bo
   using V = typename P::V;
   const V hi = splat<V>(by.hi), lo = splat<V>(by.lo), rstd = splat<V>(by.rstd);
   map<P, 1>({x}, y, len, stream, [&](const P* v, int64_t i) TN_FLAT {
-    P p;
-    V bias[2] = {};
+    P out;
     for (int k = 0; k < 2; ++k) {
       const int64_t at = i + k * P::lanes;
-      p.v[k] = ((v->v[k] - hi) - lo) * rstd;
-      if constexpr (Weight) p.v[k] *= load_raw<V>(by.weight + at);
-      if constexpr (Bias) bias[k] = load_raw<V>(by.bias + at);
+      if constexpr (is_half<T> && Bias) {
+        vf near, rest;
+        x_hat_twice(v->v[k], by, near, rest);
+        const vf weight = Weight ? load_raw<vf>(by.weight + at) : splat<vf>(1.0f);
+        out.v[k] = fused(weight, rest, fused(weight, near, load_raw<vf>(by.bias + at)));
+      } else {
+        out.v[k] = ((v->v[k] - hi) - lo) * rstd;
+        if constexpr (Weight) out.v[k] *= load_raw<V>(by.weight + at);
+        if constexpr (Bias) out.v[k] += load_raw<V>(by.bias + at);
+      }
     }
-    if constexpr (std::is_same_v<T, f16> || (is_half<T> && Bias)) {
-      const vf off[2] = {magnitude(bias[0]) * kOff, magnitude(bias[1]) * kOff};
-      return sum_exactly<T, P>(p, bias, off, [&](int k, int h) TN_FLAT {
-        vd d[2], w[2], b[2];
-        doubles_of(v->v[k], d);
-        doubles_of(bias[k], b);
-        d[h] = (d[h] - by.mean) * by.rstd_double;
-        if constexpr (Weight) {
-          doubles_of(load_raw<vf>(by.weight + i + k * P::lanes), w);
-          d[h] *= w[h];
-        }
-        return Bias ? d[h] + b[h] : d[h];
-      });
-    } else {
-      if constexpr (Bias)
-        for (int k = 0; k < 2; ++k) p.v[k] += bias[k];
-      return p;
-    }
+    return out;
   });
 }
 

@@ -58,6 +58,10 @@ TN_INLINE GradSums sum_gradients(const T* grad, const T* x, int64_t runs, int64_
   Padded<A, kStep> weight_copy;
   for (int64_t run = 0; run < runs; ++run) {
     const T *g = grad + run * stride, *v = x + run * stride;
+    if (run + kForesight < runs) {
+      foresee(g + kForesight * stride, len);
+      foresee(v + kForesight * stride, len);
+    }
     if (len < kStep)
       add(Padded<T, kStep>::fill(grad_copy, g, len, T{}),
           Padded<T, kStep>::fill(x_copy, v, len, v[0]),

@@ -32,7 +32,14 @@ TN_INLINE void map(const T* const (&in)[In], T* out, int64_t len, bool stream, c
     return;
   }
   if (!stream) {
-    blocks<kStep>(len, [&](int64_t i, int) TN_FLAT { step(in, i, out + i, false); });
+    int64_t i = 0;
+    if (len >= 4 * kStep) {
+      // go on where a cache line begins: a vector that lies in two costs two
+      step(in, 0, out, false);
+      i = kStep - int64_t((reinterpret_cast<uintptr_t>(out) & (kLine - 1)) / sizeof(T));
+    }
+    for (; i + kStep <= len; i += kStep) step(in, i, out + i, false);
+    if (i < len) step(in, len - kStep, out + len - kStep, false);
     return;
   }
   // whole cache lines past the caches, what is before and after them as usual

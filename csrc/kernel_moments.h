@@ -41,6 +41,7 @@ TN_INLINE Moments sums_about(const T* x, int64_t runs, int64_t len, int64_t stri
   Padded<T, kStep> padded;
   for (int64_t run = 0; run < runs; ++run) {
     const T* p = x + run * stride;
+    if (run + kForesight < runs) foresee(p + kForesight * stride, len);
     if (len < kStep)
       add(Padded<T, kStep>::fill(padded, p, len, origin), 0);
     else

@@ -19,16 +19,44 @@ struct BatchCut {
   int64_t count() const { return blocks * pieces; }
 };
 
-// body(index of the part, channel, offset, samples, values of a run) for every part.
+// body(offset, samples, values of a run) for one part of a channel.
 template <class Body>
-void over_batch(const Geometry& g, const BatchCut& cut, const Body& body) {
+auto of_part(const Geometry& g, const BatchCut& cut, int64_t channel, int64_t part,
+             const Body& body) {
+  const int64_t first = part / cut.pieces * cut.samples_per_block;
+  const int64_t begin = part % cut.pieces * kPiece;
+  return body((first * g.c + channel) * g.s + begin, std::min(cut.samples_per_block, g.n - first),
+              std::min(kPiece, g.s - begin));
+}
+
+// What body makes of every part of every channel, [C, parts], `add`ed up in order: total(channel).
+template <class Sum, class Body, class Total>
+void over_batch(const Geometry& g, const BatchCut& cut, const Body& body, const Total& total) {
+  const auto partial = scratch<Sum>(cut.count() * g.c);
   // neighbouring tasks are neighbouring channels, so that threads walk through memory
   parallel(cut.count() * g.c, cut.samples_per_block * std::min(g.s, kPiece), [&](int64_t i) {
-    const int64_t channel = i % g.c, part = i / g.c;
-    const int64_t first = part / cut.pieces * cut.samples_per_block;
-    const int64_t begin = part % cut.pieces * kPiece;
-    body(channel * cut.count() + part, channel, (first * g.c + channel) * g.s + begin,
-         std::min(cut.samples_per_block, g.n - first), std::min(kPiece, g.s - begin));
+    partial[i % g.c * cut.count() + i / g.c] = body(i % g.c, i / g.c);
+  });
+  for (int64_t c = 0; c < g.c; ++c)
+    total(c, [&](int64_t part) { return partial[c * cut.count() + part]; });
+}
+
+// Neighbouring channels that are one task, so that their second pass finds all their values over
+// the batch in cache; 0 where they do not fit, or are too few tasks.
+template <class T>
+int64_t channels_in_cache(const Geometry& g, int64_t tensors) {
+  constexpr int64_t kRun = 1024;  // values that lie side by side, for the prefetcher
+  const int64_t fit = kInCache / (tensors * g.n * g.s * int64_t(sizeof(T)));
+  if (fit == 0) return 0;
+  const int64_t channels = std::clamp<int64_t>(ceil_div(kRun, g.s), 1, std::min(g.c, fit));
+  return busy(ceil_div(g.c, channels)) ? channels : 0;
+}
+
+// body(first channel, channels) for every such task.
+template <class Body>
+void over_channels(const Geometry& g, int64_t channels, const Body& body) {
+  parallel(ceil_div(g.c, channels), channels * g.n * g.s, [&](int64_t i) {
+    body(i * channels, std::min(channels, g.c - i * channels));
   });
 }
 

@@ -91,50 +91,59 @@ void backward_groups(const Backward<T>& b) {
 }
 
 template <class T>
+void backward_fixed(const Backward<T>& b) {
+  using A = compute_t<T>;
+  const Geometry& g = b.geometry;
+  const auto scale = scratch<A>(g.c);
+  for (int64_t c = 0; c < g.c; ++c)
+    scale[c] = A(inverse_std(b.var[c], b.eps) * (b.weight ? double(b.weight[c]) : 1.0));
+  over_runs(g, [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
+    b.kernels.grad_scale(b.grad + offset, b.grad_x + offset, runs, len, scale.get() + channel,
+                         b.stream);
+    fence(b.stream);
+  });
+}
+
+// One statistic per channel over the batch. A channel that fits in cache is read from memory once.
+template <class T>
 void backward_batch(const Backward<T>& b) {
   using A = compute_t<T>;
   const Geometry& g = b.geometry;
-  const auto sums = scratch<GradSums>(g.c);
-  const bool needs_sums = b.grad_weight || b.grad_bias || !b.fixed;
-  if (needs_sums) {
-    const BatchCut cut(g);
-    const auto rstd = scratch<double>(g.c);
-    for (int64_t c = 0; c < g.c; ++c) rstd[c] = inverse_std(b.var[c], b.eps);
-    const auto partial = scratch<GradSums>(cut.count() * g.c);
-    over_batch(g, cut,
-               [&](int64_t index, int64_t channel, int64_t offset, int64_t runs, int64_t len) {
-                 partial[index] = b.kernels.grad_sums(b.grad + offset, b.x + offset, runs, len,
-                                                      g.c * g.s, b.mean[channel], rstd[channel]);
-               });
-    for (int64_t c = 0; c < g.c; ++c) {
-      for (int64_t p = 0; p < cut.count(); ++p) sums[c].add(partial[c * cut.count() + p]);
-      if (b.grad_weight) b.grad_weight[c] = sums[c].grad_x_hat;
-      if (b.grad_bias) b.grad_bias[c] = sums[c].grad;
-    }
-  }
-  if (!b.grad_x) return;
-  const auto weight = [&](int64_t c) { return b.weight ? double(b.weight[c]) : 1.0; };
-  if (b.fixed) {
-    const auto scale = scratch<A>(g.c);
-    for (int64_t c = 0; c < g.c; ++c) scale[c] = A(inverse_std(b.var[c], b.eps) * weight(c));
-    over_runs(g, [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
-      b.kernels.grad_scale(b.grad + offset, b.grad_x + offset, runs, len, scale.get() + channel,
-                           b.stream);
-      fence(b.stream);
-    });
-    return;
-  }
   const auto affine = scratch<GradAffine<A>>(g.c);
-  for (int64_t c = 0; c < g.c; ++c) {
-    const double w = weight(c);
-    const GroupGrad<T> group(b, c, w * sums[c].grad, w * sums[c].grad_x_hat);
-    affine[c] = GradAffine<A>(group.mean, group.rstd, w, group.mean_grad, group.mean_grad_x_hat);
-  }
-  over_runs(g, [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
+  const BatchCut cut(g);
+  const auto sums = [&](int64_t channel, int64_t part) {
+    return of_part(g, cut, channel, part, [&](int64_t offset, int64_t runs, int64_t len) {
+      return b.kernels.grad_sums(b.grad + offset, b.x + offset, runs, len, g.c * g.s,
+                                 b.mean[channel], inverse_std(b.var[channel], b.eps));
+    });
+  };
+  const auto add = [&](int64_t channel, const auto& of_part) {
+    GradSums total;
+    for (int64_t part = 0; part < cut.count(); ++part) total.add(of_part(part));
+    if (b.grad_weight) b.grad_weight[channel] = total.grad_x_hat;
+    if (b.grad_bias) b.grad_bias[channel] = total.grad;
+    const double w = b.weight ? double(b.weight[channel]) : 1.0;
+    const GroupGrad<T> group(b, channel, w * total.grad, w * total.grad_x_hat);
+    affine[channel] =
+        GradAffine<A>(group.mean, group.rstd, w, group.mean_grad, group.mean_grad_x_hat);
+  };
+  const auto apply = [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
     b.kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, runs, len,
                          affine.get() + channel, b.stream);
     fence(b.stream);
-  });
+  };
+  const bool moving = b.grad_x && !b.fixed;
+  if (const int64_t channels = moving ? channels_in_cache<T>(g, 2) : 0) {
+    over_channels(g, channels, [&](int64_t first, int64_t count) {
+      for (int64_t c = first; c < first + count; ++c)
+        add(c, [&](int64_t part) { return sums(c, part); });
+      for (int64_t n = g.n - 1; n >= 0; --n) apply(first, (n * g.c + first) * g.s, count, g.s);
+    });
+    return;
+  }
+  if (b.grad_weight || b.grad_bias || moving) over_batch<GradSums>(g, cut, sums, add);
+  if (moving) over_runs(g, apply);
+  if (b.grad_x && b.fixed) backward_fixed(b);
 }
 
 }  // namespace

@@ -79,28 +79,44 @@ void forward_groups(const Forward<T>& f) {
   });
 }
 
+// One statistic per channel over the batch. A channel that fits in cache is read from memory once.
 template <class T>
 void forward_batch(const Forward<T>& f) {
   const Geometry& g = f.geometry;
-  if (!f.fixed) {
-    const BatchCut cut(g);
-    const auto partial = scratch<Moments>(cut.count() * g.c);
-    over_batch(g, cut, [&](int64_t index, int64_t, int64_t offset, int64_t runs, int64_t len) {
-      partial[index] = f.kernels.moments(f.x + offset, runs, len, g.c * g.s, true);
-    });
-    for (int64_t channel = 0; channel < g.c; ++channel) {
-      Moments m;
-      for (int64_t p = 0; p < cut.count(); ++p) m.merge(partial[channel * cut.count() + p]);
-      set_statistic(f, channel, m);
-    }
-  }
   const auto affine = scratch<Affine<T>>(g.c);
-  for (int64_t c = 0; c < g.c; ++c)
+  const auto set_affine = [&](int64_t c) {
     affine[c] = Affine<T>(f.mean[c], inverse_std(f.var[c], f.eps), f.weight, f.bias, c);
-  over_runs(g, [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
+  };
+  const auto apply = [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
     f.kernels.apply(f.x + offset, f.y + offset, runs, len, affine.get() + channel, f.stream);
     fence(f.stream);
-  });
+  };
+  if (!f.fixed) {
+    const BatchCut cut(g);
+    const auto moments = [&](int64_t channel, int64_t part) {
+      return of_part(g, cut, channel, part, [&](int64_t offset, int64_t runs, int64_t len) {
+        return f.kernels.moments(f.x + offset, runs, len, g.c * g.s, true);
+      });
+    };
+    const auto merge = [&](int64_t channel, const auto& of_part) {
+      Moments m;
+      for (int64_t part = 0; part < cut.count(); ++part) m.merge(of_part(part));
+      set_statistic(f, channel, m);
+    };
+    if (const int64_t channels = channels_in_cache<T>(g, 1)) {
+      over_channels(g, channels, [&](int64_t first, int64_t count) {
+        for (int64_t c = first; c < first + count; ++c) {
+          merge(c, [&](int64_t part) { return moments(c, part); });
+          set_affine(c);
+        }
+        for (int64_t n = g.n - 1; n >= 0; --n) apply(first, (n * g.c + first) * g.s, count, g.s);
+      });
+      return;
+    }
+    over_batch<Moments>(g, cut, moments, merge);
+  }
+  for (int64_t c = 0; c < g.c; ++c) set_affine(c);
+  over_runs(g, apply);
 }
 
 }  // namespace

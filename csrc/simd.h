@@ -8,6 +8,8 @@
 
 #if defined(TRUENORM_X86)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "kernels.h"
@@ -34,6 +36,7 @@ typedef double vd __attribute__((vector_size(kBytes)));
 typedef int64_t vl __attribute__((vector_size(kBytes)));
 typedef int32_t vi __attribute__((vector_size(kBytes)));
 typedef uint32_t vu __attribute__((vector_size(kBytes)));
+typedef uint16_t vus __attribute__((vector_size(kBytes)));
 typedef uint16_t vh __attribute__((vector_size(kBytes / 2)));
 // as many narrow elements as there are doubles in a vector
 typedef float vf_half __attribute__((vector_size(kBytes / 2)));
@@ -113,6 +116,39 @@ TN_INLINE vd add_square(vd sum, vd v) {
 #endif
 }
 
+// a · b + c rounded once, with the same bits where there is no instruction for it: there the sum of
+// the exact product and c is rounded to odd in double, and so correctly to float.
+TN_INLINE vf fused(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  vf_half as[2], bs[2], cs[2], out[2];
+  std::memcpy(as, &a, sizeof(a));
+  std::memcpy(bs, &b, sizeof(b));
+  std::memcpy(cs, &c, sizeof(c));
+  for (int i = 0; i < 2; ++i) {
+    const vd product = widen_half(as[i]) * widen_half(bs[i]), term = widen_half(cs[i]);
+    const vd sum = product + term;
+    const vd rest = sum - product;
+    const vd error = (product - (sum - rest)) + (term - rest);
+    // an inexact sum whose last bit is even goes to its odd neighbour, on the side of the error; a
+    // sum that is not finite has an error that is NaN
+    const vl away = (error > 0.0) == (sum > 0.0);
+    const vl even = ((vl)sum & 1) == 0;
+    const vl inexact = (error > 0.0) | (error < 0.0);
+    const vl odd = (vl)sum + (inexact & even & ((away & 2) - 1));
+    out[i] = __builtin_convertvector((vd)odd, vf_half);
+  }
+  vf result;
+  std::memcpy(&result, out, sizeof(result));
+  return result;
+#endif
+}
+
 // 16 bits to 32 and back: gcc makes two halves of the generic conversion and joins them.
 TN_INLINE vu widen_bits(vh v) {
 #if defined(__AVX512F__)
@@ -129,12 +165,16 @@ TN_INLINE vh narrow_bits(vu v) {
 #endif
 }
 
-// To the nearest bfloat16, ties to even, in the upper half; a NaN stays one.
+// To the nearest bfloat16, ties to even, in the upper half, of what is not NaN.
+template <class U, class V>
+TN_INLINE U round_number_to_bf16(V v) {
+  const U bits = (U)v;
+  return bits + 0x7fffu + (bits >> 16 & 1u);
+}
+// The same; a NaN stays one.
 template <class U, class V>
 TN_INLINE U round_to_bf16(V v) {
-  const U bits = (U)v;
-  const U rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-  return v != v ? bits | 0x400000u : rounded;
+  return v != v ? (U)v | 0x400000u : round_number_to_bf16<U>(v);
 }
 
 // ---- what each storage type offers: the compute vector V of `lanes` elements, and doubles
@@ -246,6 +286,21 @@ constexpr int R = kLanes / D;
 template <class V, class A>
 TN_INLINE V splat(A value) {
   return value - V{};
+}
+
+// Whether a or b is NaN in any lane.
+TN_INLINE bool unordered(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
+#elif defined(TRUENORM_X86)
+  return _mm_movemask_ps(_mm_cmpunord_ps((__m128)a, (__m128)b)) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < F; ++i) all |= (a[i] != a[i]) | (b[i] != b[i]);
+  return all != 0;
+#endif
 }
 
 TN_INLINE vf magnitude(vf v) { return (vf)((vi)v & 0x7fffffff); }

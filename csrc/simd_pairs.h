@@ -23,6 +23,25 @@ TN_INLINE void store_streaming(T* p, V v) {
 #endif
 }
 
+// A pair of vectors as bfloat16 in the upper halves; NaN is the rare case, looked for once.
+TN_INLINE void round_pair(const vf (&v)[2], vu (&out)[2]) {
+  const bool numbers = !unordered(v[0], v[1]);
+  for (int k = 0; k < 2; ++k)
+    out[k] = __builtin_expect(numbers, 1) ? round_number_to_bf16<vu>(v[k]) : round_to_bf16<vu>(v[k]);
+}
+
+// The upper halves, one vector's after the other's.
+TN_INLINE vu upper_halves(vu low, vu high) {
+#if defined(__AVX512BW__)
+  vus odd;
+  for (int i = 0; i < 2 * F; ++i) odd[i] = uint16_t(2 * i + 1);
+  return (vu)_mm512_permutex2var_epi16((__m512i)low, (__m512i)odd, (__m512i)high);
+#else
+  const vh half[2] = {narrow_bits(low >> 16), narrow_bits(high >> 16)};
+  return load_raw<vu>(half);
+#endif
+}
+
 // 2 · lanes neighbouring values in their order, which values of other arrays can be matched with.
 template <class T>
 struct InOrder {
@@ -32,18 +51,29 @@ struct InOrder {
 
   TN_INLINE InOrder load(const T* p) { return {Lane<T>::load(p), Lane<T>::load(p + lanes)}; }
   TN_INLINE void store(T* p, const InOrder& s) {
-    Lane<T>::store(p, s.v[0]);
-    Lane<T>::store(p + lanes, s.v[1]);
+    if constexpr (std::is_same_v<T, bf16>) {
+      store_raw(p, joined(s));
+    } else {
+      Lane<T>::store(p, s.v[0]);
+      Lane<T>::store(p + lanes, s.v[1]);
+    }
   }
   TN_INLINE void stream(T* p, const InOrder& s) {
     if constexpr (sizeof(T) == sizeof(s.v[0][0])) {
       store_streaming(p, s.v[0]);
       store_streaming(p + lanes, s.v[1]);
+    } else if constexpr (std::is_same_v<T, bf16>) {
+      store_streaming(p, joined(s));
     } else {
       alignas(kBytes) T values[size];
       store(values, s);
       store_streaming(p, load_raw<vi>(values));
     }
+  }
+  TN_INLINE vu joined(const InOrder& s) {
+    vu rounded[2];
+    round_pair(s.v, rounded);
+    return upper_halves(rounded[0], rounded[1]);
   }
   // which of the values is in lane `lane` of vector `k`
   static constexpr int place(int k, int lane) { return k * lanes + lane; }
@@ -61,7 +91,9 @@ struct EvenOdd {
     return {(vf)(both << 16), (vf)(both & 0xffff0000u)};
   }
   TN_INLINE vu joined(const EvenOdd& s) {
-    return round_to_bf16<vu>(s.v[0]) >> 16 | (round_to_bf16<vu>(s.v[1]) & 0xffff0000u);
+    vu rounded[2];
+    round_pair(s.v, rounded);
+    return rounded[0] >> 16 | (rounded[1] & 0xffff0000u);
   }
   TN_INLINE void store(bf16* p, const EvenOdd& s) { store_raw(p, joined(s)); }
   TN_INLINE void stream(bf16* p, const EvenOdd& s) { store_streaming(p, joined(s)); }
@@ -82,16 +114,13 @@ TN_INLINE V unread(V v, int start, int k, int keep, V value = V{}) {
   return place >= keep ? v : value;
 }
 
-// A vector as doubles, and back.
+// A vector as doubles.
 TN_INLINE void doubles_of(vd v, vd (&out)[1]) { out[0] = v; }
 TN_INLINE void doubles_of(vf v, vd (&out)[2]) {
   vf_half half[2];
   std::memcpy(half, &v, sizeof(v));
   out[0] = widen_half(half[0]);
   out[1] = widen_half(half[1]);
-}
-TN_INLINE vf rejoin(vd low, vd high) {
-  return join(__builtin_convertvector(low, vf_half), __builtin_convertvector(high, vf_half));
 }
 
 }  // namespace
