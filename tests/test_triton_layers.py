@@ -170,9 +170,9 @@ def test_64_bit_offsets(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of tensors of 2^31 values and more, on small ones."""
     import triton.language as tl
 
-    from truenorm._triton import host
+    from truenorm._triton import view
 
-    monkeypatch.setattr(host, "_index", lambda x: tl.int64)
+    monkeypatch.setattr(view, "index", lambda x: tl.int64)
     for case in (CASES[2], CASES[7], CASES[9], CASES[10], CASES[13]):
         layer = build(case)
         with CUTS[cut](), triton_kernels():
