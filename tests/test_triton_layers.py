@@ -64,13 +64,13 @@ KINDS = [
 
 @pytest.mark.parametrize(("case", "dtype", "cut"), KINDS)
 def test_layers(case: Case, dtype: torch.dtype, cut: str) -> None:
-    """Both modes; the layouts of input and output gradient in turn, all of them in float32."""
+    """Both modes; the layouts of input and output gradient in turn, whole in float32 all of them."""
     names = layouts(case)
     training = [True, False] if "Batch" in case.layer else [True]
     for turn, mode in enumerate(training):
         layer = build(case, dtype).train(mode)
         for i, of_x in enumerate(names):
-            if dtype != torch.float32 and i % 2 == turn:
+            if (dtype != torch.float32 or cut == "chunks") and i % 2 == turn:
                 continue
             x = place(case.input(dtype), of_x)
             of_grad = names[(i + turn + DTYPES.index(dtype)) % len(names)]
@@ -86,7 +86,8 @@ def test_layers(case: Case, dtype: torch.dtype, cut: str) -> None:
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("case", LARGER, ids=lambda case: case.id)
 def test_more_than_one_tile(case: Case, cut: str) -> None:
-    for dtype, layout in zip((torch.float32, torch.bfloat16), layouts(case), strict=False):
+    kinds = [(torch.float32, "contiguous"), (torch.bfloat16, layouts(case)[1])]
+    for dtype, layout in kinds if cut == "whole" else kinds[:1]:
         layer = build(case, dtype)
         with CUTS[cut](), triton_kernels():
             check_layer(layer, place(case.input(dtype, offset=3.0), layout))
@@ -137,7 +138,7 @@ def test_running_statistics_in_half_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("needs", ["input", "weight", "bias"])
-@pytest.mark.parametrize("case", [CASES[2], CASES[9], CASES[10]], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", [CASES[2], CASES[10]], ids=lambda c: c.id)
 def test_one_gradient_alone(case: Case, needs: str, cut: str) -> None:
     for training in (True, False):
         layer = build(case).train(training)

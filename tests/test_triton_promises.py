@@ -154,7 +154,8 @@ def test_the_whole_range_of_float16(case: Case, largest: float) -> None:
 @pytest.mark.parametrize("case", CASES + RESPONSES[:1], ids=lambda case: case.id)
 def test_nan_and_inf_stay_in_their_own_statistic(case: Case, bad: float, cut: str) -> None:
     layer = case.build().to(DEVICE)
-    for name in layouts(case):
+    # one layout for each cut: a value reaches its statistic, wherever that lies
+    for name in layouts(case)[-1 if cut == "chunks" else 0 :][:1]:
         clean, grad = case.input(), torch.randn(case.shape).to(DEVICE)
         spoilt = clean.clone()
         where = tuple(size // 2 for size in case.shape)

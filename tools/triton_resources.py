@@ -142,6 +142,10 @@ CASES: tuple[tuple[str, _axes.Axes, tuple[int, ...], bool, bool], ...] = (
     ("BatchNorm, small", BATCH, (32, 64, 14, 14), False, False),
     ("BatchNorm, channels_last", BATCH, (256, 256, 56, 56), True, False),
     ("BatchNorm1d", BATCH, (256, 512), False, False),
+    # sizes of one, which Triton makes constants of
+    ("GroupNorm, odd", _axes.group(3), (5, 9), False, False),
+    ("InstanceNorm, odd", _axes.instance(1), (2, 1, 33, 1), False, False),
+    ("LayerNorm, odd", LAYER, (5, 1), False, False),
 )
 
 
