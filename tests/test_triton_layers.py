@@ -64,7 +64,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("case", "dtype", "cut"), KINDS)
 def test_layers(case: Case, dtype: torch.dtype, cut: str) -> None:
-    """Both modes; the layouts of input and output gradient in turn, whole in float32 all of them."""
+    """Both modes; the layouts of input and gradient in turn, all of them whole in float32."""
     names = layouts(case)
     training = [True, False] if "Batch" in case.layer else [True]
     for turn, mode in enumerate(training):
