@@ -45,8 +45,8 @@ float exact_base(double mean, double rstd) {
 // y = (x − hi) · scale + shift, with the mean as two numbers: hi is subtracted first, exactly where
 // it matters, and the rest, lo, goes into the shift.
 //
-// Half precision takes scale and shift as two floats each, and an exact x − hi: where weight · x̂ and
-// bias cancel, float32's error is more than the last place of the small number that is left.
+// Half precision takes scale and shift as two floats each, and an exact x − hi: where weight · x̂
+// and bias cancel, float32's error is more than the last place of the small number that is left.
 template <class T>
 struct Affine {
   using A = compute_t<T>;

@@ -19,15 +19,14 @@ TN_INLINE void blocks(int64_t len, const Body& body) {
   if (i < len) body(len - N, int(i + N - len));
 }
 
-// The beginning of a run that is read some runs later: runs that lie apart are no stream that the
-// processor foresees.
+// The first values of a run, or of columns of a row, that is read a few later: what lies apart is
+// no stream that the processor foresees.
 template <class T>
 TN_INLINE void foresee(const T* run, int64_t len) {
-  constexpr int64_t kMost = 256 / int64_t(sizeof(T)), kStep = int64_t(kLine / sizeof(T));
-  for (int64_t i = 0; i < (len < kMost ? len : kMost); i += kStep) __builtin_prefetch(run + i);
-  if (len < kMost) __builtin_prefetch(run + len - 1);
+  constexpr int64_t kMost = 256 / int64_t(sizeof(T)), kNext = int64_t(kLine / sizeof(T));
+  for (int64_t i = 0; i < (len < kMost ? len : kMost); i += kNext) __builtin_prefetch(run + i);
 }
-constexpr int64_t kForesight = 4;  // runs ahead
+constexpr int64_t kRunsAhead = 4, kRowsAhead = 8;
 
 // to[i] += from[i]
 TN_INLINE void add_doubles(double* to, vd from) { store_raw(to, load_raw<vd>(to) + from); }

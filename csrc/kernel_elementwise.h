@@ -6,8 +6,8 @@
 namespace truenorm {
 namespace {
 
-// Half precision: d · scale + shift, each of them two floats, off by little more than the rounding to
-// float, whatever cancels.
+// Half precision: d · scale + shift, each of them two floats, off by little more than the rounding
+// to float, whatever cancels.
 template <class P>
 TN_INLINE P affine_twice(const P& d, const vf (&scale)[2], const vf (&shift)[2],
                          const vf (&scale_rest)[2], const vf (&shift_rest)[2]) {
@@ -75,8 +75,8 @@ TN_INLINE void x_hat_twice(vf x, const RowAffine<T>& by, vf& near, vf& rest) {
   const vf d = x - by.base, rstd = splat<vf>(by.rstd), offset = splat<vf>(by.offset);
   constexpr float to_grid = float(0x1.8p23 * RowAffine<T>::kGrid);
   near = (fused(d, rstd, offset) + to_grid) - to_grid;
-  rest = fused(d, rstd, offset - near) +
-         fused(d, splat<vf>(by.rstd_rest), splat<vf>(by.offset_rest));
+  rest =
+      fused(d, rstd, offset - near) + fused(d, splat<vf>(by.rstd_rest), splat<vf>(by.offset_rest));
 }
 
 template <class T, bool Weight, bool Bias>

@@ -58,9 +58,9 @@ TN_INLINE GradSums sum_gradients(const T* grad, const T* x, int64_t runs, int64_
   Padded<A, kStep> weight_copy;
   for (int64_t run = 0; run < runs; ++run) {
     const T *g = grad + run * stride, *v = x + run * stride;
-    if (run + kForesight < runs) {
-      foresee(g + kForesight * stride, len);
-      foresee(v + kForesight * stride, len);
+    if (run + kRunsAhead < runs) {
+      foresee(g + kRunsAhead * stride, len);
+      foresee(v + kRunsAhead * stride, len);
     }
     if (len < kStep)
       add(Padded<T, kStep>::fill(grad_copy, g, len, T{}),
@@ -100,6 +100,10 @@ TN_INLINE void sum_columns(const T* grad, const T* x, int64_t rows, int64_t ld, 
     V part_g[N] = {}, part_gx[N] = {};
     for (int64_t row = first; row < last; ++row) {
       const auto& by = at(row);
+      if constexpr (is_half<T>) {  // of wider types two streams are enough to fill the bus
+        foresee(grad + (row + kRowsAhead) * ld, B * kLanes);
+        foresee(x + (row + kRowsAhead) * ld, B * kLanes);
+      }
 #pragma GCC unroll 64
       for (int n = 0; n < N; ++n) {
         const V g = Lane<T>::load(grad + row * ld + n * L);

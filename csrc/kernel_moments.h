@@ -41,7 +41,7 @@ TN_INLINE Moments sums_about(const T* x, int64_t runs, int64_t len, int64_t stri
   Padded<T, kStep> padded;
   for (int64_t run = 0; run < runs; ++run) {
     const T* p = x + run * stride;
-    if (run + kForesight < runs) foresee(p + kForesight * stride, len);
+    if (run + kRunsAhead < runs) foresee(p + kRunsAhead * stride, len);
     if (len < kStep)
       add(Padded<T, kStep>::fill(padded, p, len, origin), 0);
     else
@@ -109,6 +109,7 @@ TN_INLINE void column_block_about_zero(const T* x, int64_t rows, int64_t ld, dou
   constexpr int V = B * R;
   vd sum[V] = {}, square[V] = {};
   for (int64_t row = 0; row < rows; ++row) {
+    foresee(x + (row + kRowsAhead) * ld, B * kLanes);
 #pragma GCC unroll 64
     for (int v = 0; v < V; ++v) {
       const vd d = Lane<T>::load_double(x + row * ld + v * D);

@@ -34,9 +34,8 @@ template <class Sum, class Body, class Total>
 void over_batch(const Geometry& g, const BatchCut& cut, const Body& body, const Total& total) {
   const auto partial = scratch<Sum>(cut.count() * g.c);
   // neighbouring tasks are neighbouring channels, so that threads walk through memory
-  parallel(cut.count() * g.c, cut.samples_per_block * std::min(g.s, kPiece), [&](int64_t i) {
-    partial[i % g.c * cut.count() + i / g.c] = body(i % g.c, i / g.c);
-  });
+  parallel(cut.count() * g.c, cut.samples_per_block * std::min(g.s, kPiece),
+           [&](int64_t i) { partial[i % g.c * cut.count() + i / g.c] = body(i % g.c, i / g.c); });
   for (int64_t c = 0; c < g.c; ++c)
     total(c, [&](int64_t part) { return partial[c * cut.count() + part]; });
 }
@@ -55,9 +54,8 @@ int64_t channels_in_cache(const Geometry& g, int64_t tensors) {
 // body(first channel, channels) for every such task.
 template <class Body>
 void over_channels(const Geometry& g, int64_t channels, const Body& body) {
-  parallel(ceil_div(g.c, channels), channels * g.n * g.s, [&](int64_t i) {
-    body(i * channels, std::min(channels, g.c - i * channels));
-  });
+  parallel(ceil_div(g.c, channels), channels * g.n * g.s,
+           [&](int64_t i) { body(i * channels, std::min(channels, g.c - i * channels)); });
 }
 
 // body(channel, offset, runs, values of a run) for neighbouring channels of a sample whose runs are

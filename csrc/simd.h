@@ -157,6 +157,13 @@ TN_INLINE vu widen_bits(vh v) {
   return __builtin_convertvector(v, vu);
 #endif
 }
+TN_INLINE vu_half widen_bits_half(vh_half v) {
+#if defined(__AVX512F__)
+  return (vu_half)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, vu_half);
+#endif
+}
 TN_INLINE vh narrow_bits(vu v) {
 #if defined(__AVX512F__)
   return (vh)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
@@ -209,8 +216,7 @@ struct Lane<bf16> {
   TN_INLINE V load(const bf16* p) { return (vf)(widen_bits(load_raw<vh>(p)) << 16); }
   TN_INLINE void store(bf16* p, V v) { store_raw(p, narrow_bits(round_to_bf16<vu>(v) >> 16)); }
   TN_INLINE vd load_double(const bf16* p) {
-    const vu_half bits = __builtin_convertvector(load_raw<vh_half>(p), vu_half) << 16;
-    return widen_half((vf_half)bits);
+    return widen_half((vf_half)(widen_bits_half(load_raw<vh_half>(p)) << 16));
   }
   TN_INLINE void store_double(bf16* p, vd v) {
     const vu_half bits = round_to_bf16<vu_half>(__builtin_convertvector(v, vf_half)) >> 16;

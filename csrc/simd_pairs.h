@@ -27,7 +27,8 @@ TN_INLINE void store_streaming(T* p, V v) {
 TN_INLINE void round_pair(const vf (&v)[2], vu (&out)[2]) {
   const bool numbers = !unordered(v[0], v[1]);
   for (int k = 0; k < 2; ++k)
-    out[k] = __builtin_expect(numbers, 1) ? round_number_to_bf16<vu>(v[k]) : round_to_bf16<vu>(v[k]);
+    out[k] =
+        __builtin_expect(numbers, 1) ? round_number_to_bf16<vu>(v[k]) : round_to_bf16<vu>(v[k]);
 }
 
 // The upper halves, one vector's after the other's.
