@@ -97,6 +97,7 @@ void forward_channels(const Forward<T>& f) {
   if (by_sample<T>(f.geometry, 1)) return forward_samples(f);
   const Cut cut(f.geometry);
   if (!f.fixed) statistics(f, cut);
+  if (!f.y) return;
   const ForwardCoefficients<T> coefficients(f, cut);
   over_rows(cut, f.stream, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
     f.kernels.apply_each(f.x + offset, f.y + offset, rows, len, coefficients(m * cut.cols),

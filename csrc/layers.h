@@ -41,7 +41,7 @@ struct Forward {
   const Kernels<T>& kernels;
   double eps;
   const T* x;
-  T* y;
+  T* y;                        // null: only the statistics are wanted, of a batch
   const compute_t<T>* weight;  // per channel, or null
   const compute_t<T>* bias;
   double* mean;  // per statistic; written, or read where `fixed`
@@ -75,6 +75,16 @@ template <class T>
 void forward_channels(const Forward<T>& f);
 template <class T>
 void backward_channels(const Backward<T>& b);
+
+// Means of weight · grad and of weight · grad · x̂ over all that a channel's statistics span, of
+// which the tensor may be a part.
+struct MeanGrads {
+  const double* grad;
+  const double* grad_x_hat;
+};
+// grad_x of batch statistics
+template <class T>
+void backward_given(const Backward<T>& b, const MeanGrads& means);
 
 // `alpha` is the layer's own: the sum over a window is weighted by alpha / size.
 template <class T>

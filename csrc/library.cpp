@@ -137,6 +137,49 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
           of_bias ? *of_bias : empty(0, params.type)};
 }
 
+// Mean and biased variance per channel of (N, C, *), and no output.
+std::tuple<Tensor, Tensor> moments(const Tensor& x) {
+  const Geometry g = geometry_of(x, {0, 0, true});
+  const Tensor mean = empty(g.c, ScalarType::Double), var = empty(g.c, ScalarType::Double);
+  STD_TORCH_CHECK(g.numel() > 0, "truenorm::moments takes no empty tensor: it has no moments");
+  const Tensor dense = laid_out(x, g);
+  with_type(x, [&]<class T>(T) {
+    run(Forward<T>{g, table<T>(kernels()), 0.0, static_cast<const T*>(dense.const_data_ptr()),
+                   nullptr, nullptr, nullptr, doubles(mean), doubles(var), false, false});
+  });
+  return {mean, var};
+}
+
+// grad_x of batch statistics for mean gradients that are given.
+Tensor backward_of_part(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var,
+                        std::optional<Tensor> weight, const Tensor& mean_grad,
+                        const Tensor& mean_grad_x_hat, double eps) {
+  const Geometry g = geometry_of(x, {0, 0, true});
+  const Tensor grad_x = new_result(g, x.scalar_type());
+  if (g.numel() == 0) return grad_x;
+  const Tensor dense_x = laid_out(x, g);
+  const Tensor dense_grad = laid_out_like(x, grad, g);
+  const Values<double> m(mean), v(var), of_grad(mean_grad), of_x_hat(mean_grad_x_hat);
+  with_type(x, [&]<class T>(T) {
+    const Values<compute_t<T>> w(weight);
+    const Backward<T> b{g,
+                        table<T>(kernels()),
+                        eps,
+                        static_cast<const T*>(dense_grad.const_data_ptr()),
+                        static_cast<const T*>(dense_x.const_data_ptr()),
+                        static_cast<T*>(grad_x.mutable_data_ptr()),
+                        w.get(),
+                        m.get(),
+                        v.get(),
+                        nullptr,
+                        nullptr,
+                        false,
+                        streams<T>(g)};
+    backward_given(b, {of_grad.get(), of_x_hat.get()});
+  });
+  return grad_x;
+}
+
 void update_running(const Tensor& running_mean, const Tensor& running_var,
                     std::optional<Tensor> num_batches_tracked, const Tensor& x, const Tensor& mean,
                     const Tensor& var, std::optional<double> momentum) {
@@ -241,6 +284,8 @@ STABLE_TORCH_LIBRARY_IMPL(truenorm, CPU, m) {
   m.impl("forward", TORCH_BOX(&truenorm::forward));
   m.impl("apply", TORCH_BOX(&truenorm::apply));
   m.impl("backward", TORCH_BOX(&truenorm::backward));
+  m.impl("moments", TORCH_BOX(&truenorm::moments));
+  m.impl("backward_of_part", TORCH_BOX(&truenorm::backward_of_part));
   m.impl("update_running_", TORCH_BOX(&truenorm::update_running));
   m.impl("local_response_norm", TORCH_BOX(&truenorm::local_response));
   m.impl("local_response_norm_backward", TORCH_BOX(&truenorm::local_response_backward));

@@ -90,26 +90,13 @@ void backward_groups(const Backward<T>& b) {
   param_grads(b, sums.get());
 }
 
-template <class T>
-void backward_fixed(const Backward<T>& b) {
-  using A = compute_t<T>;
-  const Geometry& g = b.geometry;
-  const auto scale = scratch<A>(g.c);
-  for (int64_t c = 0; c < g.c; ++c)
-    scale[c] = A(inverse_std(b.var[c], b.eps) * (b.weight ? double(b.weight[c]) : 1.0));
-  over_runs(g, [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
-    b.kernels.grad_scale(b.grad + offset, b.grad_x + offset, runs, len, scale.get() + channel,
-                         b.stream);
-    fence(b.stream);
-  });
-}
-
 // One statistic per channel over the batch. A channel that fits in cache is read from memory once.
 template <class T>
 void backward_batch(const Backward<T>& b) {
   using A = compute_t<T>;
   const Geometry& g = b.geometry;
   const auto affine = scratch<GradAffine<A>>(g.c);
+  const auto scale = scratch<A>(g.c);  // all that is left of it where the statistics are fixed
   const BatchCut cut(g);
   const auto sums = [&](int64_t channel, int64_t part) {
     return of_part(g, cut, channel, part, [&](int64_t offset, int64_t runs, int64_t len) {
@@ -117,23 +104,31 @@ void backward_batch(const Backward<T>& b) {
                                  b.mean[channel], inverse_std(b.var[channel], b.eps));
     });
   };
+  const auto set_affine = [&](int64_t channel, const GradSums& total) {
+    const double w = b.weight ? double(b.weight[channel]) : 1.0;
+    const GroupGrad<T> group(b, channel, w * total.grad, w * total.grad_x_hat);
+    affine[channel] =
+        GradAffine<A>(group.mean, group.rstd, w, group.mean_grad, group.mean_grad_x_hat);
+    scale[channel] = affine[channel].scale;
+  };
   const auto add = [&](int64_t channel, const auto& of_part) {
     GradSums total;
     for (int64_t part = 0; part < cut.count(); ++part) total.add(of_part(part));
     if (b.grad_weight) b.grad_weight[channel] = total.grad_x_hat;
     if (b.grad_bias) b.grad_bias[channel] = total.grad;
-    const double w = b.weight ? double(b.weight[channel]) : 1.0;
-    const GroupGrad<T> group(b, channel, w * total.grad, w * total.grad_x_hat);
-    affine[channel] =
-        GradAffine<A>(group.mean, group.rstd, w, group.mean_grad, group.mean_grad_x_hat);
+    set_affine(channel, total);
   };
   const auto apply = [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
-    b.kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, runs, len,
-                         affine.get() + channel, b.stream);
+    if (b.fixed)
+      b.kernels.grad_scale(b.grad + offset, b.grad_x + offset, runs, len, scale.get() + channel,
+                           b.stream);
+    else
+      b.kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, runs, len,
+                           affine.get() + channel, b.stream);
     fence(b.stream);
   };
-  const bool moving = b.grad_x && !b.fixed;
-  if (const int64_t channels = moving ? channels_in_cache<T>(g, 2) : 0) {
+  const bool summing = b.grad_weight || b.grad_bias || !b.fixed;
+  if (const int64_t channels = summing && b.grad_x ? channels_in_cache<T>(g, 2) : 0) {
     over_channels(g, channels, [&](int64_t first, int64_t count) {
       for (int64_t c = first; c < first + count; ++c)
         add(c, [&](int64_t part) { return sums(c, part); });
@@ -141,9 +136,11 @@ void backward_batch(const Backward<T>& b) {
     });
     return;
   }
-  if (b.grad_weight || b.grad_bias || moving) over_batch<GradSums>(g, cut, sums, add);
-  if (moving) over_runs(g, apply);
-  if (b.grad_x && b.fixed) backward_fixed(b);
+  if (summing)
+    over_batch<GradSums>(g, cut, sums, add);
+  else
+    for (int64_t c = 0; c < g.c; ++c) set_affine(c, {});
+  if (b.grad_x) over_runs(g, apply);
 }
 
 }  // namespace

@@ -103,7 +103,7 @@ void forward_batch(const Forward<T>& f) {
       for (int64_t part = 0; part < cut.count(); ++part) m.merge(of_part(part));
       set_statistic(f, channel, m);
     };
-    if (const int64_t channels = channels_in_cache<T>(g, 1)) {
+    if (const int64_t channels = f.y ? channels_in_cache<T>(g, 1) : 0) {
       over_channels(g, channels, [&](int64_t first, int64_t count) {
         for (int64_t c = first; c < first + count; ++c) {
           merge(c, [&](int64_t part) { return moments(c, part); });
@@ -115,6 +115,7 @@ void forward_batch(const Forward<T>& f) {
     }
     over_batch<Moments>(g, cut, moments, merge);
   }
+  if (!f.y) return;
   for (int64_t c = 0; c < g.c; ++c) set_affine(c);
   over_runs(g, apply);
 }

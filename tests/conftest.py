@@ -9,6 +9,7 @@ import tempfile
 import warnings
 
 import counts
+import processes
 import pytest
 import torch
 
@@ -51,6 +52,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"torch's {database} samples passed: {sum(checks.values())} ({named})"
         )
+
+
+def pytest_sessionfinish() -> None:
+    processes.close_all()
 
 
 @pytest.fixture(autouse=True)

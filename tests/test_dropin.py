@@ -24,6 +24,8 @@ LAZY = [name for name in NAMES if name.startswith("Lazy")]
 EVERY = pytest.mark.parametrize("case", CASES, ids=IDS)
 WITH_WEIGHT = [case for case in CASES if case.layer != "LocalResponseNorm"]
 FUNCTIONS = F.__all__
+# of truenorm's layers, beyond torch's
+OWN_ARGUMENTS = {"process_group"}
 
 
 def test_every_norm_layer_of_torch_is_here() -> None:
@@ -41,6 +43,11 @@ def test_every_norm_layer_of_torch_is_here() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_signatures(name: str) -> None:
     ours, theirs = (inspect.signature(getattr(m, name).__init__) for m in (truenorm.nn, torch.nn))
+    # what is truenorm's own comes last, has to be named, and is off by default
+    for extra in list(ours.parameters.values())[len(theirs.parameters) :]:
+        assert extra.name in OWN_ARGUMENTS
+        assert (extra.kind, extra.default) == (inspect.Parameter.KEYWORD_ONLY, None)
+        ours = ours.replace(parameters=list(ours.parameters.values())[: len(theirs.parameters)])
     for one, other in zip(ours.parameters.values(), theirs.parameters.values(), strict=True):
         assert (one.name, one.kind, one.default) == (other.name, other.kind, other.default)
 

@@ -39,8 +39,9 @@ def test_the_promises_on_every_other_instruction_set(name: str) -> None:
         assert "is not an instruction set of this machine" in here.stderr
         return
     assert here.stdout.strip() == name
+    options = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "test_kernels.py"],
+        [sys.executable, *options, "test_kernels.py", "test_half.py"],
         cwd=HERE,
         env={**os.environ, "TRUENORM_ISA": name},
         capture_output=True,

@@ -104,6 +104,26 @@ def test_backward_dtypes(axes: str, dtype: torch.dtype) -> None:
     opcheck(OPS.backward.default, arguments, rtol=0.02, atol=0.02)
 
 
+@BY_LAYOUT
+@BY_DTYPE
+def test_a_part_of_a_batch(dtype: torch.dtype, layout: str) -> None:
+    spec, shape, size = AXES["batch"]
+    x, grad = (placed(shape, layout, dtype, grad=False) for _ in range(2))
+    weight = tensor(size, grad=False)
+    mean, var = statistics(x, spec)
+    assert all(torch.equal(a, b) for a, b in zip(OPS.moments(x), (mean, var), strict=True))
+    opcheck(OPS.moments.default, (x,))
+    arguments = (grad, x, mean, var, None, *spec, 1e-5, True, 6)
+    _, of_weight, of_bias = OPS.backward(*arguments[:4], torch.ones(4).double(), *arguments[5:])
+    means = of_bias * weight / 30, of_weight * weight / 30
+    of_x = OPS.backward_of_part(grad, x, mean, var, weight, *means, 1e-5)
+    whole = OPS.backward(grad, x, mean, var, weight, *spec, 1e-5, False, 1)[0]
+    # the same sums, multiplied and divided in another order
+    assert of_x.stride() == whole.stride()
+    torch.testing.assert_close(of_x, whole)
+    opcheck(OPS.backward_of_part.default, (grad, x, mean, var, weight, *means, 1e-5))
+
+
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_update_running(dtype: torch.dtype, momentum: float | None) -> None:
@@ -136,6 +156,7 @@ def test_local_response_norm(dtype: torch.dtype, layout: str) -> None:
 
 def test_every_operator_is_here() -> None:
     tested = {"forward", "apply", "backward", "update_running_"}
+    tested |= {"moments", "backward_of_part"}
     tested |= {"local_response_norm", "local_response_norm_backward"}
     # by test_eager.py
     tested |= {"eager_forward", "eager_forward_running", "eager_apply", "eager_backward"}

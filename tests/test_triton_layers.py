@@ -10,8 +10,10 @@ import torch
 from cases import AFFINE, CASES, LAYOUTS, Case
 from checking import check_layer, same_layout
 from on_triton import DEVICE, needs_triton, small_tiles, triton_kernels
-from tolerances import FLOAT64
+from tolerances import FLOAT32_FORWARD, FLOAT64, assert_gradient, relative
 from torch import Tensor
+
+from truenorm import _plain
 
 pytestmark = needs_triton
 
@@ -151,6 +153,28 @@ def test_one_gradient_alone(case: Case, needs: str, cut: str) -> None:
             layer(leaf).backward(grad)
         found = (leaf if needs == "input" else getattr(layer, needs)).grad
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["float32", "bfloat16"])
+def test_a_part_of_a_batch(dtype: torch.dtype, cut: str) -> None:
+    """The operators of layers over several processes, against the plain float64 formulas."""
+    ops = torch.ops.truenorm
+    for layout in ("contiguous", "channels_last", "sliced"):
+        x = place((torch.randn(3, 5, 7, 9) * 1.7 + 3.0).to(dtype), layout)
+        grad = place(torch.randn(3, 5, 7, 9).to(dtype), "channels_last")
+        weight, mean_grad, mean_grad_x_hat = (torch.randn(5).double().to(DEVICE) for _ in range(3))
+        with CUTS[cut](), triton_kernels():
+            mean, var = ops.moments.default(x)
+            given = mean, var, weight.float(), mean_grad, mean_grad_x_hat
+            grad_x = ops.backward_of_part.default(grad, x, *given, 1e-5)
+        wide = x.double().transpose(0, 1).flatten(1)
+        assert relative(mean, wide.mean(1)) <= FLOAT32_FORWARD
+        assert relative(var, wide.var(1, correction=0)) <= FLOAT32_FORWARD
+        exact = (mean, var, weight.float(), mean_grad, mean_grad_x_hat)
+        wanted = _plain.backward_of_part(grad.double(), x.double(), *exact, 1e-5)
+        assert grad_x.dtype == dtype
+        assert_gradient(grad_x, wanted)
 
 
 def test_second_derivatives() -> None:

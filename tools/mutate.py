@@ -1,8 +1,8 @@
 """Breaks the native kernels on purpose, one place at a time, and expects the tests to notice.
 
 Each mutation replaces one piece of csrc/ in a copy of the tree, builds it, and runs
-tests/test_kernels.py against it; the exit status is 1 if any survives. Run by `make mutate`; words
-after the command pick the mutations whose description has one of them.
+tests/test_kernels.py and tests/test_half.py against it; the exit status is 1 if any survives. Run
+by `make mutate`; words after the command pick the mutations whose description has one of them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Mutation(NamedTuple):
-    """What is broken, where, and how; `select` names the tests that must notice."""
+    """What is broken, where, and how; `select` names the tests that must notice, `isa` where."""
 
     promise: str
     file: str
     old: str
     new: str
     select: str
+    isa: str = ""
 
 
 MUTATIONS = [
@@ -46,8 +47,8 @@ MUTATIONS = [
     Mutation(
         "1 the mean as one float",
         "coefficients.h",
-        "const double lo = mean - double(hi);\n    scale",
-        "const double lo = 0.0 * mean;\n    scale",
+        "bias - (mean - double(hi)) * slope;",
+        "bias - 0.0 * (mean - double(hi)) * slope;",
         "offsets",
     ),
     Mutation(
@@ -93,17 +94,46 @@ MUTATIONS = [
         "scales",
     ),
     Mutation(
-        "3 bfloat16 in float32 alone, where parts of it cancel",
+        "3 half precision with coefficients of one float, where parts of it cancel",
         "kernel_elementwise.h",
-        "if (__builtin_expect(any(again[0] | again[1]), 0))",
-        "if (any(again[0]) && kStep < 0)",
-        "formats",
+        "y.v[k] + fused(d.v[k], scale_rest[k], shift_rest[k]);",
+        "y.v[k];",
+        "cancel",
+    ),
+    Mutation(
+        "3 half precision with x̂ as one float, where it and the bias cancel",
+        "kernel_elementwise.h",
+        "fused(weight, rest, fused(weight, near, load_raw<vf>(by.bias + at)));",
+        "weight * (near + rest) + load_raw<vf>(by.bias + at);",
+        "cancel",
+    ),
+    Mutation(
+        "3 an infinite value that becomes NaN in half precision",
+        "kernel_elementwise.h",
+        "out.v[k] = out.v[k] == out.v[k] ? out.v[k] : y.v[k];",
+        "out.v[k] = out.v[k];",
+        "infinite",
     ),
     Mutation(
         "3 bfloat16 by truncation",
         "simd.h",
-        "const U rounded = bits + 0x7fffu + (bits >> 16 & 1u);",
-        "const U rounded = bits + 0u * (bits >> 16 & 1u);",
+        "return bits + 0x7fffu + (bits >> 16 & 1u);",
+        "return bits;",
+        "formats",
+    ),
+    Mutation(
+        "4 a fused operation that is none, where the processor has none",
+        "simd.h",
+        "(inexact & even & ((away & 2) - 1))",
+        "(inexact & even & 0)",
+        "rounded_together",
+        isa="baseline",
+    ),
+    Mutation(
+        "1 a channel read once over the batch: not its first sample",
+        "rows_forward.cpp",
+        "for (int64_t n = g.n - 1; n >= 0; --n) apply",
+        "for (int64_t n = g.n - 1; n > 0; --n) apply",
         "formats",
     ),
     Mutation(
@@ -217,8 +247,8 @@ def main() -> int:
             library = build(tree, build_dir)
             done = run(
                 sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-                "tests/test_kernels.py", "-k", mutation.select,
-                TRUENORM_LIBRARY=str(library),
+                "tests/test_kernels.py", "tests/test_half.py", "-k", mutation.select,
+                TRUENORM_LIBRARY=str(library), TRUENORM_ISA=mutation.isa,
             )  # fmt: skip
             target.write_text(original)
             noticed = done.returncode == 1

@@ -8,8 +8,10 @@ that code which matches on them goes on working.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
+import torch.distributed
 from torch import Tensor
 
 
@@ -225,4 +227,170 @@ def check_tunable(input: Tensor, why_plain: str) -> None:
         raise RuntimeError(
             f"`input` is on {input.device}, which plain PyTorch ops serve ({why_plain}): "
             "there is nothing to tune"
+        )
+
+
+def check_same_features(one: int, other: int) -> None:
+    if one != other:
+        raise ValueError(
+            f"moments of {one} and of {other} features cannot be merged: merge those of one layer"
+        )
+
+
+def check_process_group(group: Any) -> None:
+    """A torch.distributed.ProcessGroup that this process is a member of, or "world"."""
+    if group == "world":
+        return
+    if group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "`process_group` is a group that this process is not a member of: build the layer with "
+            "the group that holds this rank"
+        )
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            '`process_group` must be a torch.distributed.ProcessGroup or "world", but got '
+            f"{type(group).__name__}: make one with torch.distributed.new_group(ranks)"
+        )
+
+
+def check_no_transform(active: bool) -> None:
+    if active:
+        raise NotImplementedError(
+            "statistics over several processes have no vmap and no forward-mode derivative: call "
+            "the layer outside torch.func's transforms, or without its `process_group`"
+        )
+
+
+def check_same_statistics(layer: str, ranks: Sequence[float]) -> None:
+    """Every rank of a group exchanges as many statistics as the others."""
+    if any(n != ranks[0] for n in ranks):
+        by_rank = ", ".join(f"{n:.0f} on rank {rank}" for rank, n in enumerate(ranks))
+        raise ValueError(
+            f"{layer} has other numbers of statistics (channels; samples times groups) in other "
+            f"processes of its group: {by_rank}. Build the model the same, and where samples are "
+            "cut over ranks give every rank its part of each"
+        )
+
+
+def check_more_than_one_value_of_all(input: Tensor, count: float, *, per_sample: bool) -> None:
+    """`count` values in all processes together, of which `input` is this one's part."""
+    if count == 1:
+        what = "spatial element" if per_sample else "value per channel"
+        raise ValueError(
+            f"Expected more than 1 {what} when training, over all processes together, got input "
+            f"size {input.shape}: one value has no variance; use a larger batch, or call eval()"
+        )
+
+
+def exchange_failed(rank: int, ranks: int, error: Exception) -> NoReturn:
+    raise RuntimeError(
+        f"the exchange of statistics failed on rank {rank} of {ranks}: another process of the "
+        "group has died, has not called this layer within the group's timeout, or has called "
+        f"another one. What that process printed says why; the backend says: {error}"
+    ) from error
+
+
+def check_only_with(name: str, value: Any, flag: str, given: bool) -> None:
+    if not given:
+        raise ValueError(
+            f"`{name}` (={value!r}) goes with {flag} only: add it, or leave {name} out"
+        )
+
+
+def check_dims(layer: str, dims: Any) -> None:
+    """How many dimensions of positions a SyncBatchNorm meets."""
+    if dims not in (1, 2, 3):
+        raise ValueError(
+            f"`dims` (={dims!r}) of {layer!r} must be 1, 2 or 3, the d of the BatchNorm that it "
+            "becomes: pass dims=2, say, where no convolution or Linear tells it"
+        )
+
+
+def check_model(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"`model` must be a torch.nn.Module, but got {type(model).__name__}: pass the model "
+            "itself, not its state_dict or its output"
+        )
+
+
+def check_positive(name: str, value: Any) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"`{name}` must be at least 1, but got {value}")
+
+
+def check_something_tracks(layers: Any) -> None:
+    if not layers:
+        raise ValueError(
+            "`model` has no layer with running statistics: there is nothing to recalibrate; build "
+            "its norm layers with track_running_stats=True"
+        )
+
+
+def check_initialized(name: str, lazy: bool) -> None:
+    if lazy:
+        raise ValueError(
+            f"`model` has a lazy layer, {name!r}, that does not know its num_features yet: call "
+            "the model once before"
+        )
+
+
+def check_some_batches(batches: int) -> None:
+    if not batches:
+        raise ValueError("`loader` gave no batch: pass one that starts over at each iteration")
+
+
+def check_same_model(path: Any, same: bool) -> None:
+    if not same:
+        raise ValueError(
+            f"`resume` (={str(path)!r}) was written for a model with other parameters: delete the "
+            "file, or name another one"
+        )
+
+
+def check_pass_of_rank(rank: int, failed: str | None) -> None:
+    if failed is not None:
+        raise RuntimeError(
+            f"recalibrate failed on rank {rank}, and so on all: nothing was changed. There: "
+            f"{failed}"
+        )
+
+
+def check_more_than_one_seen(layer: str, values: float) -> None:
+    if values <= 1:
+        raise ValueError(
+            f"`loader` gave {layer!r} {values:.0f} value(s) per channel, which have no variance: "
+            "pass more data"
+        )
+
+
+def check_whole_samples(layer: str, process_group: Any) -> None:
+    if process_group is not None:
+        raise ValueError(
+            f"`model` has an InstanceNorm, {layer!r}, that tracks statistics of samples cut over "
+            "a process_group: recalibrate cannot see whole samples there; recalibrate it in one "
+            "process, without its process_group"
+        )
+
+
+def check_together(layers: Sequence[Any], inputs: Sequence[Any], kind: type) -> None:
+    for layer in layers:
+        if not isinstance(layer, kind):
+            raise TypeError(
+                f"`layers` holds a {type(layer).__name__}, whose statistics do not span processes: "
+                "give BatchNorm, SyncBatchNorm, InstanceNorm and GroupNorm layers of truenorm"
+            )
+    if len(layers) != len(inputs):
+        raise ValueError(
+            f"`inputs` (={len(inputs)} of them) must be as many as `layers` (={len(layers)})"
+        )
+    if len({id(layer) for layer in layers}) < len(layers):
+        raise ValueError("`layers` holds a layer twice: call it a second time by itself")
+
+
+def check_one_group(groups: Sequence[Any]) -> None:
+    if any(group is not groups[0] for group in groups):
+        raise ValueError(
+            "`layers` exchange statistics with different groups, or only some of them do: give "
+            "those of one `process_group`, all in training or all in evaluation"
         )

@@ -13,6 +13,9 @@ from torch import Tensor
 from . import _axes
 from ._axes import Axes
 
+# values per statistic, on the device where no one may wait for it
+Count = int | Tensor
+
 
 def _wide(x: Tensor) -> Tensor:
     if x.is_complex():
@@ -113,7 +116,33 @@ def backward(
     return _like(g * rstd, x, axes), grad_weight, grad_bias
 
 
-def observed(mean: Tensor, var: Tensor, num_features: int, count: int) -> tuple[Tensor, Tensor]:
+def backward_of_part(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    mean_grad: Tensor,
+    mean_grad_x_hat: Tensor,
+    eps: float,
+) -> Tensor:
+    """Gradient of a part of a batch, by means of weight · grad and weight · grad · x̂ over all.
+
+    One statistic per channel of (N, C, *).
+    """
+    axes = _axes.BATCH
+    v, _ = _axes.grouped_view(x, axes)
+    g, _ = _axes.grouped_view(grad, axes)
+    v, g = _wide(v), _wide(g)
+    rstd = torch.rsqrt(_against(var, v, axes) + eps)
+    x_hat = (v - _against(mean, v, axes)) * rstd
+    if weight is not None:
+        g = g * _per_channel(weight, v)
+    g = g - _against(mean_grad, v, axes) - x_hat * _against(mean_grad_x_hat, v, axes)
+    return _like(g * rstd, x, axes)
+
+
+def observed(mean: Tensor, var: Tensor, num_features: int, count: Count) -> tuple[Tensor, Tensor]:
     """What running statistics record: the mean and the unbiased variance, averaged over samples."""
     unbiased = var * (count / (count - 1))
     return mean.reshape(-1, num_features).mean(0), unbiased.reshape(-1, num_features).mean(0)
@@ -132,7 +161,27 @@ def update_running(
 
     Of x only the shape counts: it says how many values each new statistic spans.
     """
-    count = x.numel() // mean.numel()
+    move_running(
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        mean,
+        var,
+        x.numel() // mean.numel(),
+        momentum,
+    )
+
+
+def move_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: Count,
+    momentum: float | None,
+) -> None:
+    """`update_running` for statistics of `count` values each; none where a tensor `count` is 0."""
     factor: float | Tensor
     if momentum is not None:
         factor = momentum
@@ -141,7 +190,10 @@ def update_running(
         factor = 1.0 / (_wide(num_batches_tracked) + 1.0)
     seen = observed(_wide(mean), _wide(var), running_mean.numel(), count)
     for running, new in zip((running_mean, running_var), seen, strict=True):
-        running.copy_((1.0 - factor) * _wide(running) + factor * new)
+        moved = (1.0 - factor) * _wide(running) + factor * new
+        if isinstance(count, Tensor):
+            moved = torch.where(count > 0, moved, _wide(running))
+        running.copy_(moved)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
 

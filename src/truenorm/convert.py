@@ -7,14 +7,17 @@ optimizer goes on working.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from . import nn
+from . import _checks, nn
+from ._exchange import WORLD
+from .nn._batch import BatchForward
 
 _TO_TRUENORM: dict[type[Module], type[Module]] = {
     getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__
@@ -23,30 +26,93 @@ _TO_TORCH = {ours: theirs for theirs, ours in _TO_TRUENORM.items()}
 
 _HALF = (torch.float16, torch.bfloat16)
 
+# by the number of positions' dimensions that their input has
+_LOCAL: dict[Any, dict[int, type[Module]]] = {
+    library: {1: library.BatchNorm1d, 2: library.BatchNorm2d, 3: library.BatchNorm3d}
+    for library in (torch.nn, nn)
+}
+
 M = TypeVar("M", bound=Module)
+
+
+def _kind(module: Module) -> type[Module]:
+    """A layer's class: torch gives each parametrized layer one of its own, derived from it."""
+    kind = type(module)
+    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
+
+
+def _become(module: Module, kind: type[Module]) -> None:
+    if parametrize.is_parametrized(module):
+        type(module).__bases__ = (kind,)
+    else:
+        module.__class__ = kind
 
 
 def _swap(model: Module, classes: dict[type[Module], type[Module]]) -> list[Module]:
     """Swap classes below `model`; the layers that were swapped."""
-    if not isinstance(model, Module):
-        raise TypeError(
-            f"`model` must be a torch.nn.Module, but got {type(model).__name__}: pass the model "
-            "itself, not its state_dict or its output"
-        )
     swapped = []
     for module in model.modules():
-        kind = type(module)
-        if kind in classes:
-            module.__class__ = classes[kind]
-            swapped.append(module)
-        elif parametrize.is_parametrized(module) and kind.__bases__[0] in classes:
-            # torch gives each parametrized layer a class of its own, derived from the layer's
-            kind.__bases__ = (classes[kind.__bases__[0]],)
+        if (kind := classes.get(_kind(module))) is not None:
+            _become(module, kind)
             swapped.append(module)
     return swapped
 
 
-def convert(model: M, *, only: tuple[type[Module], ...] | None = None) -> M:
+def _ranks(model: Module) -> dict[Module, int]:
+    """Dimensions of the positions that each SyncBatchNorm meets, by the layer next to it.
+
+    A convolution says how many, and a Linear that there are none, as for BatchNorm1d: the nearest
+    one before it in the model's order, else the first one after it.
+    """
+    found: dict[Module, int] = {}
+    waiting: list[Module] = []
+    last = None
+    for module in model.modules():
+        if isinstance(module, _ConvNd):
+            last = len(module.kernel_size)
+        elif isinstance(module, torch.nn.Linear):
+            last = 1
+        elif isinstance(module, torch.nn.SyncBatchNorm):
+            waiting.append(module)
+        if last is not None:
+            found.update(dict.fromkeys(waiting, last))
+            waiting.clear()
+    return found
+
+
+def _unsynchronize(model: Module, dims: int | None) -> None:
+    """Every batch norm below `model` by its own process's statistics alone."""
+    local = {library.SyncBatchNorm: _LOCAL[library] for library in _LOCAL}
+    named = {m: name for name, m in model.named_modules() if _kind(m) in local}
+    ranks = _ranks(model) if dims is None else dict.fromkeys(named, dims)
+    for module, name in named.items():
+        _checks.check_dims(name, ranks.get(module))
+    for module in named:
+        _become(module, local[_kind(module)][ranks[module]])
+        del module.process_group
+    for module in model.modules():
+        if isinstance(module, BatchForward):
+            vars(module).pop("process_group", None)
+
+
+def _check(model: Any, sync: bool | None, process_group: Any, dims: Any) -> None:
+    _checks.check_model(model)
+    if process_group is not None:
+        _checks.check_only_with("process_group", process_group, "sync=True", sync is True)
+        _checks.check_process_group(process_group)
+    if dims is not None:
+        _checks.check_only_with("dims", dims, "sync=False", sync is False)
+        _checks.check_dims("the model", dims)
+
+
+def convert(
+    model: M,
+    *,
+    only: tuple[type[Module], ...] | None = None,
+    sync: bool | None = None,
+    process_group: Any = None,
+    dims: int | None = None,
+) -> M:
     """Make every torch normalization layer of `model` truenorm's, in place, and return the model.
 
     Layers whose class is exactly torch's are swapped, nested and shared ones too; subclasses of
@@ -54,10 +120,19 @@ def convert(model: M, *, only: tuple[type[Module], ...] | None = None) -> M:
     same objects, `state_dict` has the same keys, hooks and flags stay.
 
     only: torch classes to swap; None for all of them.
+    sync: True lets every BatchNorm and SyncBatchNorm of truenorm's, those already there too, take
+        its statistics over all processes of `process_group`; they keep their class. False lets each
+        process take its own again, SyncBatchNorm becoming BatchNorm1d, 2d or 3d. None leaves them.
+    process_group: with sync=True, a torch.distributed.ProcessGroup; None for all processes, as many
+        as there are when the layer is called.
+    dims: with sync=False, 1, 2 or 3 for every SyncBatchNorm; None takes it from the convolution or
+        Linear next before each in the model's order (else after it).
 
-    Errors: TypeError where `model` is no module, ValueError for a class in `only` that has no
-    counterpart; the model is unchanged.
+    Errors: TypeError where `model` is no module or process_group no group; ValueError for a class
+    in `only` that has no counterpart, for an argument that does not go with `sync`, and for a
+    SyncBatchNorm whose dims cannot be told; the model is unchanged.
     """
+    _check(model, sync, process_group, dims)
     classes = _TO_TRUENORM
     if only is not None:
         for kind in only:
@@ -68,19 +143,40 @@ def convert(model: M, *, only: tuple[type[Module], ...] | None = None) -> M:
                     f"torch.nn's normalization layers: choose from {known}"
                 )
         classes = {kind: _TO_TRUENORM[kind] for kind in only}
+    if sync is False:
+        _unsynchronize(model, dims)
     _swap(model, classes)
+    if sync:
+        for module in model.modules():
+            if isinstance(module, BatchForward) and isinstance(module, tuple(classes.values())):
+                module.process_group = process_group or WORLD
     return model
 
 
-def revert(model: M) -> M:
+def revert(model: M, *, sync: bool | None = None, dims: int | None = None) -> M:
     """Make every truenorm layer of `model` torch's again, in place: the inverse of `convert`.
 
     A layer whose parameters are in half precision has its running statistics cast to their dtype:
     truenorm keeps those in float32, and torch refuses the mixture.
 
-    Errors: TypeError where `model` is no module.
+    sync: None gives each layer torch's class of the same name; a `process_group` stays with
+        SyncBatchNorm, the others of torch have none. True makes every BatchNorm of truenorm's
+        torch's SyncBatchNorm. False makes every SyncBatchNorm, torch's own too, a BatchNorm.
+    dims: as in `convert`.
+
+    Errors: TypeError where `model` is no module; ValueError as in `convert`.
     """
-    for module in _swap(model, _TO_TORCH):
+    _check(model, sync, None, dims)
+    if sync is False:
+        _unsynchronize(model, dims)
+    classes = dict(_TO_TORCH)
+    if sync:
+        for ours in _LOCAL[nn].values():
+            classes[ours] = torch.nn.SyncBatchNorm
+    for module in _swap(model, classes):
+        group = vars(module).pop("process_group", None)
+        if isinstance(module, torch.nn.SyncBatchNorm):
+            module.process_group = None if group == WORLD else group
         weight = getattr(module, "weight", None)
         if isinstance(module, _NormBase) and weight is not None and weight.dtype in _HALF:
             for name in ("running_mean", "running_var"):

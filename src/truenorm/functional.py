@@ -86,15 +86,7 @@ def batch_norm_tracked(
     _checks.check_floating(input)
     if input.dim() < 2 and not input.numel():
         return input.clone()  # as torch, which looks for channels only where there are values
-    # torch fails over the channels it looks for, or over the statistics it checks first
-    one_dim_error = IndexError if training and running_mean is None else RuntimeError
-    _checks.check_at_least_2d(input, one_dim_error)
-    _checks.check_eps(eps, "batch_norm", training=training)
-    _checks.check_both_running(running_mean, running_var)
-    _checks.check_per_channel("running_mean", running_mean, input)
-    _checks.check_per_channel("running_var", running_var, input)
-    _checks.check_per_channel("weight", weight, input)
-    _checks.check_per_channel("bias", bias, input)
+    check_batch_norm(input, running_mean, running_var, weight, bias, training, eps)
     if not training:
         _checks.check_running_given(running_mean, "training=False")
         assert running_mean is not None and running_var is not None
@@ -105,6 +97,28 @@ def batch_norm_tracked(
     if running_mean is not None and running_var is not None:
         running = _ops.Running(running_mean, running_var, num_batches_tracked, momentum)
     return _ops.normalize(input, weight, bias, _axes.BATCH, eps, running)
+
+
+def check_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> None:
+    _checks.check_tensor("input", input)
+    _checks.check_floating(input)
+    # torch fails over the channels it looks for, or over the statistics it checks first
+    one_dim_error = IndexError if training and running_mean is None else RuntimeError
+    _checks.check_at_least_2d(input, one_dim_error)
+    _checks.check_eps(eps, "batch_norm", training=training)
+    _checks.check_both_running(running_mean, running_var)
+    _checks.check_per_channel("running_mean", running_mean, input)
+    _checks.check_per_channel("running_var", running_var, input)
+    _checks.check_per_channel("weight", weight, input)
+    _checks.check_per_channel("bias", bias, input)
 
 
 def instance_norm(
@@ -147,14 +161,7 @@ def instance_norm(
             momentum=momentum,
             eps=eps,
         )
-    _checks.check_tensor("input", input)
-    _checks.check_floating(input)
-    _checks.check_at_least_2d(input, ValueError)
-    _checks.check_both_running(running_mean, running_var)
-    _checks.check_per_channel("running_mean", running_mean, input)
-    _checks.check_per_channel("running_var", running_var, input)
-    _checks.check_per_channel("weight", weight, input)
-    _checks.check_per_channel("bias", bias, input)
+    check_instance_norm(input, running_mean, running_var, weight, bias)
     if not use_input_stats:
         _checks.check_running_given(running_mean, "use_input_stats=False")
         assert running_mean is not None and running_var is not None
@@ -166,6 +173,23 @@ def instance_norm(
     if running_mean is not None and running_var is not None:
         running = _ops.Running(running_mean, running_var, None, momentum)
     return _ops.normalize(input, weight, bias, axes, eps, running)
+
+
+def check_instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    _checks.check_tensor("input", input)
+    _checks.check_floating(input)
+    _checks.check_at_least_2d(input, ValueError)
+    _checks.check_both_running(running_mean, running_var)
+    _checks.check_per_channel("running_mean", running_mean, input)
+    _checks.check_per_channel("running_var", running_var, input)
+    _checks.check_per_channel("weight", weight, input)
+    _checks.check_per_channel("bias", bias, input)
 
 
 def group_norm(
@@ -198,16 +222,22 @@ def group_norm(
             bias=bias,
             eps=eps,
         )
+    check_group_norm(input, num_groups, weight, bias)
+    n, c, s = _axes.ncs(input.shape, _axes.BATCH)
+    # as torch: an error only where the whole batch has one value per group
+    _checks.check_more_than_one_value(input, n * c // num_groups * s, per_sample=False)
+    return _ops.normalize(input, weight, bias, _axes.group(num_groups), eps)
+
+
+def check_group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
+) -> None:
     _checks.check_tensor("input", input)
     _checks.check_floating(input)
     _checks.check_at_least_2d(input, RuntimeError)
     _checks.check_groups(input, num_groups)
     _checks.check_per_channel("weight", weight, input)
     _checks.check_per_channel("bias", bias, input)
-    n, c, s = _axes.ncs(input.shape, _axes.BATCH)
-    # as torch: an error only where the whole batch has one value per group
-    _checks.check_more_than_one_value(input, n * c // num_groups * s, per_sample=False)
-    return _ops.normalize(input, weight, bias, _axes.group(num_groups), eps)
 
 
 def layer_norm(

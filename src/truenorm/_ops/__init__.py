@@ -17,7 +17,14 @@ from .._axes import BATCH, Axes
 from . import autograd, eager, operators
 from .autograd import Running, transformed
 
-__all__ = ["Running", "eager", "local_response_norm", "normalize", "normalize_fixed"]
+__all__ = [
+    "Running",
+    "channel_moments",
+    "eager",
+    "local_response_norm",
+    "normalize",
+    "normalize_fixed",
+]
 
 
 def _wants_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -82,6 +89,17 @@ def normalize_fixed(
     if not _wants_gradient(x, weight, bias):
         return autograd.apply_raw(eps, mean, var, x, weight, bias)
     return cast(Tensor, autograd.NormalizeFixed.apply(eps, mean, var, x, weight, bias))  # type: ignore[no-untyped-call]
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of x (N, C, *); zeros where x is empty."""
+    if x.numel() == 0:
+        mean = x.new_zeros(x.shape[1], dtype=operators.statistic_dtype(x))
+        return mean, torch.zeros_like(mean)
+    if torch.compiler.is_compiling():
+        return cast(tuple[Tensor, Tensor], operators.moments(x))
+    with autograd._below_autograd():
+        return cast(tuple[Tensor, Tensor], operators.moments._op(x))
 
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:

@@ -27,6 +27,10 @@ _SCHEMAS = {
     " -> Tensor",
     "backward": f"(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, {_AXES},"
     " float eps, bool fixed, int needs) -> (Tensor, Tensor, Tensor)",
+    # of a part of a batch whose other parts are in other processes (distributed.py)
+    "moments": "(Tensor x) -> (Tensor, Tensor)",
+    "backward_of_part": "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight,"
+    " Tensor mean_grad, Tensor mean_grad_x_hat, float eps) -> Tensor",
     "update_running_": "(Tensor(a!) running_mean, Tensor(b!) running_var,"
     " Tensor(c!)? num_batches_tracked, Tensor x, Tensor mean, Tensor var, float? momentum) -> ()",
     "local_response_norm": "(Tensor x, int size, float alpha, float beta, float k) -> Tensor",
@@ -114,10 +118,16 @@ def _plain_backward(
     )
 
 
+def _plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _plain.moments(x, BATCH)
+
+
 PLAIN: dict[str, Callable[..., Any]] = {
     "forward": _plain_forward,
     "apply": _plain_apply,
     "backward": _plain_backward,
+    "moments": _plain_moments,
+    "backward_of_part": _plain.backward_of_part,
     "update_running_": _plain.update_running,
     "local_response_norm": _plain.local_response_norm,
     "local_response_norm_backward": _plain.local_response_norm_backward,
@@ -130,7 +140,7 @@ _triton.register(_library_def, PLAIN)
 # ---------------------------------------------------------------- shape rules, for the compiler
 
 
-def _statistic_dtype(x: Tensor) -> torch.dtype:
+def statistic_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
@@ -145,7 +155,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     axes = Axes(num_groups, feature_dims, centred)
     shape = (_axes.num_statistics(x.shape, axes),)
-    mean = x.new_empty(shape, dtype=_statistic_dtype(x))
+    mean = x.new_empty(shape, dtype=statistic_dtype(x))
     return _axes.empty_result(x, axes), mean, torch.empty_like(mean)
 
 
@@ -178,6 +188,15 @@ def _fake_backward(
     return grad_input, parameter(NEEDS_WEIGHT), parameter(NEEDS_BIAS)
 
 
+def _fake_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty(x.shape[1], dtype=statistic_dtype(x))
+    return mean, torch.empty_like(mean)
+
+
+def _fake_backward_of_part(grad: Tensor, x: Tensor, *statistics_and_weight: Any) -> Tensor:
+    return _axes.empty_result(x, BATCH)
+
+
 def _fake_update_running(*args: Any) -> None:
     return None
 
@@ -196,6 +215,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     "forward": _fake_forward,
     "apply": _fake_apply,
     "backward": _fake_backward,
+    "moments": _fake_moments,
+    "backward_of_part": _fake_backward_of_part,
     "update_running_": _fake_update_running,
     "local_response_norm": _fake_local_response_norm,
     "local_response_norm_backward": _fake_local_response_norm_backward,
@@ -211,6 +232,8 @@ eager_forward = torch.ops.truenorm.eager_forward.default
 eager_forward_running = torch.ops.truenorm.eager_forward_running.default
 eager_apply = torch.ops.truenorm.eager_apply.default
 eager_backward = torch.ops.truenorm.eager_backward.default
+moments = torch.ops.truenorm.moments.default
+backward_of_part = torch.ops.truenorm.backward_of_part.default
 update_running = torch.ops.truenorm.update_running_.default
 local_response_norm = torch.ops.truenorm.local_response_norm.default
 local_response_norm_backward = torch.ops.truenorm.local_response_norm_backward.default

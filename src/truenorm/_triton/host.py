@@ -17,7 +17,7 @@ from .. import _axes, _plain
 from .._axes import BATCH, Axes
 from . import config, response, running, view
 from . import forward as kernels
-from .host_backward import backward
+from .host_backward import backward, backward_of_part
 from .view import Streamed, Units
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -117,6 +117,13 @@ def apply(
     return y
 
 
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel over the batch, without an output."""
+    with view.on(x):
+        x = view.dense(x, _axes.kept_strides(x, BATCH))
+        return _moments(x, view.units_of(x, BATCH), True)
+
+
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,
@@ -209,6 +216,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "forward": forward,
     "apply": apply,
     "backward": backward,
+    "moments": moments,
+    "backward_of_part": backward_of_part,
     "update_running_": update_running,
     "local_response_norm": local_response_norm,
     "local_response_norm_backward": local_response_norm_backward,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _axes
-from .._axes import Axes
+from .._axes import BATCH, Axes
 from . import backward as kernels
 from . import config, view
 from .config import Launch
@@ -31,6 +31,25 @@ def backward(
     axes = Axes(num_groups, feature_dims, centred)
     with view.on(x):
         return _Backward(grad, x, mean, var, weight, axes, eps, fixed, needs).run()
+
+
+def backward_of_part(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    mean_grad: Tensor,
+    mean_grad_x_hat: Tensor,
+    eps: float,
+) -> Tensor:
+    """grad_x of a part of a batch, whose sums over all of it are given."""
+    with view.on(x):
+        call = _Backward(grad, x, mean, var, weight, BATCH, eps, False, NEEDS_INPUT)
+        plan = Streamed(call.units, call.kept.itemsize)
+        given = (mean_grad_x_hat.to(call.kept).contiguous(), mean_grad.to(call.kept).contiguous())
+        call._apply(plan, given)
+    return call.grad_x
 
 
 class _Backward:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +14,8 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from .. import _checks
+from .. import _checks, _exchange
+from .._ops import synchronized
 
 
 class Traceable(torch.nn.Module):
@@ -101,6 +104,54 @@ class RunningStatistics(_NormBase):
                 # from the values before: fn has already rounded those in `after`
                 self._buffers[name] = before.to(after.device)
         return self
+
+
+class Spanning(torch.nn.Module):
+    """A layer whose statistics can span the processes of a group.
+
+    The group is an attribute of the instance only where it was given, so that a layer without one
+    holds what torch's holds.
+    """
+
+    process_group: Any = None
+
+    def _statistics_group(self) -> Any:
+        """The group that this call's statistics span, or None."""
+        if self.process_group is None:
+            return None
+        return _exchange.active_group(self.process_group)
+
+    def _spanning(self, input: Tensor) -> synchronized.Call:
+        """This call, checked, for statistics that span a group."""
+        raise NotImplementedError
+
+
+L = TypeVar("L", bound=type[Spanning])
+
+
+def with_process_group(cls: L) -> L:
+    """Give a layer torch's signature and a keyword-only `process_group` after it."""
+    inherited = cls.__init__
+    theirs = next(
+        vars(base)["__init__"]
+        for base in cls.__mro__
+        if base.__module__.startswith("torch.nn.") and "__init__" in vars(base)
+    )
+
+    @functools.wraps(theirs)
+    def __init__(self: Spanning, *args: Any, process_group: Any = None, **kwargs: Any) -> None:
+        inherited(self, *args, **kwargs)
+        if process_group is not None:
+            _checks.check_process_group(process_group)
+            self.process_group = process_group
+
+    signature = inspect.signature(theirs)
+    group = inspect.Parameter("process_group", inspect.Parameter.KEYWORD_ONLY, default=None)
+    __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), group]
+    )
+    cls.__init__ = __init__  # type: ignore[assignment,method-assign]
+    return cls
 
 
 class LazyFeatures(torch.nn.Module):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from math import nan
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks, functional
-from .._ops import eager
-from ._base import FixedRank, LazyFeatures, RunningStatistics
+from .._axes import BATCH
+from .._ops import Running, eager, synchronized
+from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning, with_process_group
 
 
-class BatchForward(FixedRank, RunningStatistics):
+class BatchForward(FixedRank, Spanning, RunningStatistics):
     """forward() of every layer with batch statistics; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
@@ -34,17 +36,37 @@ class BatchForward(FixedRank, RunningStatistics):
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
         if not (eps > 0 and (momentum is None or 0 <= momentum <= 1)):
             return None
+        if self.process_group is not None:
+            return None
         if mean is None or not self.track_running_stats:
             return eager.call(eager.OWN, input, weight, bias, (), eager.BATCH, eps)
         running = mean, var, count, nan if momentum is None else momentum
         return eager.call(eager.TRACKED, input, weight, bias, running, eager.BATCH, eps)
 
-    def _validated(self, input: Tensor) -> Tensor:
+    def _statistics_group(self) -> Any:
+        # in evaluation the ranks need not be in step, even without running statistics
+        return super()._statistics_group() if self.training else None
+
+    def _check_input(self, input: Tensor) -> None:
         self._check_input_dim(input)
         # checked here too: without weight and running statistics nothing else would notice
         _checks.check_num_features(input, 1, self.num_features, RuntimeError)
         if self.training and self.momentum is not None:
             _checks.check_momentum(self.momentum)
+
+    def _spanning(self, input: Tensor) -> synchronized.Call:
+        self._check_input(input)
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        functional.check_batch_norm(input, mean, var, weight, bias, True, self.eps)
+        running = None
+        if mean is not None and var is not None and self.track_running_stats:
+            running = Running(mean, var, self.num_batches_tracked, self.momentum)
+        return synchronized.Call(self, input, weight, bias, BATCH, self.eps, running)
+
+    def _validated(self, input: Tensor) -> Tensor:
+        if (group := self._statistics_group()) is not None:
+            return synchronized.normalize(self._spanning(input), group)
+        self._check_input(input)
         # as torch: the running statistics serve evaluation wherever they exist, and are updated
         # in training only while they are tracked
         running_mean, running_var = self.running_mean, self.running_var
@@ -64,6 +86,7 @@ class BatchForward(FixedRank, RunningStatistics):
         )
 
 
+@with_process_group
 class BatchNorm1d(BatchForward, torch.nn.BatchNorm1d):
     """Normalize each channel of a 2D or 3D input by its statistics over the whole batch.
 
@@ -82,13 +105,15 @@ class BatchNorm1d(BatchForward, torch.nn.BatchNorm1d):
     range; RuntimeError for another channel count or device. Running statistics stay untouched.
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167. Arguments as in
-    torch.nn.BatchNorm1d.
+    torch.nn.BatchNorm1d, and `process_group`: a torch.distributed group, or "world", over whose
+    processes the batch is spread in training, as `SyncBatchNorm` describes; None for this one.
     """
 
     _dims = (2, 3)
     _shapes = "(N, C) or (N, C, L)"
 
 
+@with_process_group
 class BatchNorm2d(BatchForward, torch.nn.BatchNorm2d):
     """Normalize each channel of a 4D input by its statistics over the whole batch.
 
@@ -101,13 +126,14 @@ class BatchNorm2d(BatchForward, torch.nn.BatchNorm2d):
     format; weight, bias, running_mean, running_var (C,).
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167. Arguments as in
-    torch.nn.BatchNorm2d.
+    torch.nn.BatchNorm2d, and `process_group` as in `BatchNorm1d`.
     """
 
     _dims = (4,)
     _shapes = "(N, C, H, W)"
 
 
+@with_process_group
 class BatchNorm3d(BatchForward, torch.nn.BatchNorm3d):
     """Normalize each channel of a 5D input by its statistics over the whole batch.
 
@@ -120,13 +146,14 @@ class BatchNorm3d(BatchForward, torch.nn.BatchNorm3d):
     memory format; weight, bias, running_mean, running_var (C,).
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167. Arguments as in
-    torch.nn.BatchNorm3d.
+    torch.nn.BatchNorm3d, and `process_group` as in `BatchNorm1d`.
     """
 
     _dims = (5,)
     _shapes = "(N, C, D, H, W)"
 
 
+@with_process_group
 class LazyBatchNorm1d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm1d):
     """`BatchNorm1d` that reads `num_features` off dim 1 of its first input."""
 
@@ -135,6 +162,7 @@ class LazyBatchNorm1d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm1d):
     cls_to_become = BatchNorm1d
 
 
+@with_process_group
 class LazyBatchNorm2d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm2d):
     """`BatchNorm2d` that reads `num_features` off dim 1 of its first input."""
 
@@ -143,6 +171,7 @@ class LazyBatchNorm2d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm2d):
     cls_to_become = BatchNorm2d
 
 
+@with_process_group
 class LazyBatchNorm3d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm3d):
     """`BatchNorm3d` that reads `num_features` off dim 1 of its first input."""
 

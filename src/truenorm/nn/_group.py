@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks, functional
-from .._ops import eager
-from ._base import Direct
+from .._axes import group
+from .._ops import eager, synchronized
+from ._base import Direct, Spanning, with_process_group
 
 
-class GroupNorm(Direct, torch.nn.GroupNorm):
+@with_process_group
+class GroupNorm(Direct, Spanning, torch.nn.GroupNorm):
     """Normalize each group of channels of each sample by its own mean and variance.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
@@ -27,7 +29,9 @@ class GroupNorm(Direct, torch.nn.GroupNorm):
     Errors: ValueError where num_groups does not divide num_channels, or eps is negative;
     RuntimeError for another channel count or device.
 
-    Source: Wu and He 2018, https://arxiv.org/abs/1803.08494. Arguments as in torch.nn.GroupNorm.
+    Source: Wu and He 2018, https://arxiv.org/abs/1803.08494. Arguments as in torch.nn.GroupNorm,
+    and `process_group`: a torch.distributed group, or "world", over whose processes each sample's
+    positions are spread, as in `InstanceNorm1d`, with N·num_groups statistics.
     """
 
     # its signature is that of the installed torch
@@ -42,10 +46,18 @@ class GroupNorm(Direct, torch.nn.GroupNorm):
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:
             return None
-        if not (eps >= 0 and self.num_groups > 0):
+        if not (eps >= 0 and self.num_groups > 0 and self.process_group is None):
             return None
         return eager.call(eager.OWN, input, weight, bias, (), eager.group(self.num_groups), eps)
 
     def _validated(self, input: Tensor) -> Tensor:
+        if (processes := self._statistics_group()) is not None:
+            return synchronized.normalize(self._spanning(input), processes)
         _checks.check_eps(self.eps, "GroupNorm")
         return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+    def _spanning(self, input: Tensor) -> synchronized.Call:
+        _checks.check_eps(self.eps, "GroupNorm")
+        functional.check_group_norm(input, self.num_groups, self.weight, self.bias)
+        axes = group(self.num_groups)
+        return synchronized.Call(self, input, self.weight, self.bias, axes, self.eps)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import _checks, functional
-from .._ops import eager
-from ._base import FixedRank, LazyFeatures, RunningStatistics
+from .._axes import instance
+from .._ops import Running, eager, synchronized
+from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning, with_process_group
 
 
-class InstanceForward(FixedRank, RunningStatistics):
+class InstanceForward(FixedRank, Spanning, RunningStatistics):
     """forward() of the InstanceNorm layers; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
@@ -29,12 +32,19 @@ class InstanceForward(FixedRank, RunningStatistics):
             if mean is None or var is None:
                 return None
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
+        if self.process_group is not None:
+            return None
         if mean is None or var is None:
             return eager.call(eager.OWN, input, weight, bias, (), eager.INSTANCE, eps)
         running = mean, var, None, momentum or 0.0
         return eager.call(eager.TRACKED, input, weight, bias, running, eager.INSTANCE, eps)
 
-    def _validated(self, input: Tensor) -> Tensor:
+    def _statistics_group(self) -> Any:
+        own = self.training or not self.track_running_stats
+        return super()._statistics_group() if own else None
+
+    def _batched(self, input: Tensor) -> Tensor:
+        """The input, checked, as a batch."""
         self._check_input_dim(input)
         unbatched = input.dim() == self._dims[0]
         # unlike torch, which only warns here unless affine: a mismatch is a transposed or
@@ -45,19 +55,36 @@ class InstanceForward(FixedRank, RunningStatistics):
         _checks.check_eps(self.eps, type(self).__name__)
         if self.momentum is not None:
             _checks.check_momentum(self.momentum)
-        y = functional.instance_norm(
-            input.unsqueeze(0) if unbatched else input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.training or not self.track_running_stats,
-            self.momentum if self.momentum is not None else 0.0,
-            self.eps,
-        )
-        return y.squeeze(0) if unbatched else y
+        return input.unsqueeze(0) if unbatched else input
+
+    def _spanning(self, input: Tensor) -> synchronized.Call:
+        x = self._batched(input)
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        functional.check_instance_norm(x, mean, var, weight, bias)
+        running = None
+        if mean is not None and var is not None:
+            running = Running(mean, var, None, self.momentum or 0.0)
+        axes = instance(self.num_features)
+        return synchronized.Call(self, x, weight, bias, axes, self.eps, running)
+
+    def _validated(self, input: Tensor) -> Tensor:
+        if (group := self._statistics_group()) is not None:
+            y = synchronized.normalize(self._spanning(input), group)
+        else:
+            y = functional.instance_norm(
+                self._batched(input),
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.training or not self.track_running_stats,
+                self.momentum if self.momentum is not None else 0.0,
+                self.eps,
+            )
+        return y.squeeze(0) if y.dim() != input.dim() else y
 
 
+@with_process_group
 class InstanceNorm1d(InstanceForward, torch.nn.InstanceNorm1d):
     """Normalize each channel of each sample by its own mean and variance.
 
@@ -76,13 +103,17 @@ class InstanceNorm1d(InstanceForward, torch.nn.InstanceNorm1d):
     warns), for one position, and for eps or momentum out of range.
 
     Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022. Arguments as in
-    torch.nn.InstanceNorm1d.
+    torch.nn.InstanceNorm1d, and `process_group`: a torch.distributed group, or "world", over whose
+    processes each sample's positions are spread, all with the same samples. The statistics span
+    all of them, in training and evaluation alike; communication and errors are as in
+    `SyncBatchNorm`, with N·C statistics.
     """
 
     _dims = (2, 3)
     _shapes = "(C, L) or (N, C, L)"
 
 
+@with_process_group
 class InstanceNorm2d(InstanceForward, torch.nn.InstanceNorm2d):
     """Normalize each channel of each image by its own mean and variance.
 
@@ -95,13 +126,14 @@ class InstanceNorm2d(InstanceForward, torch.nn.InstanceNorm2d):
     same, in the same memory format; weight, bias, running_mean, running_var (C,).
 
     Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022. Arguments as in
-    torch.nn.InstanceNorm2d.
+    torch.nn.InstanceNorm2d, and `process_group` as in `InstanceNorm1d`.
     """
 
     _dims = (3, 4)
     _shapes = "(C, H, W) or (N, C, H, W)"
 
 
+@with_process_group
 class InstanceNorm3d(InstanceForward, torch.nn.InstanceNorm3d):
     """Normalize each channel of each volume by its own mean and variance.
 
@@ -114,13 +146,14 @@ class InstanceNorm3d(InstanceForward, torch.nn.InstanceNorm3d):
     the same, in the same memory format; weight, bias, running_mean, running_var (C,).
 
     Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022. Arguments as in
-    torch.nn.InstanceNorm3d.
+    torch.nn.InstanceNorm3d, and `process_group` as in `InstanceNorm1d`.
     """
 
     _dims = (4, 5)
     _shapes = "(C, D, H, W) or (N, C, D, H, W)"
 
 
+@with_process_group
 class LazyInstanceNorm1d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm1d):
     """`InstanceNorm1d` that reads `num_features` off dim 1 of its first input (batched)."""
 
@@ -129,6 +162,7 @@ class LazyInstanceNorm1d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNor
     cls_to_become = InstanceNorm1d
 
 
+@with_process_group
 class LazyInstanceNorm2d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm2d):
     """`InstanceNorm2d` that reads `num_features` off dim 1 of its first input (batched)."""
 
@@ -137,6 +171,7 @@ class LazyInstanceNorm2d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNor
     cls_to_become = InstanceNorm2d
 
 
+@with_process_group
 class LazyInstanceNorm3d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm3d):
     """`InstanceNorm3d` that reads `num_features` off dim 1 of its first input (batched)."""
 

@@ -1,14 +1,15 @@
-"""SyncBatchNorm: batch statistics over every process of a group (here: one process, any device)."""
+"""SyncBatchNorm: batch statistics over every process of a group, on any device and backend."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .. import _checks
+from .. import _checks, _exchange
 from ._batch import BatchForward
 
 
@@ -17,13 +18,22 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
 
-    In one process this is `BatchNorm` for inputs of any rank from 2 up, on any device, CPU
-    included (torch's accepts no CPU tensors once torch.distributed runs). With more than one
-    process the call goes to torch's own implementation, with its limits: accelerators only.
+    In training E and Var (biased, divided by n) span the batches of all processes of
+    `process_group` (None: of all processes) together, n values in all, and the running statistics
+    move as in `BatchNorm1d`, to the same bits in every process. N may differ from process to
+    process, and be 0. Every process has to call the layer, forward and backward, in the same order
+    as its others. The gradients of weight and bias are this process's share, which
+    DistributedDataParallel and fully_shard add up. In evaluation, and in one process, this is
+    `BatchNorm` for inputs of any rank from 2 up.
+
+    Communication: one all-gather of 2·C + 2 float64 numbers forward, one of 2·C backward, and at a
+    layer's first call one of a single number.
 
     Shapes: input (N, C, *); output the same; weight, bias, running_mean, running_var (C,).
 
-    Errors: as in `BatchNorm1d`.
+    Errors: as in `BatchNorm1d`, of which "more than 1 value per channel" counts all processes;
+    ValueError on every process where one has another number of channels; RuntimeError on the others
+    where a process dies or does not call the layer within the group's timeout.
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167. Arguments as in
     torch.nn.SyncBatchNorm.
@@ -42,16 +52,8 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
                 f"{tuple(input.shape)}"
             )
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self.training and self._world_size() > 1:
-            return torch.nn.SyncBatchNorm.forward(self, input)
-        return super().forward(input)
-
-    def _world_size(self) -> int:
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return 1
-        return distributed.get_world_size(self.process_group or distributed.group.WORLD)
+    def _statistics_group(self) -> Any:
+        return _exchange.active_group(self.process_group) if self.training else None
 
     @classmethod
     def convert_sync_batchnorm(cls, module: Module, process_group: Any = None) -> Module:
@@ -61,3 +63,29 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
         base: Any = super()
         converted: Module = base.convert_sync_batchnorm(module, process_group)
         return convert(converted, only=(torch.nn.SyncBatchNorm,))
+
+
+def _let_ours_pass() -> None:
+    """Let truenorm's SyncBatchNorm through a check of DistributedDataParallel.
+
+    It refuses every SyncBatchNorm whose parameters are on a CPU, since torch's cannot run there.
+    """
+    parallel = torch.nn.parallel.DistributedDataParallel
+    check: Any = getattr(parallel, "_passing_sync_batchnorm_handle", None)
+    if check is None:  # another torch, without that check
+        return
+
+    @functools.wraps(check)
+    def check_theirs(self: Any, module: Module) -> None:
+        found = {isinstance(m, SyncBatchNorm) for m in module.modules() if _is_sync(m)}
+        if found != {True}:
+            check(self, module)
+
+    parallel._passing_sync_batchnorm_handle = check_theirs  # type: ignore[method-assign]
+
+
+def _is_sync(module: Module) -> bool:
+    return isinstance(module, torch.nn.SyncBatchNorm)
+
+
+_let_ours_pass()

@@ -1,0 +1,37 @@
+"""Statistics across processes: what is beyond a layer's own `process_group`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import _checks
+from ._ops import synchronized
+from .nn._base import Spanning
+
+__all__ = ["call_together"]
+
+
+def call_together(layers: Sequence[Spanning], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Call several layers on an input each, with one exchange of statistics for all of them.
+
+    outputs[i] = layers[i](inputs[i]), to the same bits, but with one all-gather forward and one
+    backward instead of one for each layer: for layers whose inputs do not depend on one another's
+    outputs, as those of parallel branches. Where there is nothing to exchange (evaluation, one
+    process) each layer is called by itself. The layers' hooks are not run.
+
+    layers: BatchNorm, SyncBatchNorm, InstanceNorm or GroupNorm, each at most once, with one group.
+    inputs, outputs: as each layer's own; nothing is changed where one of them is refused.
+
+    Errors: TypeError for another layer; ValueError for another number of inputs than of layers, a
+    layer that is there twice, or layers with different groups; else as each layer's own.
+    """
+    _checks.check_together(layers, inputs, Spanning)
+    groups = [layer._statistics_group() for layer in layers]
+    _checks.check_one_group(groups)
+    if not groups or groups[0] is None:
+        return [layer.forward(x) for layer, x in zip(layers, inputs, strict=True)]
+    calls = [layer._spanning(x) for layer, x in zip(layers, inputs, strict=True)]
+    outputs = synchronized.normalize_together(calls, groups[0])
+    return [y.squeeze(0) if y.dim() != x.dim() else y for x, y in zip(inputs, outputs, strict=True)]

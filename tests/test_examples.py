@@ -1,0 +1,35 @@
+"""The README's torchrun line, as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LINE = re.compile(r"^    (torchrun .*)$", re.MULTILINE)
+
+
+def test_distributed_digits() -> None:
+    (line,) = LINE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert line in (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    assert line in (ROOT / "examples" / "distributed_digits.py").read_text(encoding="utf-8")
+    # torchrun as a module: the environment of these tests, and no other host than this one
+    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line)[1:]]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    number = r"([\d.e+-]+)"
+    own, common = (
+        re.search(rf"{name} statistics: {number}% right, {number} from one", done.stdout).groups()
+        for name in ("own", "common")
+    )
+    (whole,) = re.search(rf"whole batches: {number}% right", done.stdout).groups()
+    # float64: roundings grow by the step
+    assert float(common[1]) < 1e-10 < 1e-2 < float(own[1])
+    assert float(common[0]) == float(whole) > 85.0
