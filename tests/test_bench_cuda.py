@@ -142,3 +142,8 @@ def test_threads_are_for_the_cpu(
     monkeypatch.setattr(cuda_command, "info", lambda: argparse.Namespace(cuda="triton"))
     assert main(["bench", "--device", "cuda", "--threads", "2"]) == 2
     assert "--threads (=2) is for the CPU" in capsys.readouterr().err
+
+
+def test_models_are_measured_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--device", "cuda", "--models"]) == 2
+    assert "--models is measured on the CPU" in capsys.readouterr().err

@@ -3,9 +3,13 @@
 __version__ = "0.1.0"
 
 from . import distributed, functional, nn, reference
+from ._compare import compare
 from ._explain import explain
+from ._fold import fold
+from ._inspect import inspect
 from ._library import info
 from ._pool import empty_cache
+from ._standard import standard_ops
 from ._triton.tune import tune
 from .convert import convert, revert
 from .moments import Moments
@@ -15,16 +19,20 @@ from .recalibrate import recalibrate
 
 __all__ = [
     "Moments",
+    "compare",
     "convert",
     "distributed",
     "empty_cache",
     "explain",
+    "fold",
     "functional",
     "info",
+    "inspect",
     "nn",
     "recalibrate",
     "reference",
     "revert",
+    "standard_ops",
     "tune",
     *_layers,
 ]

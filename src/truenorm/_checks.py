@@ -7,12 +7,14 @@ that code which matches on them goes on working.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.nn import Module
 
 
 def _shape(x: Tensor) -> str:
@@ -306,17 +308,15 @@ def check_dims(layer: str, dims: Any) -> None:
         )
 
 
-def check_model(model: Any) -> None:
-    if not isinstance(model, torch.nn.Module):
+# ---------------------------------------------------------------- tools for whole models
+
+
+def check_module(name: str, model: Any) -> None:
+    if not isinstance(model, Module):
         raise TypeError(
-            f"`model` must be a torch.nn.Module, but got {type(model).__name__}: pass the model "
+            f"`{name}` must be a torch.nn.Module, but got {type(model).__name__}: pass the model "
             "itself, not its state_dict or its output"
         )
-
-
-def check_positive(name: str, value: Any) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"`{name}` must be at least 1, but got {value}")
 
 
 def check_something_tracks(layers: Any) -> None:
@@ -394,3 +394,139 @@ def check_one_group(groups: Sequence[Any]) -> None:
             "`layers` exchange statistics with different groups, or only some of them do: give "
             "those of one `process_group`, all in training or all in evaluation"
         )
+
+
+def fail_lazy(name: str, key: str) -> NoReturn:
+    raise ValueError(
+        f"`{name}` has not seen an input yet: its lazy {key!r} has no shape; run it once first"
+    )
+
+
+def fail_no_norms(name: str, model: Module) -> NoReturn:
+    raise ValueError(
+        f"`{name}` ({type(model).__name__}) has no normalization layer: pass a model that has one "
+        "of torch.nn's or truenorm's, or a subclass of them"
+    )
+
+
+def fail_batch(name: str, data: Any) -> NoReturn:
+    loader = " or a loader of batches" if name == "data" else ""
+    raise TypeError(
+        f"`{name}` must be a batch (a tensor, a tuple, list or dictionary of tensors){loader}, but "
+        f"got {type(data).__name__}"
+    )
+
+
+def check_not_batches(data: Sequence[Any]) -> None:
+    """A list of equals may be a batch (input, target), or several batches."""
+    kinds = {(v.shape, v.dtype) if isinstance(v, Tensor) else type(v) for v in data}
+    if len(kinds) == 1:
+        raise ValueError(
+            f"`data` is a list of {len(data)} tensors of one shape, and may mean that many batches "
+            "or one of that many tensors: pass iter(data) for batches, tuple(data) for one batch"
+        )
+
+
+def fail_no_batch() -> NoReturn:
+    raise ValueError("`data` is a loader that gave no batch: check its data set and its sampler")
+
+
+def fail_loader(index: int, error: Exception) -> NoReturn:
+    raise RuntimeError(
+        f"`data` is a loader that failed at batch {index} with {type(error).__name__}: {error}"
+    ) from error
+
+
+def _shapes(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k!r}: {_shapes(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_shapes(v) for v in value) + "]"
+    return type(value).__name__
+
+
+def fail_forward(name: str, batch: Any, error: Exception) -> NoReturn:
+    raise ValueError(
+        f"`{name}` failed on a batch of shape {_shapes(batch)} with {type(error).__name__}: "
+        f"{error} — pass data that the model takes, or say how it is called: "
+        "call=lambda model, batch: model(…)"
+    ) from error
+
+
+def check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number of at least 1, but got {value!r}")
+
+
+def check_foldable(model: Module) -> None:
+    if hasattr(model, "_orig_mod") or isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"`model` is compiled ({type(model).__name__}), and its layers can no longer be "
+            "replaced: fold the model first, then compile it"
+        )
+    if model.training:
+        raise ValueError(
+            "`model` is in training mode, where BatchNorm normalizes by the batch: call "
+            "model.eval() first"
+        )
+
+
+def check_folded_linear(input: Tensor) -> None:
+    if input.dim() != 2:
+        raise ValueError(
+            f"expected 2D input (got {input.dim()}D input): BatchNorm was folded into a Linear "
+            f"layer for inputs (N, C), and means other channels for {_shape(input)}; use the model "
+            "before folding"
+        )
+
+
+def check_fold_changed_nothing(error: float, error_before: float) -> None:
+    # roundings of the same order; what was misread in a forward is off by far more
+    if not error <= 1e-3 + 20.0 * error_before:
+        raise RuntimeError(
+            f"folding changed the model's output by {error:.1e} of its largest value (its own "
+            f"rounding error: {error_before:.1e}), so its forward runs its layers in another order "
+            "than it seems to: the model is unchanged, fold its parts one by one"
+        )
+
+
+def fail_copy(error: Exception) -> NoReturn:
+    raise ValueError(
+        f"`model` cannot be copied ({type(error).__name__}: {error}): pass inplace=True to change "
+        "the model itself"
+    ) from error
+
+
+def fail_nothing_in_common() -> NoReturn:
+    raise ValueError(
+        "`model_a` and `model_b` have no layer of the same name, and no output, in common: compare "
+        "two versions of one model"
+    )
+
+
+def fail_not_reached(name: str, layers: Sequence[str]) -> NoReturn:
+    raise ValueError(
+        f"`{name}` called none of its {len(layers)} normalization layers on this data (the first: "
+        f"{layers[0]!r}): pass data and `call` that run the whole model"
+    )
+
+
+def fail_exists(path: Path) -> NoReturn:
+    raise FileExistsError(
+        f"`path` (={str(path)!r}) exists: name another file, or pass force=True to replace it"
+    )
+
+
+def check_writable(path: Path, *, force: bool) -> None:
+    """Before the work is done, that what comes of it can be written."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"`path` (={str(path)!r}): the folder {str(folder)!r} does not exist, make it first"
+        )
+    if path.is_dir():
+        raise IsADirectoryError(f"`path` (={str(path)!r}) is a folder: name a file")
+    if path.exists() and not force:
+        fail_exists(path)

@@ -24,9 +24,9 @@ def has(package: str) -> bool:
 _DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
-def require(*packages: str, purpose: str) -> None:
+def require(*packages: str, purpose: str, extra: str = "demo") -> None:
     """Raise a MissingPackageError that says which extra brings what is missing."""
     missing = [_DISTRIBUTIONS.get(p, p) for p in packages if not has(p)]
     if missing:
         names = " and ".join(missing)
-        raise MissingPackageError(f'{purpose} needs {names}: pip install "truenorm[demo]"')
+        raise MissingPackageError(f'{purpose} needs {names}: pip install "truenorm[{extra}]"')

@@ -1,4 +1,4 @@
-"""The command `truenorm`: explain, verify, bench, demo and info."""
+"""The command `truenorm`: explain, report, verify, bench, demo and info."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command, with its five commands."""
+    """The parser of the command, with its six commands."""
     from . import __version__, _bench, _verify
     from ._demo import command as demo
     from ._explain import command as explain
+    from ._report import command as report
 
     parser = _Parser(
         prog="truenorm", description="PyTorch's normalization layers, true to the formula."
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"truenorm {__version__}")
     subparsers = parser.add_subparsers(metavar="command", required=True)
     explain.add_parser(subparsers)
+    report.add_parser(subparsers)
     _verify.add_parser(subparsers)
     _bench.add_parser(subparsers)
     demo.add_parser(subparsers)

@@ -96,7 +96,7 @@ def _unsynchronize(model: Module, dims: int | None) -> None:
 
 
 def _check(model: Any, sync: bool | None, process_group: Any, dims: Any) -> None:
-    _checks.check_model(model)
+    _checks.check_module("model", model)
     if process_group is not None:
         _checks.check_only_with("process_group", process_group, "sync=True", sync is True)
         _checks.check_process_group(process_group)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _axes, _checks, _ops
+from . import _axes, _checks, _ops, _standard
 
 __all__ = [
     "batch_norm",
@@ -90,9 +90,14 @@ def batch_norm_tracked(
     if not training:
         _checks.check_running_given(running_mean, "training=False")
         assert running_mean is not None and running_var is not None
+        if _standard.wanted():
+            return _standard.fixed(input, running_mean, running_var, weight, bias, eps)
         return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps)
     count = _axes.values_per_statistic(input.shape, _axes.BATCH)
     _checks.check_more_than_one_value(input, count, per_sample=False)
+    if momentum is not None and _standard.wanted():
+        tracked = (running_mean, running_var, num_batches_tracked)
+        return _standard.batch(input, tracked, weight, bias, momentum, eps)
     running = None
     if running_mean is not None and running_var is not None:
         running = _ops.Running(running_mean, running_var, num_batches_tracked, momentum)
@@ -165,10 +170,15 @@ def instance_norm(
     if not use_input_stats:
         _checks.check_running_given(running_mean, "use_input_stats=False")
         assert running_mean is not None and running_var is not None
+        if _standard.wanted():
+            return _standard.fixed(input, running_mean, running_var, weight, bias, eps)
         return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps)
     axes = _axes.instance(input.shape[1])
     count = _axes.values_per_statistic(input.shape, axes) if input.shape[1] else 0
     _checks.check_more_than_one_value(input, count, per_sample=True)
+    if _standard.wanted():
+        tracked = (running_mean, running_var)
+        return _standard.instance(input, tracked, weight, bias, momentum, eps)
     running = None
     if running_mean is not None and running_var is not None:
         running = _ops.Running(running_mean, running_var, None, momentum)
@@ -226,6 +236,8 @@ def group_norm(
     n, c, s = _axes.ncs(input.shape, _axes.BATCH)
     # as torch: an error only where the whole batch has one value per group
     _checks.check_more_than_one_value(input, n * c // num_groups * s, per_sample=False)
+    if _standard.wanted():
+        return _standard.group(input, num_groups, weight, bias, eps)
     return _ops.normalize(input, weight, bias, _axes.group(num_groups), eps)
 
 
@@ -275,6 +287,8 @@ def layer_norm(
     _checks.check_normalized_shape(input, normalized_shape)
     _checks.check_elementwise("weight", weight, input, normalized_shape)
     _checks.check_elementwise("bias", bias, input, normalized_shape)
+    if _standard.wanted():
+        return _standard.layer(input, normalized_shape, weight, bias, eps)
     return _ops.normalize(input, weight, bias, _axes.layer(len(normalized_shape)), eps)
 
 
@@ -307,6 +321,8 @@ def rms_norm(
     if eps is None:
         eps = torch.finfo(input.dtype).eps
     _checks.check_elementwise("weight", weight, input, normalized_shape)
+    if _standard.wanted():
+        return _standard.rms(input, normalized_shape, weight, eps)
     return _ops.normalize(input, weight, None, _axes.rms(len(normalized_shape)), eps)
 
 
@@ -346,4 +362,6 @@ def local_response_norm(
     widened = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if widened and (input.dim() > 3 or device != "cpu"):
         input = input.to(torch.promote_types(input.dtype, torch.float32))
+    if _standard.wanted():
+        return _standard.response(input, size, alpha, beta, k)
     return _ops.local_response_norm(input, size, alpha, beta, k)

@@ -73,7 +73,8 @@ def recalibrate(
     if isinstance(model, DistributedDataParallel):
         model = model.module
     layers = _tracking(model)
-    _checks.check_positive("batches", batches)
+    if batches is not None:
+        _checks.check_positive("batches", batches)
     _checks.check_positive("save_every", save_every)
     shared = _exchange.active_group(group)
     path = None if resume is None else Path(resume)
@@ -102,7 +103,7 @@ def recalibrate(
 
 def _tracking(model: Any) -> dict[str, _NormBase]:
     """The layers with running statistics, by name; shared ones once."""
-    _checks.check_model(model)
+    _checks.check_module("model", model)
     found = {
         name: module
         for name, module in model.named_modules()

@@ -15,11 +15,11 @@ import torch
 from .. import _extras
 from .._library import info
 from .._verify.sections import DTYPES
-from . import cuda, cuda_command, report
+from . import cuda, cuda_command, models, report
 from .cases import CASES, FAMILIES, LAYERS, Case
 from .results import Result, as_json, families, machine
 from .subject import Subject, validate
-from .timing import DIRECTIONS, FULL, QUICK, Plan, time_case
+from .timing import DIRECTIONS, FULL, MODELS, QUICK, Plan, time_case
 
 # a step of torch's holds up to this many tensors of the input's size, hidden copies included
 _TENSORS_HELD = 12
@@ -60,6 +60,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--threads", nargs="+", metavar="N", type=int,
         help=f"these numbers of threads (torch's own, now {torch.get_num_threads()})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--models", action="store_true",
+        help="time whole training steps of networks of transformers and monai instead of layers",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     parser.add_argument("--compile", action="store_true", help="time torch.compile of torch's too")
@@ -109,14 +113,40 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--chart (='{args.chart}') must be a PNG: name a file that ends in .png")
         _extras.require("matplotlib", purpose="a chart")
     if args.device == "cuda":
+        if args.models:
+            parser.error("--models is measured on the CPU: leave out --device cuda")
         cuda_command.check(parser, args)
     for count in args.threads or ():
         if count < 1:
             parser.error(f"--threads (={count}) must be at least 1")
 
 
+def _run_models(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Whole training steps; by one number of threads."""
+    for option in ("layer", "family", "compile", "chart"):
+        if getattr(args, option):
+            parser.error(f"--{option} is of layers: leave it out with --models")
+    if args.dtype != ["float32"] or len(args.threads or [1]) > 1:
+        parser.error("--models takes float32 and one number of --threads")
+    print(f"{machine()['processor']}, {os.cpu_count()} cores\n{info()}\n", flush=True)
+    before = torch.get_num_threads()
+    threads = args.threads[0] if args.threads else before
+    try:
+        torch.set_num_threads(threads)
+        steps = models.run(QUICK if args.quick else MODELS, functools.partial(print, flush=True))
+    finally:
+        torch.set_num_threads(before)
+    if args.json is not None:
+        about = {"date": str(datetime.date.today()), "quick": args.quick, "threads": threads}
+        found = {**machine(), **about, "models": [step.as_dict() for step in steps]}
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 1 if any(step.wrong for step in steps) else 0
+
+
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     _check(parser, args)
+    if args.models:
+        return _run_models(parser, args)
     cases = [
         case for case in (cuda.ALL_CASES if args.device == "cuda" else CASES)
         if (not args.layer or case.layer in args.layer)

@@ -52,6 +52,8 @@ class Plan:
 
 
 FULL, QUICK = Plan(), Plan(minimum=5, maximum=21, seconds=0.8)
+# whole training steps take their time
+MODELS = Plan(minimum=9, maximum=31, seconds=12.0)
 
 
 class Quartiles(NamedTuple):

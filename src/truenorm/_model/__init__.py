@@ -1,0 +1,1 @@
+"""What the tools for whole models share: finding layers, and running a model without a trace."""

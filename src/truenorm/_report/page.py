@@ -1,0 +1,77 @@
+"""The page: template, style, script, chart library and data in one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import os
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+
+from .. import _checks
+from .._extras import require
+from .._inspect.tables import SEVERITIES, Inspection
+from .data import page_data
+
+
+def _packed(text: str) -> str:
+    """Compressed, as text: the page's script unpacks it with the browser's own gzip."""
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
+def _asset(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def page(inspection: Inspection) -> str:
+    """The whole page (needs jinja2 and plotly)."""
+    require("jinja2", "plotly", purpose="a report", extra="report")
+    from jinja2 import Environment, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    data = page_data(inspection)
+    counts = {s: sum(f.severity == s for f in inspection.findings) for s in SEVERITIES}
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(_asset("page.html"))
+    return template.render(
+        inspection=inspection,
+        data=data,
+        counts=counts,
+        style=_asset("style.css"),
+        script=_asset("script.js"),
+        packed_data=_packed(json.dumps(data, separators=(",", ":"), ensure_ascii=False)),
+        packed_charts=_packed(get_plotlyjs()),
+    )
+
+
+def save(inspection: Inspection, path: str | Path, *, force: bool = False) -> None:
+    """Write the page, whole or not at all."""
+    path = Path(path)
+    _checks.check_writable(path, force=force)
+    write(path, page(inspection), force=force)
+
+
+def write(path: Path, text: str, *, force: bool) -> None:
+    """A file, whole or not at all."""
+    handle, part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.absolute().parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(part, 0o666 & ~mask)
+        if force:
+            os.replace(part, path)
+        else:
+            # unlike a rename it fails where the file has come to exist by now
+            os.link(part, path)
+            os.unlink(part)
+    except FileExistsError:
+        os.unlink(part)
+        _checks.fail_exists(path)
+    except BaseException:
+        os.unlink(part)
+        raise
