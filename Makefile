@@ -18,7 +18,7 @@ BUILT_FROM := $(CPP) CMakeLists.txt pyproject.toml build_backend/truenorm_build.
 export TRUENORM_WERROR ?= ON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types format wheel verify bench bench-quick sanitize mutate neon \
+.PHONY: help run test lint types format wheel verify bench bench-quick bench-cuda sanitize mutate neon \
 	clean
 
 help:  ## list the targets
@@ -60,6 +60,15 @@ bench: $(VENV)/demo  ## time every layer beside torch's (BENCH=...: other option
 	@mkdir -p benchmarks/results
 	@$(BIN)/truenorm bench --json benchmarks/results/cpu-$$(date +%F).json \
 		--chart docs/images/bench-cpu.png $(BENCH)
+
+# the GPU's name, as part of a file's
+GPU = $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr 'A-Z ' 'a-z-')
+
+bench-cuda: $(VENV)/demo  ## time every layer on a GPU, beside torch's and others (BENCH=...)
+	@mkdir -p benchmarks/results
+	@$(BIN)/truenorm bench --device cuda --dtype float32 bfloat16 --compile \
+		--json benchmarks/results/$(or $(GPU),cuda)-$$(date +%F).json \
+		--chart docs/images/bench-cuda.png $(BENCH)
 
 bench-quick: $(VENV)/demo  ## the same in under two minutes, on fewer cases; writes nothing
 	@$(BIN)/truenorm bench --quick $(BENCH)

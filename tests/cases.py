@@ -77,7 +77,7 @@ def randomize(layer: Module) -> Module:
 
 
 def _sliced(x: Tensor) -> Tensor:
-    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"), dtype=x.dtype)
+    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"))
     view = wide[..., 1::2]
     view.copy_(x)
     return view

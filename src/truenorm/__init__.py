@@ -10,6 +10,7 @@ from ._inspect import inspect
 from ._library import info
 from ._pool import empty_cache
 from ._standard import standard_ops
+from ._triton.tune import tune
 from .convert import convert, revert
 from .moments import Moments
 from .nn import *  # noqa: F403
@@ -32,5 +33,6 @@ __all__ = [
     "reference",
     "revert",
     "standard_ops",
+    "tune",
     *_layers,
 ]

@@ -87,6 +87,8 @@ class Info:
     library: path of the native library, or None.
     why_plain: why CPU tensors are served by plain PyTorch ops, or "".
     pool: the recycled memory of large results, or None without the native library.
+    cuda: "triton" or "plain".
+    cuda_words: what serves CUDA tensors, and why where that is plain PyTorch ops.
     other_devices: what serves tensors of every other device.
     """
 
@@ -97,6 +99,8 @@ class Info:
     library: str | None
     why_plain: str
     pool: _pool.Pool | None = None
+    cuda: str = "plain"
+    cuda_words: str = "plain PyTorch ops"
     other_devices: str = "plain"
 
     def __str__(self) -> str:
@@ -108,15 +112,17 @@ class Info:
             f"truenorm {self.version}, torch {self.torch_version}\n"
             f"cpu: {cpu}\n"
             f"pool: {self.pool or 'none'}\n"
-            "cuda, mps, xpu and other devices: plain PyTorch ops\n"
+            f"cuda: {self.cuda_words}\n"
+            "mps, xpu and other devices: plain PyTorch ops\n"
             f"library: {self.library or 'none'}"
         )
 
 
 def info() -> Info:
     """Which path, native kernels or plain PyTorch ops, serves which device."""
-    from . import __version__
+    from . import __version__, _triton
 
+    cuda, cuda_words = _triton.describe()
     return Info(
         version=__version__,
         torch_version=str(torch.__version__),
@@ -125,4 +131,6 @@ def info() -> Info:
         library=str(NATIVE.path) if NATIVE else None,
         why_plain=WHY_NOT,
         pool=_pool.statistics(),
+        cuda=cuda,
+        cuda_words=cuda_words,
     )

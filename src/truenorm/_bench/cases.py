@@ -58,6 +58,19 @@ class Case:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def statistics(self) -> int:
+        """How many the layer computes on this input; LocalResponseNorm: one per value."""
+        if self.layer.startswith("BatchNorm"):
+            return self.shape[1]
+        if self.layer.startswith("InstanceNorm"):
+            return self.shape[0] * self.shape[1]
+        if self.layer == "GroupNorm":
+            return self.shape[0] * int(self.kwargs["num_groups"])
+        if self.layer == "LocalResponseNorm":
+            return self.numel
+        return self.numel // int(self.kwargs["normalized_shape"])
+
     def build(self, library: Any) -> Any:
         """The layer out of `torch.nn` or `truenorm.nn`."""
         return getattr(library, self.layer)(**self.kwargs).train(self.training)
@@ -192,8 +205,30 @@ def _others() -> Iterator[Case]:
     yield Case("LocalResponseNorm", kwargs, _LRN[0][0], "AlexNet", channels_last=True)
 
 
+def _large() -> Iterator[Case]:
+    """For a GPU: what fills its memory bandwidth, tensors of 64 MiB and more."""
+    for channels_last in (False, True):
+        kwargs: dict[str, Any] = {"num_features": 32, "affine": True}
+        shape = (2, 32, 160, 160, 160)
+        yield Case("InstanceNorm3d", kwargs, shape, "nnU-Net, patch 160³", channels_last)
+        for channels, size in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)):
+            kwargs, quick = {"num_features": channels}, size == 56
+            shape_2d = (256, channels, size, size)
+            yield Case(
+                "BatchNorm2d", kwargs, shape_2d, "ResNet-50, batch 256", channels_last, quick=quick
+            )
+        for channels, size in ((320, 64), (640, 32)):
+            kwargs = {"num_groups": 32, "num_channels": channels}
+            shape_2d = (32, channels, size, size)
+            yield Case("GroupNorm", kwargs, shape_2d, "diffusion U-Net, batch 32", channels_last)
+    for layer in ("LayerNorm", "RMSNorm"):
+        kwargs = {"normalized_shape": 4096}
+        yield Case(layer, kwargs, (16384, 4096), "a 7B language model, batch 4", quick=True)
+
+
 FAMILIES = tuple(GOALS)
 CASES = tuple(
     sorted((*_instance(), *_batch(), *_others()), key=lambda case: FAMILIES.index(case.family))
 )
+CUDA_CASES = tuple(sorted(_large(), key=lambda case: FAMILIES.index(case.family)))
 LAYERS = tuple(dict.fromkeys(case.layer for case in CASES))

@@ -87,8 +87,8 @@ def _limits(results: Sequence[Result], direction: str) -> tuple[float, float]:
     return min(reached) / 1.25, max(reached) * 1.25
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
-    """Write the chart as a PNG."""
+def draw(results: Sequence[Result], path: Path, where: str = "") -> None:
+    """Write the chart as a PNG; where: what was measured on, if not this machine's processor."""
     shown = _shown(results)
     rows = _rows(shown)
     height = max(len(rows), 3) * _ROW + _TOP + _BOTTOM
@@ -100,7 +100,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     )  # fmt: skip
     if shown:
         about, threads = machine(), shown[0].threads
-        where = (
+        where = where or (
             f"{about['processor']}, {threads} thread{'s' if threads > 1 else ''}, "
             f"{shown[0].dtype}, {about['instruction_set'] or 'plain PyTorch ops'}, "
             f"torch {about['torch']}; medians over rounds, and quartiles"

@@ -15,7 +15,7 @@ import torch
 from .. import _extras
 from .._library import info
 from .._verify.sections import DTYPES
-from . import models, report
+from . import cuda, cuda_command, models, report
 from .cases import CASES, FAMILIES, LAYERS, Case
 from .results import Result, as_json, families, machine
 from .subject import Subject, validate
@@ -40,6 +40,10 @@ def add_parser(subparsers: Any) -> None:
             "faster. Exit status: 0, or 1 where a result was wrong (which is then not timed)."
         ),
     )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu",
+        help="cuda: a GPU's cases, contenders, clock and floor",
+    )  # fmt: skip
     parser.add_argument(
         "--layer", nargs="+", metavar="NAME", choices=LAYERS,
         help="only these layers: " + ", ".join(LAYERS),
@@ -108,6 +112,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if args.chart.suffix.lower() != ".png":
             parser.error(f"--chart (='{args.chart}') must be a PNG: name a file that ends in .png")
         _extras.require("matplotlib", purpose="a chart")
+    if args.device == "cuda":
+        if args.models:
+            parser.error("--models is measured on the CPU: leave out --device cuda")
+        cuda_command.check(parser, args)
     for count in args.threads or ():
         if count < 1:
             parser.error(f"--threads (={count}) must be at least 1")
@@ -140,13 +148,15 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.models:
         return _run_models(parser, args)
     cases = [
-        case for case in CASES
+        case for case in (cuda.ALL_CASES if args.device == "cuda" else CASES)
         if (not args.layer or case.layer in args.layer)
         and (not args.family or _slug(case.family) in args.family)
         and (case.quick or not args.quick)
     ]  # fmt: skip
     if not cases:
         parser.error("--layer, --family and --quick leave no case: leave one of them out")
+    if args.device == "cuda":
+        return cuda_command.run(args, cases, cuda.DeviceClock(), cuda.machine())
     threads = list(dict.fromkeys(args.threads or [torch.get_num_threads()]))
     dtypes = list(dict.fromkeys(args.dtype))
     plan = QUICK if args.quick else FULL

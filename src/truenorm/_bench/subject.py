@@ -153,7 +153,7 @@ def _validate(subject: Subject) -> str:
     whole = [t.contiguous() for t in (subject.x, subject.grad, alone, found["output"])]
     input_gradient = found["input"].contiguous()
     sums = {
-        name: torch.zeros(found[name].shape, dtype=torch.float64)
+        name: torch.zeros(found[name].shape, dtype=torch.float64, device=found[name].device)
         for name in ("weight", "bias")
         if name in found
     }

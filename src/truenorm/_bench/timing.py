@@ -21,7 +21,8 @@ import torch
 
 from .subject import Subject
 
-FORWARD, BOTH = "forward", "forward+backward"
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+# a backward alone is timed on a GPU only (cuda.py)
 DIRECTIONS = (FORWARD, BOTH)
 OURS, TORCH, COMPILE, CLONE = "truenorm", "torch", "compile", "clone"
 
@@ -29,7 +30,7 @@ OURS, TORCH, COMPILE, CLONE = "truenorm", "torch", "compile", "clone"
 # clone() of the same tensor in the same round, which reads it and writes it. The forward reads x
 # and writes y, as clone() does. Forward and backward together also read x and grad_output and write
 # x's gradient: five tensors for clone()'s two. Parameters and statistics are left out.
-FLOOR_IN_CLONES = {FORWARD: 1.0, BOTH: 2.5}
+FLOOR_IN_CLONES = {FORWARD: 1.0, BACKWARD: 1.5, BOTH: 2.5}
 FLOOR_NOTE = (
     "forward: clone() of the input; forward+backward: 5 tensors moved (read x, write y, read x, "
     "read grad, write x.grad) at the rate of clone(), which moves 2"
@@ -89,14 +90,24 @@ class Timing:
         assert found is not None
         return found
 
+    def median(self, contender: str) -> float:
+        return statistics.median(self.seconds[contender])
+
     def as_dict(self) -> dict[str, Any]:
-        ratios = {f"{name}_over_truenorm": self.ratio(name) for name in (TORCH, COMPILE)}
+        others = [name for name in self.seconds if name not in (OURS, CLONE)]
+        ratios = {f"{name}_over_truenorm": self.ratio(name) for name in others}
         return {
             "rounds": len(self.seconds[OURS]),
             "median_seconds": {k: statistics.median(v) for k, v in self.seconds.items()},
             **{name: list(q) for name, q in ratios.items() if q is not None},
             "floor_over_truenorm": list(self.of_floor()),
         }
+
+
+def floored(direction: str, seconds: Mapping[str, list[float]], floor: float) -> Timing:
+    """A timing whose floor is known in seconds instead of timed as a clone()."""
+    clone = floor / FLOOR_IN_CLONES[direction]
+    return Timing(direction, {**seconds, CLONE: [clone] * len(seconds[OURS])})
 
 
 def _total(run: Callable[[], object], iterations: int) -> float:

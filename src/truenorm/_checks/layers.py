@@ -207,3 +207,17 @@ def check_local_response(input: Tensor, size: Any) -> None:
             f"`size` (={size}) is the number of neighbouring channels and should be greater than "
             "zero"
         )
+
+
+def check_tunable(input: Tensor, why_plain: str) -> None:
+    """`input` is where Triton kernels can be tuned; why_plain: why none serve its device, or ""."""
+    if not input.is_cuda:
+        raise RuntimeError(
+            f"`input` is on device {input.device}, and only CUDA kernels can be tuned: "
+            "move layer and input to a GPU, e.g. input.cuda()"
+        )
+    if why_plain:
+        raise RuntimeError(
+            f"`input` is on {input.device}, which plain PyTorch ops serve ({why_plain}): "
+            "there is nothing to tune"
+        )

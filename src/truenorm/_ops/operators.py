@@ -15,6 +15,7 @@ from .. import (
     _axes,
     _library,  # noqa: F401  (loads the native kernels)
     _plain,
+    _triton,
 )
 from .._axes import BATCH, Axes
 
@@ -121,7 +122,7 @@ def _plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return _plain.moments(x, BATCH)
 
 
-for _name, _kernel in {
+PLAIN: dict[str, Callable[..., Any]] = {
     "forward": _plain_forward,
     "apply": _plain_apply,
     "backward": _plain_backward,
@@ -130,8 +131,10 @@ for _name, _kernel in {
     "update_running_": _plain.update_running,
     "local_response_norm": _plain.local_response_norm,
     "local_response_norm_backward": _plain.local_response_norm_backward,
-}.items():
+}
+for _name, _kernel in PLAIN.items():
     _library_def.impl(_name, _kernel, "CompositeExplicitAutograd")
+_triton.register(_library_def, PLAIN)
 
 
 # ---------------------------------------------------------------- shape rules, for the compiler

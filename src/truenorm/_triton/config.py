@@ -1,0 +1,155 @@
+"""Launch choices, from shape and dtype alone.
+
+They never look at the number of samples where a sample has statistics of its own: the order of its
+sums, and so its bits, must not depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A tile of `units` by `values`, both powers of two, and the warps that share it."""
+
+    units: int
+    values: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds a tile; LIMITS holds those in force.
+
+    forward, backward: most bytes, in the type computed in, of a tile that holds whole statistics.
+    tile: bytes of a tile otherwise.
+    per_thread: bytes of a tile that one thread holds of each tensor.
+    columns: least neighbouring channels of a tile where channels are inside: 32 bytes of float32.
+    steps: tiles that a program walks over where a statistic is cut into chunks. No sum in float32
+        is longer, and a chunk of moments that starts far from its mean loses no more digits.
+    blocks_per_program: blocks of rows of a layer norm that a program adds up at most.
+    """
+
+    forward: int = 65536
+    backward: int = 32768
+    tile: int = 8192
+    per_thread: int = 64
+    columns: int = 8
+    steps: int = 16
+    blocks_per_program: int = 64
+
+
+LIMITS = Limits()
+MAX_WARPS = 16
+
+
+class Key(NamedTuple):
+    """What a tile is chosen for: `whole` statistics, or to walk over units with; see below."""
+
+    whole: bool
+    values: int
+    units: int
+    columns: bool
+    grouped: bool
+    width: int
+    backward: bool
+
+
+# truenorm.tune's
+CHOSEN: dict[Key, Launch] = {}
+_asked: dict[Key, Launch] | None = None
+
+
+@contextmanager
+def asked() -> Iterator[dict[Key, Launch]]:
+    """What is chosen while this is open."""
+    global _asked
+    _asked = {}
+    try:
+        yield _asked
+    finally:
+        _asked = None
+
+
+def _choose(key: Key, launch: Launch) -> Launch:
+    chosen = CHOSEN.get(key, launch)
+    if _asked is not None:
+        _asked[key] = chosen
+    return chosen
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _warps(size: int) -> int:
+    """For a tile of that many bytes."""
+    return max(1, min(MAX_WARPS, size // (32 * LIMITS.per_thread)))
+
+
+def whole(
+    values: int, units: int, *, columns: bool, grouped: bool, width: int, backward: bool
+) -> Launch | None:
+    """A tile of whole statistics, or None where they do not fit.
+
+    values: of a unit. units: that share a statistic if grouped, else neighbours in memory.
+    width: bytes of the compute type.
+    """
+    wide = power_of_two(values)
+    if grouped:
+        tall = power_of_two(units)
+    else:
+        tall = max(1, LIMITS.tile // (wide * width))
+        if columns:
+            tall = min(max(tall, LIMITS.columns), power_of_two(units))
+    limit = LIMITS.backward if backward else LIMITS.forward
+    if tall * wide * width > limit:
+        return None
+    key = Key(True, values, units, columns, grouped, width, backward)
+    return _choose(key, Launch(tall, wide, _warps(tall * wide * width)))
+
+
+def streamed(values: int, units: int, *, columns: bool, width: int) -> Launch:
+    """A tile to walk over units with. units: neighbours in memory, where channels are inside."""
+    if columns:
+        tall = min(64, power_of_two(units))
+    else:
+        tall = max(1, LIMITS.tile // (power_of_two(values) * width))
+    wide = min(power_of_two(values), max(1, LIMITS.tile // (tall * width)))
+    key = Key(False, values, units, columns, False, width, False)
+    return _choose(key, Launch(tall, wide, _warps(tall * wide * width)))
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How units are cut: into k_chunks of k_chunk values, and into pieces of r_chunk runs."""
+
+    k_chunks: int
+    k_chunk: int
+    r_chunk: int
+    count: int
+
+
+def chunks(values: int, runs: int, launch: Launch) -> Chunks:
+    """Chunks of LIMITS.steps tiles each."""
+    k_chunk = min(values, LIMITS.steps * launch.values)
+    k_chunks = -(-values // k_chunk)
+    steps = -(-k_chunk // launch.values)
+    r_chunk = min(runs, max(1, LIMITS.steps // steps))
+    return Chunks(k_chunks, k_chunk, r_chunk, k_chunks * -(-runs // r_chunk))
+
+
+def merge(parts: int, *, neighbours: bool) -> Launch:
+    """A tile of results by their parts. neighbours: results stand beside one another in memory."""
+    wide = min(power_of_two(parts), 32 if neighbours else 256)
+    return Launch(max(1, 1024 // wide), wide, 4)
+
+
+def programs(blocks: int, multiprocessors: int) -> int:
+    """Programs that share the blocks of rows of a layer norm's backward."""
+    return min(blocks, max(2 * multiprocessors, -(-blocks // LIMITS.blocks_per_program)))

@@ -1,0 +1,119 @@
+"""What every kernel is made of: where a tile lies in memory, and sums over it.
+
+A tensor is cut into units, runs of memory whose values share one statistic or one channel: a row
+of a layer norm, a channel of a sample, a channel over the batch. A tile holds some units by some
+values of each. Where channels are outside, unit u begins at u · K and its values follow one
+another; where they are inside (COLUMNS), it begins at its channel and its values are C apart.
+With several runs (R > 1: a channel over the batch) the next run is run_stride further.
+
+Arguments: p_ pointers read, o_ pointers written; what is in capitals and not a size is fixed when
+the kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def as_float64(bits):
+    """The float64 with these bits: Triton passes a float as float32, which has no eps of 1e-65."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def narrow(value, TYPE: tl.constexpr):
+    """Rounded to TYPE; float64 to half precision by way of float32, as the hardware does."""
+    if TYPE == tl.float64:
+        return value.to(tl.float64)
+    return value.to(tl.float32).to(TYPE)
+
+
+@triton.jit
+def split_program(unit_blocks, chunks, CHUNKS_FIRST: tl.constexpr, BACKWARDS: tl.constexpr):
+    """(block of units, chunk) of this program, in the order of memory.
+
+    Backwards, a second pass begins with what the first has left in the cache.
+    """
+    program = tl.program_id(0)
+    if BACKWARDS:
+        program = tl.num_programs(0) - 1 - program
+    if CHUNKS_FIRST:
+        return program // chunks, program % chunks
+    return program % unit_blocks, program // unit_blocks
+
+
+@triton.jit
+def units_of(
+    block, U, units, BU: tl.constexpr, GROUPED: tl.constexpr, INDEX: tl.constexpr
+):  # fmt: skip
+    """The units of a tile of whole statistics, and which of them there are.
+
+    Grouped, a tile holds the `units` of one statistic, else BU of them.
+    """
+    lane = tl.arange(0, BU)
+    # in the interpreter the block of a loop is a plain integer
+    first = tl.zeros((BU,), INDEX) + block
+    if GROUPED:
+        u = first * units + lane
+        return u, (lane < units) & (u < U)
+    u = first * BU + lane
+    return u, u < U
+
+
+@triton.jit
+def unit_offsets(u, C, K, COLUMNS: tl.constexpr, ONE_SAMPLE: tl.constexpr):
+    """Where units begin. u decides whether offsets have 32 or 64 bits."""
+    if COLUMNS:
+        if ONE_SAMPLE:
+            return u
+        return (u // C) * C * K + u % C
+    return u * K
+
+
+@triton.jit
+def value_offsets(k, C, COLUMNS: tl.constexpr):
+    if COLUMNS:
+        return k * C
+    return k
+
+
+@triton.jit
+def chunk_bounds(chunk, K, R, k_chunks, k_chunk, r_chunk):
+    """The runs and the values of each that a chunk spans."""
+    r0 = (chunk // k_chunks) * r_chunk
+    k0 = (chunk % k_chunks) * k_chunk
+    return r0, tl.minimum(r0 + r_chunk, R), k0, tl.minimum(k0 + k_chunk, K)
+
+
+@triton.jit
+def optional(p, at, mask, HAS: tl.constexpr, DEFAULT: tl.constexpr, TYPE: tl.constexpr):
+    """A vector of a parameter, or of what stands in for it."""
+    if HAS:
+        return tl.load(p + at, mask=mask, other=0).to(TYPE)
+    return tl.full(at.shape, DEFAULT, TYPE)
+
+
+@triton.jit
+def statistics(p_mean, p_var, at, mask, eps_bits):
+    """Mean and 1 / std in float64."""
+    mean = tl.load(p_mean + at, mask=mask, other=0).to(tl.float64)
+    var = tl.load(p_var + at, mask=mask, other=1).to(tl.float64)
+    return mean, 1.0 / tl.sqrt(var + as_float64(eps_bits))
+
+
+@triton.jit
+def two_floats(value, TYPE: tl.constexpr):
+    """A float64 as the sum of two numbers of TYPE."""
+    high = value.to(TYPE)
+    return high, (value - high.to(tl.float64)).to(TYPE)
+
+
+@triton.jit
+def per_statistic(values, GROUPED: tl.constexpr):
+    """Sums of a tile by statistic, one for each unit; grouped, the units share theirs."""
+    sums = tl.sum(values, 1)
+    if GROUPED:
+        sums = tl.sum(sums, 0) + tl.zeros_like(sums)
+    return sums

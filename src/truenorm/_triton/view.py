@@ -1,0 +1,176 @@
+"""How a CUDA tensor is cut for the kernels, and what every launch is given."""
+
+from __future__ import annotations
+
+import struct
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .. import _axes
+from .._axes import Axes
+from . import config
+from .config import Launch
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def bits(value: float) -> int:
+    """A float64 as an integer: a kernel takes floats as float32."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def launch_options(warps: int) -> dict[str, Any]:
+    # named, since Triton 3.10 changes what it takes without
+    return {"num_warps": warps, "enable_fp_fusion": True}
+
+
+def on(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
+_multiprocessors: dict[torch.device, int] = {}
+
+
+def processors(device: torch.device) -> int:
+    if device not in _multiprocessors:
+        found = 4  # the interpreter's: small, so that small cases share programs
+        if device.type == "cuda":
+            found = torch.cuda.get_device_properties(device).multi_processor_count
+        _multiprocessors[device] = found
+    return _multiprocessors[device]
+
+
+def compute(x: Tensor, *, cancels: bool = False) -> tuple[Any, torch.dtype]:
+    """The type that kernels compute in.
+
+    cancels: whether an output can be a small difference of large numbers. In half precision a unit
+        in its last place is then less than float32's error, and only float64 rounds once.
+    """
+    if x.dtype == torch.float64 or (cancels and x.dtype in _HALF):
+        return tl.float64, torch.float64
+    return tl.float32, torch.float32
+
+
+def index(x: Tensor) -> Any:
+    return tl.int32 if x.numel() < 2**31 else tl.int64
+
+
+def dense(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def flat(p: Tensor | None) -> Tensor | None:
+    return p if p is None or p.is_contiguous() else p.contiguous()
+
+
+def inside(x: Tensor, s: int) -> bool:
+    """Whether the channels of a dense x (N, C, *) are inside its positions."""
+    return s == 1 or (x.shape[1] > 1 and x.stride(1) == 1)
+
+
+@dataclass(frozen=True)
+class Units:
+    """A tensor cut into units, as tiles.py describes them.
+
+    U: units; C: channels; K: values of a run; R: runs, run_stride apart; D: units that share a
+    statistic; samples: that have units of their own; by_value: whether parameters go by value.
+    """
+
+    U: int
+    C: int
+    K: int
+    R: int = 1
+    run_stride: int = 0
+    D: int = 1
+    samples: int = 1
+    columns: bool = False
+    by_value: bool = False
+
+    @property
+    def one_sample(self) -> bool:
+        return self.U == self.C
+
+    @property
+    def values(self) -> int:
+        """Values that share a statistic."""
+        return self.D * self.R * self.K
+
+    @property
+    def statistics(self) -> int:
+        return self.U // self.D
+
+    def whole(self, width: int, *, backward: bool) -> Launch | None:
+        grouped = self.D > 1
+        return config.whole(
+            self.R * self.K,
+            self.D if grouped else self.C,
+            columns=self.columns,
+            grouped=grouped,
+            width=width,
+            backward=backward,
+        )
+
+    def tiles(self, launch: Launch) -> dict[str, Any]:
+        """What every kernel on these units is given at compile time."""
+        return {
+            "BU": launch.units,
+            "BK": launch.values,
+            "COLUMNS": self.columns,
+            "ONE_SAMPLE": self.one_sample,
+            **launch_options(launch.warps),
+        }
+
+
+def units_of(x: Tensor, axes: Axes) -> Units:
+    n, c, s = _axes.ncs(x.shape, axes)
+    if axes.feature_dims:
+        return Units(n, c, c, samples=n, by_value=True)
+    columns = inside(x, s)
+    if axes.num_groups:
+        return Units(n * c, c, s, D=c // axes.num_groups, samples=n, columns=columns)
+    if columns:
+        return Units(c, c, n * s, columns=True)
+    return Units(c, c, s, n, c * s)
+
+
+class Streamed:
+    """Units cut into chunks, a program each."""
+
+    def __init__(self, units: Units, width: int) -> None:
+        self.units = units
+        self.launch = config.streamed(units.K, units.C, columns=units.columns, width=width)
+        self.cut = config.chunks(units.K, units.R, self.launch)
+        self.unit_blocks = -(-units.U // self.launch.units)
+
+    @property
+    def count(self) -> int:
+        return self.cut.count
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.unit_blocks * self.cut.count,)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        u = self.units
+        return u.U, u.C, u.K, u.R, u.run_stride
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        return self.cut.k_chunks, self.cut.k_chunk, self.cut.r_chunk
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        # one run after the other in memory, or one unit after the other
+        first = not self.units.columns and self.units.R == 1
+        return {**self.units.tiles(self.launch), "CHUNKS_FIRST": first}

@@ -1,0 +1,101 @@
+"""Layers on the Triton kernels: on the GPU where there is one, else in Triton's interpreter.
+
+`DEVICE` is where tensors must be. `triton_kernels()` routes truenorm's operators to the kernels
+while it is open, on a CPU, whose own kernels would otherwise serve them. `small_tiles()` cuts small
+cases into as many tiles, chunks and programs as large ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import truenorm
+from truenorm import _triton
+from truenorm._ops import operators
+
+HAS_CUDA = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
+
+if os.environ.get("FAIL_WITHOUT_CUDA") == "1" and not HAS_CUDA:
+    raise RuntimeError("FAIL_WITHOUT_CUDA=1, and torch sees no CUDA device on this machine")
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")
+
+
+def _round_to_nearest() -> None:
+    """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds to the nearest even."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cut_off = InterpreterBuilder.cast_impl
+
+    def cast(self: Any, src: Any, dst_type: Any) -> Any:
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return cut_off(self, src, dst_type)
+        bits = np.ascontiguousarray(src.data, dtype=np.float32).view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        values = np.where(np.isnan(src.data), 0x7FC0, rounded).astype(np.uint16)
+        return TensorHandle(values, dst_type.scalar)
+
+    InterpreterBuilder.cast_impl = cast
+
+
+if HAS_TRITON and not HAS_CUDA:
+    _round_to_nearest()
+
+
+class _Routed(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = {
+            getattr(torch.ops.truenorm, name).default: _triton.serving(name, plain)
+            for name, plain in operators.PLAIN.items()
+        }
+        self.served = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kernel = self.kernels.get(func)
+        self.served += kernel is not None
+        return (kernel or func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def triton_kernels() -> Iterator[None]:
+    """truenorm's operators run the Triton kernels, and did so at least once."""
+    if HAS_CUDA:
+        assert truenorm.info().cuda == "triton"
+        yield
+        return
+    import numpy as np
+
+    # numpy warns of what a GPU computes in silence: Inf and NaN, and the lanes outside a mask
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"), _Routed() as mode:
+        patch.setattr(_triton, "why_plain", lambda index: "")
+        yield
+    assert mode.served
+
+
+@contextmanager
+def small_tiles(**limits: int) -> Iterator[None]:
+    """No statistic fits on chip, and a chunk is two small tiles; or what `limits` say."""
+    from truenorm._triton import config
+
+    before = config.LIMITS
+    small = {"forward": 0, "backward": 0, "tile": 256, "steps": 2, "columns": 2, "per_thread": 8}
+    config.LIMITS = dataclasses.replace(before, **(limits or small))
+    try:
+        yield
+    finally:
+        config.LIMITS = before

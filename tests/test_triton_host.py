@@ -1,0 +1,256 @@
+"""The host side of the Triton kernels: who serves what, launch choices, what is compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from on_triton import DEVICE, HAS_CUDA, needs_triton, small_tiles, triton_kernels
+
+import truenorm
+from truenorm import _axes, _triton
+from truenorm._ops import operators
+from truenorm._triton import config
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---------------------------------------------------------------- who serves CUDA tensors
+
+
+@pytest.mark.parametrize(
+    ("triton", "cuda", "environment", "reason"),
+    [
+        ("3.4.0", "13.0", {}, ""),
+        ("3.10.1+git123", "13.0", {}, ""),
+        ("3.6.0", "13.0", {"TRUENORM_CUDA": "triton", "TRUENORM_BACKEND": "plain"}, ""),
+        ("3.6.0", None, {}, "built without CUDA"),
+        (None, "13.0", {}, 'not installed: pip install "triton>=3.4"'),
+        ("3.3.1", "13.0", {}, "Triton 3.3.1 is too old"),
+        ("3.6.0", "13.0", {"TRUENORM_CUDA": "plain"}, "TRUENORM_CUDA=plain"),
+        ("3.6.0", "13.0", {"TRUENORM_BACKEND": "plain"}, "TRUENORM_BACKEND=plain"),
+    ],
+)
+def test_why_plain_ops_serve(
+    triton: str | None, cuda: str | None, environment: dict[str, str], reason: str
+) -> None:
+    found = _triton._reason(triton, cuda, environment)
+    assert reason in found
+    assert bool(reason) == bool(found)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"TRUENORM_CUDA": "cuda"}, r"TRUENORM_CUDA \(='cuda'\) is unknown: set it to one of auto"),
+        ({"TRUENORM_CUDA": "triton"}, "TRUENORM_CUDA=triton, but .* Triton 3.3.0 is too old"),
+    ],
+)
+def test_a_backend_asked_for_by_name_loads_or_raises(
+    environment: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ImportError, match=message):
+        _triton._reason("3.3.0", "13.0", environment)
+
+
+def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "WHY_NOT", "")
+    monkeypatch.setattr(_triton, "_devices", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.warns(RuntimeWarning, match=r"cuda:0, correct but slower: .* 7\.5 is below 8\.0"):
+        assert _triton.why_plain(0)
+    # once
+    assert "7.5 is below 8.0" in _triton.why_plain(0)
+    info = truenorm.info()
+    assert info.cuda == "plain"
+    assert "cuda: cuda:0 on plain PyTorch ops (compute capability 7.5" in str(info)
+    monkeypatch.setenv("TRUENORM_CUDA", "triton")
+    _triton._devices.clear()
+    with pytest.raises(RuntimeError, match="TRUENORM_CUDA=triton, but not on cuda:0"):
+        _triton.why_plain(0)
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="about a machine without a GPU")
+def test_info_names_the_path() -> None:
+    info = truenorm.info()
+    assert (info.cuda, info.other_devices) == ("plain", "plain")
+    assert f"\ncuda: {info.cuda_words}\n" in str(info)
+    assert "plain PyTorch ops (" in info.cuda_words
+
+
+@needs_triton
+def test_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dtype that they have no code for, a device without them: the plain formulas."""
+    monkeypatch.setattr(_triton, "why_plain", lambda index: "")
+    calls: list[str] = []
+    serve = _triton.serving("forward", lambda *args: calls.append("plain"))
+    x = torch.randn(3, 4, device=DEVICE)
+    serve(x.to(torch.float8_e4m3fn), None, None, *_axes.layer(1), 1e-5)
+    serve(x[:0], None, None, *_axes.layer(1), 1e-5)
+    assert calls == ["plain", "plain"]
+    y, _, _ = serve(x, None, None, *_axes.layer(1), 1e-5)
+    assert torch.allclose(y, torch.nn.functional.layer_norm(x, (4,)), atol=1e-6)
+    assert calls == ["plain", "plain"]
+    monkeypatch.setattr(_triton, "why_plain", lambda index: "no reason")
+    serve(x, None, None, *_axes.layer(1), 1e-5)
+    assert calls == ["plain"] * 3
+
+
+def test_importing_truenorm_does_not_load_the_kernels() -> None:
+    """Nor does it need Triton."""
+    code = (
+        "import sys; sys.modules['triton'] = None; import truenorm;"
+        "print([m for m in sys.modules if m.startswith('truenorm._triton.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "['truenorm._triton.config', 'truenorm._triton.tune']\n"
+
+
+def test_every_operator_has_a_kernel_and_a_plain_form() -> None:
+    pytest.importorskip("triton")
+    from truenorm._triton import host
+
+    assert set(host.KERNELS) == set(operators.PLAIN)
+
+
+# ---------------------------------------------------------------- parameters as they come
+
+
+@needs_triton
+def test_parameters_that_are_not_dense_or_of_another_dtype() -> None:
+    x = torch.randn(4, 6, 5, dtype=torch.float64).to(DEVICE)
+    wide = torch.randn(12, 2, dtype=torch.float64).to(DEVICE)
+    weight, bias = wide[::2, 0], wide[1::2, 1].float()
+    with triton_kernels():
+        y = truenorm.functional.group_norm(x, 2, weight, bias)
+    exact = truenorm.reference.group_norm(x, 2, weight, bias.double(), 1e-5)
+    assert (y - exact).abs().max() < 1e-11
+
+
+@needs_triton
+def test_statistics_that_are_not_dense() -> None:
+    x = torch.randn(7, 4).to(DEVICE)
+    room = torch.rand(4, 2).to(DEVICE) + 0.5
+    mean, var = room[:, 0], room[:, 1]
+    before = mean.double(), var.double()
+    with triton_kernels():
+        y = truenorm.functional.batch_norm(x, mean, var)
+        truenorm.functional.batch_norm(x, mean, var, training=True)
+    exact = (x.double() - before[0]) / (before[1] + 1e-5).sqrt()
+    assert (y - exact).abs().max() < 1e-5
+    assert torch.allclose(mean.double(), 0.9 * before[0] + 0.1 * x.double().mean(0), atol=1e-6)
+    assert torch.allclose(var.double(), 0.9 * before[1] + 0.1 * x.double().var(0), atol=1e-6)
+
+
+# ---------------------------------------------------------------- launches
+
+
+def count_launches(run: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    from triton.runtime.interpreter import GridExecutor
+
+    launches = 0
+    execute = GridExecutor.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal launches
+        launches += 1
+        execute(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", counted)
+        run()
+    return launches
+
+
+def launches_of_a_step(
+    layer: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, int]:
+    x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    outputs: list[torch.Tensor] = []
+    forward = count_launches(lambda: outputs.append(layer(x)), monkeypatch)
+    backward = count_launches(lambda: outputs[0].backward(grad), monkeypatch)
+    return forward, backward
+
+
+# what docs/performance.md says: (layer, arguments, shape), launches forward and backward of a
+# statistic that fits on chip, and of one that does not
+LAUNCHES = [
+    (("BatchNorm2d", (3,)), (4, 3, 5, 7), (2, 1), (4, 3)),
+    (("InstanceNorm2d", (3, 1e-5, 0.1, True)), (2, 3, 5, 7), (1, 2), (3, 4)),
+    (("GroupNorm", (2, 6)), (2, 6, 5, 7), (1, 2), (3, 4)),
+    (("LayerNorm", (40,)), (5, 40), (1, 2), (3, 5)),
+    (("RMSNorm", (40,)), (5, 40), (1, 2), (3, 5)),
+    (("LocalResponseNorm", (3,)), (2, 5, 7), (1, 1), (1, 1)),
+]
+
+
+@needs_triton
+@pytest.mark.skipif(HAS_CUDA, reason="counts launches in the interpreter")
+@pytest.mark.parametrize("case", LAUNCHES, ids=lambda case: case[0][0])
+def test_launches(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (name, args), shape, whole, chunks = case
+    layer = getattr(truenorm, name)(*args)
+    for cut, wanted in ((nullcontext, whole), (small_tiles, chunks)):
+        with cut(), triton_kernels():
+            assert launches_of_a_step(layer, shape, monkeypatch) == wanted
+
+
+def test_choices_do_not_depend_on_the_batch() -> None:
+    """They are not told it; and what they choose covers a statistic, within the limits."""
+    for values in (1, 7, 64, 1000, 4096, 10_000, 2**21):
+        for units in (1, 3, 64, 1000):
+            for columns in (False, True):
+                for width in (4, 8):
+                    for backward in (False, True):
+                        for grouped in (False, True):
+                            launch = config.whole(
+                                values, units, columns=columns, grouped=grouped, width=width,
+                                backward=backward,
+                            )  # fmt: skip
+                            if launch is None:
+                                continue
+                            assert launch.values >= values
+                            assert not grouped or launch.units >= units
+                            assert launch.units * launch.values * width <= config.LIMITS.forward
+                            assert launch.warps in (1, 2, 4, 8, 16)
+                    tile = config.streamed(values, units, columns=columns, width=width)
+                    assert tile.units * tile.values * width <= config.LIMITS.tile
+                    cut = config.chunks(values, 5, tile)
+                    assert cut.k_chunk * cut.k_chunks >= values
+                    assert cut.k_chunk * (cut.k_chunks - 1) < values
+                    assert cut.count == cut.k_chunks * -(-5 // cut.r_chunk)
+                    steps = -(-cut.k_chunk // tile.values) * cut.r_chunk
+                    assert steps <= config.LIMITS.steps
+
+
+def test_programs_of_a_layer_norm() -> None:
+    assert config.programs(10, 132) == 10
+    assert config.programs(16_384, 132) == 264
+    # no program adds up more than so many blocks
+    assert config.programs(2**20, 132) == 2**20 // config.LIMITS.blocks_per_program
+
+
+@needs_triton
+def test_every_kernel_compiles_without_spilling(tmp_path: Path) -> None:
+    """For an H100, ahead of time: a GPU is not needed, but what the interpreter does not see is."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "triton_resources.py", "--quick", "--dtype", "bfloat16"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\n0 of the launches spill" in done.stdout
+    kernels = {"forward", "moments", "merge_moments", "normalize", "backward", "backward_sums"}
+    kernels |= {"merge_sums", "backward_apply", "update_running"}
+    kernels |= {"local_response", "local_response_backward"}
+    assert kernels <= set(done.stdout.split())
