@@ -281,7 +281,13 @@ def test_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
         ({"a": 1}, [], {}, TypeError, r"`model` must be a torch.nn.Module, but got dict"),
         (nn.LayerNorm(3), [], {}, ValueError, r"`model` has no layer with running statistics"),
         (nn.BatchNorm1d(3), [], {}, ValueError, r"`loader` gave no batch: pass one that starts"),
-        (nn.BatchNorm1d(3), [], {"batches": 0}, ValueError, r"`batches` must be at least 1, .* 0"),
+        (
+            nn.BatchNorm1d(3),
+            [],
+            {"batches": 0},
+            ValueError,
+            r"`batches` must be a whole number of at least 1, .* 0",
+        ),
         (nn.LazyBatchNorm1d(), [], {}, ValueError, r"lazy layer, '', .*call the model once before"),
     ],
 )
