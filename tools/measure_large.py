@@ -49,7 +49,15 @@ def forward(layer: Any, x: torch.Tensor) -> Callable[[], object]:
     return run
 
 
+def per_byte(runs: list[Callable[[], object]]) -> float:
+    pairs = [[seconds(run) for run in runs] for _ in range(ROUNDS + 1)][1:]
+    return statistics.median(large / small / LARGER for small, large in pairs)
+
+
 def main() -> None:
+    copies = [torch.randn(n, 2**20) for n in (16, LARGER * 16)]
+    print(f"{'clone()':42}{per_byte([x.clone for x in copies]):10.2f}", flush=True)
+    del copies
     print(f"{'':42}{'forward':>10}{'+ backward':>12}")
     for name, features, shape, channels_last in LAYERS:
         layer = getattr(truenorm, name)(features)
@@ -61,8 +69,7 @@ def main() -> None:
                 if channels_last:
                     x = x.contiguous(memory_format=torch.channels_last)
                 runs.append(make(layer, x))
-            pairs = [[seconds(run) for run in runs] for _ in range(ROUNDS + 1)][1:]
-            ratios.append(statistics.median(large / small / LARGER for small, large in pairs))
+            ratios.append(per_byte(runs))
         case = f"{name} {shape}{' channels_last' if channels_last else ''}"
         print(f"{case:42}{ratios[0]:10.2f}{ratios[1]:12.2f}", flush=True)
 
