@@ -89,11 +89,12 @@ void run(const Kernels<T>& k, Digest& digest) {
                                {mean[1], rstd[1], nullptr, nullptr, 0}};
       const GradAffine<A> grad_by[2] = {{mean[0], rstd[0], 0.7, 0.2, -0.3},
                                         {mean[1], rstd[1], 1.0, 0.0, 0.1}};
+      Affines<T> each;
+      A* const arrays[] = {c.data(), a.data(), b.data(), d.data(), e.data()};
+      for (int64_t i = 0; i < Affines<T>::kArrays; ++i) each.of[i] = arrays[i];
       for (bool stream : {false, true}) {
         k.apply(x.data(), out.data(), 2, len, by, stream), add_out(2 * len);
-        k.apply_each(x.data(), out.data(), 3, len,
-                     {c.data(), a.data(), b.data(), mean.data(), rstd.data(), p.data()}, stream);
-        add_out(3 * len);
+        k.apply_each(x.data(), out.data(), 3, len, each, stream), add_out(3 * len);
         k.apply_row(x.data(), out.data(), len, {mean[0], rstd[0], a.data(), b.data()}, stream);
         add_out(len);
         k.apply_row(x.data(), out.data(), len, {mean[0], rstd[0], a.data(), nullptr}, stream);
