@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import _checks, functional
 from .._axes import BATCH
 from .._ops import Running, eager, synchronized
-from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning, with_process_group
+from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
+from ._options import More, with_options
 
 
 class BatchForward(FixedRank, Spanning, RunningStatistics):
@@ -63,7 +64,7 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
             running = Running(mean, var, self.num_batches_tracked, self.momentum)
         return synchronized.Call(self, input, weight, bias, BATCH, self.eps, running)
 
-    def _validated(self, input: Tensor) -> Tensor:
+    def _validated(self, input: Tensor, more: More) -> Tensor:
         if (group := self._statistics_group()) is not None:
             return synchronized.normalize(self._spanning(input), group)
         self._check_input(input)
@@ -86,7 +87,7 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
         )
 
 
-@with_process_group
+@with_options
 class BatchNorm1d(BatchForward, torch.nn.BatchNorm1d):
     """Normalize each channel of a 2D or 3D input by its statistics over the whole batch.
 
@@ -113,7 +114,7 @@ class BatchNorm1d(BatchForward, torch.nn.BatchNorm1d):
     _shapes = "(N, C) or (N, C, L)"
 
 
-@with_process_group
+@with_options
 class BatchNorm2d(BatchForward, torch.nn.BatchNorm2d):
     """Normalize each channel of a 4D input by its statistics over the whole batch.
 
@@ -133,7 +134,7 @@ class BatchNorm2d(BatchForward, torch.nn.BatchNorm2d):
     _shapes = "(N, C, H, W)"
 
 
-@with_process_group
+@with_options
 class BatchNorm3d(BatchForward, torch.nn.BatchNorm3d):
     """Normalize each channel of a 5D input by its statistics over the whole batch.
 
@@ -153,7 +154,7 @@ class BatchNorm3d(BatchForward, torch.nn.BatchNorm3d):
     _shapes = "(N, C, D, H, W)"
 
 
-@with_process_group
+@with_options
 class LazyBatchNorm1d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm1d):
     """`BatchNorm1d` that reads `num_features` off dim 1 of its first input."""
 
@@ -162,7 +163,7 @@ class LazyBatchNorm1d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm1d):
     cls_to_become = BatchNorm1d
 
 
-@with_process_group
+@with_options
 class LazyBatchNorm2d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm2d):
     """`BatchNorm2d` that reads `num_features` off dim 1 of its first input."""
 
@@ -171,7 +172,7 @@ class LazyBatchNorm2d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm2d):
     cls_to_become = BatchNorm2d
 
 
-@with_process_group
+@with_options
 class LazyBatchNorm3d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm3d):
     """`BatchNorm3d` that reads `num_features` off dim 1 of its first input."""
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from .. import _checks, functional
 from .._axes import group
 from .._ops import eager, synchronized
-from ._base import Direct, Spanning, with_process_group
+from ._base import Direct, Spanning
+from ._options import More, with_options
 
 
-@with_process_group
+@with_options
 class GroupNorm(Direct, Spanning, torch.nn.GroupNorm):
     """Normalize each group of channels of each sample by its own mean and variance.
 
@@ -50,7 +51,7 @@ class GroupNorm(Direct, Spanning, torch.nn.GroupNorm):
             return None
         return eager.call(eager.OWN, input, weight, bias, (), eager.group(self.num_groups), eps)
 
-    def _validated(self, input: Tensor) -> Tensor:
+    def _validated(self, input: Tensor, more: More) -> Tensor:
         if (processes := self._statistics_group()) is not None:
             return synchronized.normalize(self._spanning(input), processes)
         _checks.check_eps(self.eps, "GroupNorm")

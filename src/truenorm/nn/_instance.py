@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import _checks, functional
 from .._axes import instance
 from .._ops import Running, eager, synchronized
-from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning, with_process_group
+from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
+from ._options import More, with_options
 
 
 class InstanceForward(FixedRank, Spanning, RunningStatistics):
@@ -67,7 +68,7 @@ class InstanceForward(FixedRank, Spanning, RunningStatistics):
         axes = instance(self.num_features)
         return synchronized.Call(self, x, weight, bias, axes, self.eps, running)
 
-    def _validated(self, input: Tensor) -> Tensor:
+    def _validated(self, input: Tensor, more: More) -> Tensor:
         if (group := self._statistics_group()) is not None:
             y = synchronized.normalize(self._spanning(input), group)
         else:
@@ -84,7 +85,7 @@ class InstanceForward(FixedRank, Spanning, RunningStatistics):
         return y.squeeze(0) if y.dim() != input.dim() else y
 
 
-@with_process_group
+@with_options
 class InstanceNorm1d(InstanceForward, torch.nn.InstanceNorm1d):
     """Normalize each channel of each sample by its own mean and variance.
 
@@ -113,7 +114,7 @@ class InstanceNorm1d(InstanceForward, torch.nn.InstanceNorm1d):
     _shapes = "(C, L) or (N, C, L)"
 
 
-@with_process_group
+@with_options
 class InstanceNorm2d(InstanceForward, torch.nn.InstanceNorm2d):
     """Normalize each channel of each image by its own mean and variance.
 
@@ -133,7 +134,7 @@ class InstanceNorm2d(InstanceForward, torch.nn.InstanceNorm2d):
     _shapes = "(C, H, W) or (N, C, H, W)"
 
 
-@with_process_group
+@with_options
 class InstanceNorm3d(InstanceForward, torch.nn.InstanceNorm3d):
     """Normalize each channel of each volume by its own mean and variance.
 
@@ -153,7 +154,7 @@ class InstanceNorm3d(InstanceForward, torch.nn.InstanceNorm3d):
     _shapes = "(C, D, H, W) or (N, C, D, H, W)"
 
 
-@with_process_group
+@with_options
 class LazyInstanceNorm1d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm1d):
     """`InstanceNorm1d` that reads `num_features` off dim 1 of its first input (batched)."""
 
@@ -162,7 +163,7 @@ class LazyInstanceNorm1d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNor
     cls_to_become = InstanceNorm1d
 
 
-@with_process_group
+@with_options
 class LazyInstanceNorm2d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm2d):
     """`InstanceNorm2d` that reads `num_features` off dim 1 of its first input (batched)."""
 
@@ -171,7 +172,7 @@ class LazyInstanceNorm2d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNor
     cls_to_become = InstanceNorm2d
 
 
-@with_process_group
+@with_options
 class LazyInstanceNorm3d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm3d):
     """`InstanceNorm3d` that reads `num_features` off dim 1 of its first input (batched)."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,8 +11,10 @@ from torch.nn import Module
 
 from .. import _checks, _exchange
 from ._batch import BatchForward
+from ._options import Option, with_options
 
 
+@with_options
 class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
     """Normalize each channel by its statistics over the whole batch, of every process.
 
@@ -38,6 +40,8 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167. Arguments as in
     torch.nn.SyncBatchNorm.
     """
+
+    _own_options: ClassVar[dict[str, Option | None]] = {"process_group": None}
 
     def _check_input_dim(self, input: Tensor) -> None:
         _checks.check_tensor("input", input)
