@@ -10,12 +10,13 @@ from torch import Tensor
 
 from .. import _checks, functional
 from .._axes import BATCH
-from .._ops import Running, eager, synchronized
+from .._ops import eager, synchronized
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
 from ._options import More, with_options
+from ._policy import SmallBatches
 
 
-class BatchForward(FixedRank, Spanning, RunningStatistics):
+class BatchForward(FixedRank, Spanning, SmallBatches, RunningStatistics):
     """forward() of every layer with batch statistics; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
@@ -31,7 +32,7 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
         momentum, eps = self.momentum, self.eps
         if (mean is None) != (var is None):
             return None
-        if not self.training and mean is not None:
+        if mean is not None and (not self.training or self.frozen):
             if not eps >= 0:
                 return None
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
@@ -39,14 +40,15 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
             return None
         if self.process_group is not None:
             return None
-        if mean is None or not self.track_running_stats:
+        # a batch that is computed again in the backward pass moves nothing
+        if mean is None or not self.track_running_stats or eager.graph_task() != -1:
             return eager.call(eager.OWN, input, weight, bias, (), eager.BATCH, eps)
         running = mean, var, count, nan if momentum is None else momentum
         return eager.call(eager.TRACKED, input, weight, bias, running, eager.BATCH, eps)
 
     def _statistics_group(self) -> Any:
         # in evaluation the ranks need not be in step, even without running statistics
-        return super()._statistics_group() if self.training else None
+        return super()._statistics_group() if self._statistics_are_own() else None
 
     def _check_input(self, input: Tensor) -> None:
         self._check_input_dim(input)
@@ -59,9 +61,7 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
         self._check_input(input)
         mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
         functional.check_batch_norm(input, mean, var, weight, bias, True, self.eps)
-        running = None
-        if mean is not None and var is not None and self.track_running_stats:
-            running = Running(mean, var, self.num_batches_tracked, self.momentum)
+        running = self._running(True)
         return synchronized.Call(self, input, weight, bias, BATCH, self.eps, running)
 
     def _validated(self, input: Tensor, more: More) -> Tensor:
@@ -71,8 +71,14 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
         # as torch: the running statistics serve evaluation wherever they exist, and are updated
         # in training only while they are tracked
         running_mean, running_var = self.running_mean, self.running_var
-        training = self.training or (running_mean is None and running_var is None)
-        if self.training and not self.track_running_stats:
+        own = self._statistics_are_own()
+        if own and self._has_policy():
+            functional.check_batch_norm(
+                input, running_mean, running_var, self.weight, self.bias, True, self.eps
+            )
+            return self._by_policy(input, BATCH, more)
+        training = own or (running_mean is None and running_var is None)
+        if own and not self.track_running_stats:
             running_mean = running_var = None
         return functional.batch_norm_tracked(
             input,
