@@ -32,7 +32,7 @@ class BatchForward(FixedRank, Spanning, SmallBatches, RunningStatistics):
         momentum, eps = self.momentum, self.eps
         if (mean is None) != (var is None):
             return None
-        if mean is not None and (not self.training or self.frozen):
+        if (not self.training or self.frozen) and mean is not None:
             if not eps >= 0:
                 return None
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)

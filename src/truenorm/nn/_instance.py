@@ -30,7 +30,7 @@ class InstanceForward(FixedRank, Spanning, Policed, RunningStatistics):
         momentum, eps = self.momentum, self.eps
         if not (eps >= 0 and (momentum is None or 0 <= momentum <= 1)):
             return None
-        if self.track_running_stats and (not self.training or self.frozen):
+        if (not self.training or self.frozen) and self.track_running_stats:
             if mean is None or var is None:
                 return None
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
