@@ -101,6 +101,34 @@ struct Arrays {
   A* operator[](int64_t i) const { return memory.get() + i * size; }
 };
 
+// The coefficients of y, per matrix and column.
+template <class T>
+struct ForwardCoefficients {
+  Arrays<compute_t<T>> values;
+
+  // of a Forward or a Backward
+  template <class Of>
+  ForwardCoefficients(const Of& f, const Cut& cut)
+      : values(Affines<T>::kArrays, cut.matrices * cut.cols) {
+    const int64_t per_group = f.geometry.channels_per_group(), groups = f.geometry.groups();
+    const Affines<T> all = (*this)(0);
+    parallel(cut.matrices, 8 * cut.channels, [&](int64_t m) {
+      for (int64_t c = 0; c < cut.channels; ++c) {
+        const int64_t i = m * groups + c / per_group;
+        const Affine<T> a(f.mean[i], inverse_std(f.var[i], f.eps), f.weight, f.bias, c);
+        for (int64_t to = m * cut.cols + c; to < (m + 1) * cut.cols; to += cut.channels)
+          all.set(to, a);
+      }
+    });
+  }
+
+  Affines<T> operator()(int64_t first) const {
+    Affines<T> all;
+    for (int64_t i = 0; i < Affines<T>::kArrays; ++i) all.of[i] = values[i];
+    return all.from(first);
+  }
+};
+
 // A sample whose values are read twice from cache is one task, if there are enough of them: then
 // `one_sample` is its geometry. Its pieces are the same, and so are the bits.
 template <class T>

@@ -4,9 +4,29 @@
 namespace truenorm {
 namespace {
 
+// The gradient of what the activation is applied to, before it is first read.
+template <class T>
+class Inner {
+ public:
+  Inner(const Backward<T>& b, const Cut& cut) : b_(b), cut_(cut) {
+    if (b.inner) coefficients_ = std::make_unique<ForwardCoefficients<T>>(b, cut);
+  }
+  void make(int64_t m, int64_t offset, int64_t rows, int64_t col, int64_t cols) const {
+    if (coefficients_)
+      b_.kernels.act_each(b_.inputs(offset), b_.inner + offset, rows, cols, cut_.cols,
+                          (*coefficients_)(m * cut_.cols + col), b_.act, false);
+  }
+
+ private:
+  const Backward<T>& b_;
+  const Cut& cut_;
+  std::unique_ptr<ForwardCoefficients<T>> coefficients_;
+};
+
 // Sums of one channel of one matrix, pieces and folded positions added in order.
 template <class T>
-std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut) {
+std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut,
+                                         const Inner<T>& inner) {
   const Geometry& g = b.geometry;
   const int64_t per_group = g.channels_per_group(), groups = g.groups();
   const auto means =
@@ -14,13 +34,15 @@ std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut) {
   const auto rstds = spread<double>(cut, [&](int64_t m, int64_t c) {
     return inverse_std(b.var[m * groups + c / per_group], b.eps);
   });
+  const T* const grads = b.norm_grad();
   // the short row of positions left over is one more piece
   const int64_t pieces = cut.row_pieces + 1;
   const int64_t parts = cut.matrices * pieces * cut.cols;
   const auto grad = scratch<double>(parts), of_x_hat = scratch<double>(parts);
   over_pieces(cut, [&](int64_t m, int64_t piece, int64_t col, int64_t cols, int64_t offset) {
     const int64_t to = (m * pieces + piece) * cut.cols + col;
-    b.kernels.column_grad_sums(b.grad + offset, b.x + offset, cut.rows_of(piece), cols, cut.cols,
+    inner.make(m, offset, cut.rows_of(piece), col, cols);
+    b.kernels.column_grad_sums(grads + offset, b.x + offset, cut.rows_of(piece), cols, cut.cols,
                                means.get() + m * cut.cols + col, rstds.get() + m * cut.cols + col,
                                grad.get() + to, of_x_hat.get() + to);
   });
@@ -28,7 +50,8 @@ std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut) {
     parallel(cut.matrices, cut.cols, [&](int64_t m) {
       const int64_t rest = m * cut.matrix_values() + cut.rows * cut.cols;
       const int64_t to = (m * pieces + cut.row_pieces) * cut.cols;
-      b.kernels.column_grad_sums(b.grad + rest, b.x + rest, 1, cut.left_over * cut.channels,
+      inner.make(m, rest, 1, 0, cut.left_over * cut.channels);
+      b.kernels.column_grad_sums(grads + rest, b.x + rest, 1, cut.left_over * cut.channels,
                                  cut.cols, means.get() + m * cut.cols, rstds.get() + m * cut.cols,
                                  grad.get() + to, of_x_hat.get() + to);
     });
@@ -116,7 +139,9 @@ void backward_samples(const Backward<T>& b) {
                                   b.grad_x ? b.grad_x + values : nullptr, b.weight,
                                   b.mean + statistics, b.var + statistics,
                                   b.grad_weight ? weight.get() + n * g.c : nullptr,
-                                  b.grad_bias ? bias.get() + n * g.c : nullptr, false, b.stream});
+                                  b.grad_bias ? bias.get() + n * g.c : nullptr, false, b.stream,
+                                  b.inner ? b.inner + values : nullptr, b.bias,
+                                  b.residual ? b.residual + values : nullptr, b.act});
   });
   const auto add = [&](const double* of_sample, double* to) {
     if (!to) return;
@@ -135,18 +160,28 @@ void backward_channels(const Backward<T>& b) {
   using A = compute_t<T>;
   if (by_sample<T>(b.geometry, 2)) return backward_samples(b);
   const Cut cut(b.geometry);
+  const Inner<T> inner(b, cut);
+  const T* const grads = b.norm_grad();
   std::unique_ptr<GradSums[]> sums;
-  if (b.grad_weight || b.grad_bias || !b.fixed) {
-    sums = channel_sums(b, cut);
+  const bool summing = b.grad_weight || b.grad_bias || !b.fixed;
+  if (summing) {
+    sums = channel_sums(b, cut, inner);
     param_grads(b, cut, sums.get());
   }
-  if (!b.grad_x) return;
+  if (!b.grad_x) {
+    if (b.inner && !summing)
+      over_rows(cut, false, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
+        inner.make(m, offset, rows, 0, len);
+      });
+    return;
+  }
   if (b.fixed) {
     const auto scale = spread<A>(cut, [&](int64_t, int64_t c) {
       return A(inverse_std(b.var[c], b.eps) * (b.weight ? double(b.weight[c]) : 1.0));
     });
-    over_rows(cut, b.stream, [&](int64_t, int64_t offset, int64_t rows, int64_t len) {
-      b.kernels.grad_scale_each(b.grad + offset, b.grad_x + offset, rows, len, scale.get(),
+    over_rows(cut, b.stream, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
+      if (!summing) inner.make(m, offset, rows, 0, len);
+      b.kernels.grad_scale_each(grads + offset, b.grad_x + offset, rows, len, scale.get(),
                                 b.stream);
     });
     return;
@@ -154,7 +189,7 @@ void backward_channels(const Backward<T>& b) {
   const Arrays<A> of = grad_coefficients(b, cut, sums.get());
   const GradAffines<A> all = {of[0], of[1], of[2], of[3], of[4]};
   over_rows(cut, b.stream, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
-    b.kernels.grad_apply_each(b.grad + offset, b.x + offset, b.grad_x + offset, rows, len,
+    b.kernels.grad_apply_each(grads + offset, b.x + offset, b.grad_x + offset, rows, len,
                               all.from(m * cut.cols), b.stream);
   });
 }

@@ -53,32 +53,6 @@ void statistics(const Forward<T>& f, const Cut& cut) {
   });
 }
 
-// The coefficients of y, per matrix and column.
-template <class T>
-struct ForwardCoefficients {
-  Arrays<compute_t<T>> values;
-
-  ForwardCoefficients(const Forward<T>& f, const Cut& cut)
-      : values(Affines<T>::kArrays, cut.matrices * cut.cols) {
-    const int64_t per_group = f.geometry.channels_per_group(), groups = f.geometry.groups();
-    const Affines<T> all = (*this)(0);
-    parallel(cut.matrices, 8 * cut.channels, [&](int64_t m) {
-      for (int64_t c = 0; c < cut.channels; ++c) {
-        const int64_t i = m * groups + c / per_group;
-        const Affine<T> a(f.mean[i], inverse_std(f.var[i], f.eps), f.weight, f.bias, c);
-        for (int64_t to = m * cut.cols + c; to < (m + 1) * cut.cols; to += cut.channels)
-          all.set(to, a);
-      }
-    });
-  }
-
-  Affines<T> operator()(int64_t first) const {
-    Affines<T> all;
-    for (int64_t i = 0; i < Affines<T>::kArrays; ++i) all.of[i] = values[i];
-    return all.from(first);
-  }
-};
-
 template <class T>
 void forward_samples(const Forward<T>& f) {
   const Geometry& g = f.geometry;
@@ -86,7 +60,8 @@ void forward_samples(const Forward<T>& f) {
   parallel(g.n, g.c * g.s, [&](int64_t n) {
     const int64_t values = n * g.c * g.s, statistics = n * g.groups();
     forward_channels(Forward<T>{one, f.kernels, f.eps, f.x + values, f.y + values, f.weight, f.bias,
-                                f.mean + statistics, f.var + statistics, false, f.stream});
+                                f.mean + statistics, f.var + statistics, false, f.stream,
+                                f.residual ? f.residual + values : nullptr, f.act});
   });
 }
 
@@ -100,8 +75,11 @@ void forward_channels(const Forward<T>& f) {
   if (!f.y) return;
   const ForwardCoefficients<T> coefficients(f, cut);
   over_rows(cut, f.stream, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
-    f.kernels.apply_each(f.x + offset, f.y + offset, rows, len, coefficients(m * cut.cols),
-                         f.stream);
+    const Affines<T> by = coefficients(m * cut.cols);
+    if (f.acts())
+      f.kernels.act_each(f.inputs(offset), f.y + offset, rows, len, len, by, f.act, f.stream);
+    else
+      f.kernels.apply_each(f.x + offset, f.y + offset, rows, len, by, f.stream);
   });
 }
 

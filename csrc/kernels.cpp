@@ -1,6 +1,7 @@
 // The table of kernels.h, for one instruction set.
 #include "kernels.h"
 
+#include "kernel_activation.h"
 #include "kernel_elementwise.h"
 #include "kernel_gradients.h"
 #include "kernel_local_response.h"
@@ -18,10 +19,11 @@ namespace {
 template <class T>
 constexpr Kernels<T> kernels_of() {
   return {
-      moments<T>,         column_moments<T>,   apply<T>,         apply_each<T>,      apply_row<T>,
-      grad_sums<T>,       column_grad_sums<T>, row_grad_sums<T>, row_param_sums<T>,  grad_apply<T>,
-      grad_apply_each<T>, grad_apply_row<T>,   grad_scale<T>,    grad_scale_each<T>, widen<T>,
-      narrow<T>,          response<T>,         response_exact<T>};
+      moments<T>,       column_moments<T>,  apply<T>,      apply_each<T>,      apply_row<T>,
+      act<T>,           act_each<T>,        act_row<T>,    grad_sums<T>,       column_grad_sums<T>,
+      row_grad_sums<T>, row_param_sums<T>,  grad_apply<T>, grad_apply_each<T>, grad_apply_row<T>,
+      grad_scale<T>,    grad_scale_each<T>, widen<T>,      narrow<T>,          response<T>,
+      response_exact<T>};
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "activation.h"
 #include "coefficients.h"
 #include "moments.h"
 
@@ -57,6 +58,14 @@ struct Kernels {
   void (*apply_each)(const T* x, T* y, int64_t rows, int64_t len, const Affines<T>& by,
                      bool stream);
   void (*apply_row)(const T* x, T* y, int64_t len, const RowAffine<T>& by, bool stream);
+  // The same three with an activation and a residual, or the gradient of what these are applied to;
+  // `each`: rows that start `ld` apart. `out` may be one of the inputs.
+  void (*act)(const ActInputs<T>& in, T* out, int64_t runs, int64_t len, const Affine<T>* by,
+              Activation act, bool stream);
+  void (*act_each)(const ActInputs<T>& in, T* out, int64_t rows, int64_t cols, int64_t ld,
+                   const Affines<T>& by, Activation act, bool stream);
+  void (*act_row)(const ActInputs<T>& in, T* out, int64_t len, const RowAffine<T>& by,
+                  Activation act, bool stream);
 
   GradSums (*grad_sums)(const T* grad, const T* x, int64_t runs, int64_t len, int64_t stride,
                         double mean, double rstd);

@@ -47,7 +47,14 @@ struct Forward {
   double* mean;  // per statistic; written, or read where `fixed`
   double* var;
   bool fixed;
-  bool stream;  // see kStreamFrom
+  bool stream;                  // see kStreamFrom
+  const T* residual = nullptr;  // y = act(norm(x) + residual)
+  Activation act = {};
+
+  bool acts() const { return residual || act.kind != Act::none; }
+  ActInputs<T> inputs(int64_t offset) const {
+    return ActInputs<T>{nullptr, x, residual}.from(offset);
+  }
 };
 
 template <class T>
@@ -65,6 +72,15 @@ struct Backward {
   double* grad_bias;
   bool fixed;
   bool stream;  // see kStreamFrom
+  // Of y = act(norm(x) + residual) the gradient of the sum is made piece by piece, before it is
+  // first read, in `inner`: the residual's gradient, or grad_x, which then is overwritten.
+  T* inner = nullptr;  // null where there is neither activation nor residual
+  const compute_t<T>* bias = nullptr;
+  const T* residual = nullptr;
+  Activation act = {};
+
+  const T* norm_grad() const { return inner ? inner : grad; }
+  ActInputs<T> inputs(int64_t offset) const { return ActInputs<T>{grad, x, residual}.from(offset); }
 };
 
 template <class T>

@@ -38,61 +38,6 @@ Tensor over(const Buffer& buffer, const Geometry& g, ScalarType type) {
   return Tensor(handle);
 }
 
-// x with the geometry's strides: itself, or the one copy that is allowed.
-Tensor laid_out(const Tensor& x, const Geometry& g) {
-  bool same = true;
-  const auto strides = x.strides();
-  for (int64_t d = 0; d < g.sizes.size(); ++d)
-    same = same && (g.sizes[d] == 1 || strides[d] == g.strides[d]);
-  if (same) return x;
-  Tensor copy = empty_strided(g.sizes, g.strides, x.scalar_type());
-  torch::stable::copy_(copy, x);
-  return copy;
-}
-
-// The output's gradient, as x is laid out and in its type.
-Tensor laid_out_like(const Tensor& x, const Tensor& grad, const Geometry& g) {
-  const ScalarType type = x.scalar_type();
-  return laid_out(grad.scalar_type() == type ? grad : torch::stable::to(grad, type), g);
-}
-
-template <class T>
-void run(const Forward<T>& f) {
-  if (f.geometry.memory == Memory::rows)
-    forward_rows(f);
-  else
-    forward_channels(f);
-}
-
-template <class T>
-void run(const Backward<T>& b) {
-  if (b.geometry.memory == Memory::rows)
-    backward_rows(b);
-  else
-    backward_channels(b);
-}
-
-template <class T>
-bool streams(const Geometry& g) {
-  return g.numel() * int64_t(sizeof(T)) >= kStreamFrom;
-}
-
-// Half precision takes its parameters in float, which holds all but float64's: with those, x is
-// computed in float64.
-bool needs_double(const Tensor& x, const std::optional<Tensor>& weight,
-                  const std::optional<Tensor>& bias) {
-  const auto is_double = [](const std::optional<Tensor>& p) {
-    return p && p->scalar_type() == ScalarType::Double;
-  };
-  return x.element_size() == 2 && (is_double(weight) || is_double(bias));
-}
-
-void store(const double* values, const Tensor& to) {
-  with_type(to, [&]<class T>(T) {
-    table<T>(kernels()).narrow(values, static_cast<T*>(to.mutable_data_ptr()), to.numel());
-  });
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor> weight,
                                            std::optional<Tensor> bias, int64_t num_groups,
                                            int64_t feature_dims, bool centred, double eps) {
@@ -234,21 +179,29 @@ Tensor new_result(const Geometry& g, ScalarType type) {
 
 void forward_into(const Tensor& x, const std::optional<Tensor>& weight,
                   const std::optional<Tensor>& bias, const Geometry& g, double eps, const Tensor& y,
-                  double* mean, double* var, bool fixed) {
+                  double* mean, double* var, bool fixed, const Epilogue& after) {
   if (needs_double(x, weight, bias)) {
     Tensor wide = empty_strided(g.sizes, g.strides, ScalarType::Double), rounded = y;
     const Tensor result = empty_strided(g.sizes, g.strides, ScalarType::Double);
     torch::stable::copy_(wide, x);
-    forward_into(wide, weight, bias, g, eps, result, mean, var, fixed);
+    Epilogue wide_after{std::nullopt, after.act};
+    if (after.residual) {
+      wide_after.residual = empty_strided(g.sizes, g.strides, ScalarType::Double);
+      torch::stable::copy_(*wide_after.residual, *after.residual);
+    }
+    forward_into(wide, weight, bias, g, eps, result, mean, var, fixed, wide_after);
     torch::stable::copy_(rounded, result);
     return;
   }
   const Tensor dense = laid_out(x, g);
+  std::optional<Tensor> residual;
+  if (after.residual) residual = laid_out(*after.residual, g);
   with_type(x, [&]<class T>(T) {
     const Values<compute_t<T>> w(weight), b(bias);
-    run(Forward<T>{g, table<T>(kernels()), eps, static_cast<const T*>(dense.const_data_ptr()),
-                   static_cast<T*>(y.mutable_data_ptr()), w.get(), b.get(), mean, var, fixed,
-                   streams<T>(g)});
+    run(Forward<T>{
+        g, table<T>(kernels()), eps, static_cast<const T*>(dense.const_data_ptr()),
+        static_cast<T*>(y.mutable_data_ptr()), w.get(), b.get(), mean, var, fixed, streams<T>(g),
+        residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr, after.act});
   });
 }
 

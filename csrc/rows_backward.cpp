@@ -11,8 +11,20 @@ void grad_channel(const Backward<T>& b, const GroupGrad<T>& group, int64_t chann
   using A = compute_t<T>;
   const double weight = b.weight ? double(b.weight[channel]) : 1.0;
   const GradAffine<A> a(group.mean, group.rstd, weight, group.mean_grad, group.mean_grad_x_hat);
-  b.kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, 1, count, &a, b.stream);
+  b.kernels.grad_apply(b.norm_grad() + offset, b.x + offset, b.grad_x + offset, 1, count, &a,
+                       b.stream);
   fence(b.stream);
+}
+
+// The gradient of what the activation is applied to, before it is first read.
+template <class T>
+void make_inner(const Backward<T>& b, int64_t statistic, int64_t channel, int64_t offset,
+                int64_t runs, int64_t len, int64_t stride) {
+  if (!b.inner) return;
+  const Affine<T> by(b.mean[statistic], inverse_std(b.var[statistic], b.eps), b.weight, b.bias,
+                     channel);
+  for (int64_t run = 0, at = offset; run < runs; ++run, at += stride)
+    b.kernels.act(b.inputs(at), b.inner + at, 1, len, &by, b.act, false);
 }
 
 // Weighted sums over the channels of a group, from each channel's own.
@@ -60,7 +72,8 @@ void backward_groups(const Backward<T>& b) {
   const auto count = [&](int64_t p) { return std::min(kPiece, g.s - begin(p)); };
   const auto of_piece = [&](int64_t run, int64_t p) {
     const int64_t offset = run * g.s + begin(p), i = run / per_group;
-    return b.kernels.grad_sums(b.grad + offset, b.x + offset, 1, count(p), 0, b.mean[i],
+    make_inner(b, i, run % g.c, offset, 1, count(p), 0);
+    return b.kernels.grad_sums(b.norm_grad() + offset, b.x + offset, 1, count(p), 0, b.mean[i],
                                inverse_std(b.var[i], b.eps));
   };
   const bool in_cache = 2 * len * int64_t(sizeof(T)) <= kInCache;
@@ -100,7 +113,8 @@ void backward_batch(const Backward<T>& b) {
   const BatchCut cut(g);
   const auto sums = [&](int64_t channel, int64_t part) {
     return of_part(g, cut, channel, part, [&](int64_t offset, int64_t runs, int64_t len) {
-      return b.kernels.grad_sums(b.grad + offset, b.x + offset, runs, len, g.c * g.s,
+      make_inner(b, channel, channel, offset, runs, len, g.c * g.s);
+      return b.kernels.grad_sums(b.norm_grad() + offset, b.x + offset, runs, len, g.c * g.s,
                                  b.mean[channel], inverse_std(b.var[channel], b.eps));
     });
   };
@@ -118,16 +132,21 @@ void backward_batch(const Backward<T>& b) {
     if (b.grad_bias) b.grad_bias[channel] = total.grad;
     set_affine(channel, total);
   };
+  const bool summing = b.grad_weight || b.grad_bias || !b.fixed;
+  const T* const grads = b.norm_grad();
   const auto apply = [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
+    if (!summing)
+      for (int64_t run = 0; run < runs; ++run)
+        make_inner(b, channel + run, channel + run, offset + run * len, 1, len, 0);
+    if (!b.grad_x) return;
     if (b.fixed)
-      b.kernels.grad_scale(b.grad + offset, b.grad_x + offset, runs, len, scale.get() + channel,
+      b.kernels.grad_scale(grads + offset, b.grad_x + offset, runs, len, scale.get() + channel,
                            b.stream);
     else
-      b.kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, runs, len,
+      b.kernels.grad_apply(grads + offset, b.x + offset, b.grad_x + offset, runs, len,
                            affine.get() + channel, b.stream);
     fence(b.stream);
   };
-  const bool summing = b.grad_weight || b.grad_bias || !b.fixed;
   if (const int64_t channels = summing && b.grad_x ? channels_in_cache<T>(g, 2) : 0) {
     over_channels(g, channels, [&](int64_t first, int64_t count) {
       for (int64_t c = first; c < first + count; ++c)
@@ -140,7 +159,7 @@ void backward_batch(const Backward<T>& b) {
     over_batch<GradSums>(g, cut, sums, add);
   else
     for (int64_t c = 0; c < g.c; ++c) set_affine(c, {});
-  if (b.grad_x) over_runs(g, apply);
+  if (b.grad_x || (b.inner && !summing)) over_runs(g, apply);
 }
 
 }  // namespace

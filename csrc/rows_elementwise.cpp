@@ -15,24 +15,34 @@ class Rows {
   int64_t pieces() const { return pieces_; }
   GradSums sum(int64_t i, int64_t p) const {
     const int64_t offset = i * len_ + p * kPiece;
-    return b_.kernels.row_grad_sums(b_.grad + offset, b_.x + offset, count(p), b_.mean[i],
+    make_inner(i, p);
+    return b_.kernels.row_grad_sums(b_.norm_grad() + offset, b_.x + offset, count(p), b_.mean[i],
                                     inverse_std(b_.var[i], b_.eps), weight(i, p));
+  }
+  // the gradient of what the activation is applied to, before it is first read
+  void make_inner(int64_t i, int64_t p) const {
+    if (!b_.inner) return;
+    const int64_t offset = i * len_ + p * kPiece;
+    const RowAffine<T> by(b_.mean[i], inverse_std(b_.var[i], b_.eps), of(b_.weight, i, p),
+                          of(b_.bias, i, p));
+    b_.kernels.act_row(b_.inputs(offset), b_.inner + offset, count(p), by, b_.act, false);
   }
   void write(int64_t i, int64_t p, const GradSums& s) const {
     const GroupGrad<T> group(b_, i, s.grad, s.grad_x_hat);
     const GradAffine<compute_t<T>> a(group.mean, group.rstd, 1.0, group.mean_grad,
                                      group.mean_grad_x_hat);
     const int64_t offset = i * len_ + p * kPiece;
-    b_.kernels.grad_apply_row(b_.grad + offset, b_.x + offset, b_.grad_x + offset, count(p),
+    b_.kernels.grad_apply_row(b_.norm_grad() + offset, b_.x + offset, b_.grad_x + offset, count(p),
                               weight(i, p), a, b_.stream);
     fence(b_.stream);
   }
 
  private:
   int64_t count(int64_t p) const { return std::min(kPiece, len_ - p * kPiece); }
-  const compute_t<T>* weight(int64_t i, int64_t p) const {
-    return b_.weight ? b_.weight + i % b_.geometry.groups() * len_ + p * kPiece : nullptr;
+  const compute_t<T>* of(const compute_t<T>* parameter, int64_t i, int64_t p) const {
+    return parameter ? parameter + i % b_.geometry.groups() * len_ + p * kPiece : nullptr;
   }
+  const compute_t<T>* weight(int64_t i, int64_t p) const { return of(b_.weight, i, p); }
 
   const Backward<T>& b_;
   int64_t len_, pieces_;
@@ -88,8 +98,8 @@ class Columns {
       std::fill(bias, bias + (end - begin), 0.0);
       std::fill(weight, weight + (end - begin), 0.0);
     }
-    b_.kernels.row_param_sums(b_.grad + from * g.c + column, b_.x + from * g.c + column, to - from,
-                              end - begin, g.c, mean_.get() + group * g.n + from,
+    b_.kernels.row_param_sums(b_.norm_grad() + from * g.c + column, b_.x + from * g.c + column,
+                              to - from, end - begin, g.c, mean_.get() + group * g.n + from,
                               rstd_.get() + group * g.n + from, bias, weight);
   }
 
@@ -120,6 +130,9 @@ void backward_elementwise(const Backward<T>& b) {
   const int64_t statistics = g.num_statistics(), len = g.channels_per_group();
   const bool params = b.grad_weight || b.grad_bias;
   const Rows<T> rows(b);
+  if (b.inner && !b.grad_x)
+    parallel(statistics * rows.pieces(), std::min(len, kPiece),
+             [&](int64_t i) { rows.make_inner(i / rows.pieces(), i % rows.pieces()); });
   if (b.grad_x && rows.pieces() > 1) grad_long_rows(b, rows);
   const bool short_rows = b.grad_x && rows.pieces() == 1;
   if (!params) {

@@ -18,6 +18,15 @@ void by_channel(int64_t s, int64_t begin, int64_t end, const Body& body) {
 }
 
 template <class T>
+void apply_runs(const Forward<T>& f, int64_t offset, int64_t runs, int64_t len,
+                const Affine<T>* by) {
+  if (f.acts())
+    f.kernels.act(f.inputs(offset), f.y + offset, runs, len, by, f.act, f.stream);
+  else
+    f.kernels.apply(f.x + offset, f.y + offset, runs, len, by, f.stream);
+}
+
+template <class T>
 void apply_group(const Forward<T>& f, int64_t statistic, int64_t begin, int64_t end) {
   const Geometry& g = f.geometry;
   const int64_t per_group = g.channels_per_group();
@@ -28,11 +37,15 @@ void apply_group(const Forward<T>& f, int64_t statistic, int64_t begin, int64_t 
   if (g.s == 1) {
     const RowAffine<T> row(mean, rstd, f.weight ? f.weight + first_channel + begin : nullptr,
                            f.bias ? f.bias + first_channel + begin : nullptr);
-    f.kernels.apply_row(f.x + offset + begin, f.y + offset + begin, end - begin, row, f.stream);
+    const int64_t at = offset + begin, count = end - begin;
+    if (f.acts())
+      f.kernels.act_row(f.inputs(at), f.y + at, count, row, f.act, f.stream);
+    else
+      f.kernels.apply_row(f.x + at, f.y + at, count, row, f.stream);
   } else {
     by_channel(g.s, begin, end, [&](int64_t channel, int64_t i, int64_t count) {
       const Affine<T> a(mean, rstd, f.weight, f.bias, first_channel + channel);
-      f.kernels.apply(f.x + offset + i, f.y + offset + i, 1, count, &a, f.stream);
+      apply_runs(f, offset + i, 1, count, &a);
     });
   }
   fence(f.stream);
@@ -88,7 +101,7 @@ void forward_batch(const Forward<T>& f) {
     affine[c] = Affine<T>(f.mean[c], inverse_std(f.var[c], f.eps), f.weight, f.bias, c);
   };
   const auto apply = [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
-    f.kernels.apply(f.x + offset, f.y + offset, runs, len, affine.get() + channel, f.stream);
+    apply_runs(f, offset, runs, len, affine.get() + channel);
     fence(f.stream);
   };
   if (!f.fixed) {

@@ -20,10 +20,16 @@ using torch::stable::Tensor;
 // Memory for a result of this geometry.
 Tensor new_result(const Geometry& g, ScalarType type);
 
-// y, mean and var of x, or with `fixed` y by the given mean and var.
+// What comes after the affine step.
+struct Epilogue {
+  std::optional<Tensor> residual;
+  Activation act;
+};
+
+// y, mean and var of x, or with `fixed` y by the given mean and var. y may be x itself.
 void forward_into(const Tensor& x, const std::optional<Tensor>& weight,
                   const std::optional<Tensor>& bias, const Geometry& g, double eps, const Tensor& y,
-                  double* mean, double* var, bool fixed);
+                  double* mean, double* var, bool fixed, const Epilogue& after = {});
 
 // Those gradients that there is a tensor for.
 void backward_into(const Tensor& grad, const Tensor& x, const double* mean, const double* var,
@@ -154,6 +160,61 @@ struct Params {
 
   Tensor gradient() const { return empty_strided(sizes, contiguous_strides(sizes), type); }
 };
+
+// x with the geometry's strides: itself, or the one copy that is allowed.
+[[maybe_unused]] Tensor laid_out(const Tensor& x, const Geometry& g) {
+  bool same = true;
+  const auto strides = x.strides();
+  for (int64_t d = 0; d < g.sizes.size(); ++d)
+    same = same && (g.sizes[d] == 1 || strides[d] == g.strides[d]);
+  if (same) return x;
+  Tensor copy = empty_strided(g.sizes, g.strides, x.scalar_type());
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+// The output's gradient, as x is laid out and in its type.
+[[maybe_unused]] Tensor laid_out_like(const Tensor& x, const Tensor& grad, const Geometry& g) {
+  const ScalarType type = x.scalar_type();
+  return laid_out(grad.scalar_type() == type ? grad : torch::stable::to(grad, type), g);
+}
+
+template <class T>
+[[maybe_unused]] void run(const Forward<T>& f) {
+  if (f.geometry.memory == Memory::rows)
+    forward_rows(f);
+  else
+    forward_channels(f);
+}
+
+template <class T>
+[[maybe_unused]] void run(const Backward<T>& b) {
+  if (b.geometry.memory == Memory::rows)
+    backward_rows(b);
+  else
+    backward_channels(b);
+}
+
+template <class T>
+[[maybe_unused]] bool streams(const Geometry& g) {
+  return g.numel() * int64_t(sizeof(T)) >= kStreamFrom;
+}
+
+// Half precision takes its parameters in float, which holds all but float64's: with those, x is
+// computed in float64.
+[[maybe_unused]] bool needs_double(const Tensor& x, const std::optional<Tensor>& weight,
+                                   const std::optional<Tensor>& bias) {
+  const auto is_double = [](const std::optional<Tensor>& p) {
+    return p && p->scalar_type() == ScalarType::Double;
+  };
+  return x.element_size() == 2 && (is_double(weight) || is_double(bias));
+}
+
+[[maybe_unused]] void store(const double* values, const Tensor& to) {
+  with_type(to, [&]<class T>(T) {
+    table<T>(kernels()).narrow(values, static_cast<T*>(to.mutable_data_ptr()), to.numel());
+  });
+}
 
 // One running statistic a step further: (1 − factor) · running + factor · observed · scale,
 // averaged over samples where each sample has its own.

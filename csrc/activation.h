@@ -1,0 +1,27 @@
+// What is applied after the affine step: y = act(norm(x) + residual).
+#pragma once
+
+#include <cstdint>
+
+namespace truenorm {
+
+// _ops/activations.py has the same numbers.
+enum class Act : int64_t { none, relu, leaky_relu, hardswish, elu, silu, gelu, gelu_tanh };
+
+struct Activation {
+  Act kind = Act::none;
+  double parameter = 0.0;  // leaky_relu: the slope below zero; elu: alpha
+};
+
+// Forward where grad is null: out = act(z). Else out = grad · act'(z). z = norm(x) + residual,
+// residual null for none.
+template <class T>
+struct ActInputs {
+  const T *grad, *x, *residual;
+
+  ActInputs from(int64_t offset) const {
+    return {grad ? grad + offset : nullptr, x + offset, residual ? residual + offset : nullptr};
+  }
+};
+
+}  // namespace truenorm

@@ -1,0 +1,205 @@
+// y = act(norm(x) + residual), and the gradient of norm(x) + residual, in one walk over the values.
+#pragma once
+
+#include "kernel_elementwise.h"
+#include "kernel_smooth.h"
+
+namespace truenorm {
+namespace {
+
+template <class V>
+using Bits = std::conditional_t<std::is_same_v<V, vd>, vl, vi>;
+
+// none, ReLU, leaky ReLU: z · slope from zero down, of which ReLU keeps no bit (−∞ · 0 is no zero).
+template <class V>
+struct Kink {
+  V slope;
+  Bits<V> kept;
+
+  explicit Kink(Activation act)
+      : slope(splat<V>(act.kind == Act::none         ? std::remove_reference_t<decltype(V{}[0])>(1)
+                       : act.kind == Act::leaky_relu ? act.parameter
+                                                     : 0.0)),
+        kept(act.kind == Act::relu ? Bits<V>{} : ~Bits<V>{}) {}
+  TN_FLAT V below(V v) const { return (V)((Bits<V>)(v * slope) & kept); }
+  TN_FLAT V value(V z) const { return z <= 0 ? below(z) : z; }
+  TN_FLAT V gradient(V grad, V z) const { return z <= 0 ? below(grad) : grad; }
+};
+
+// z · min(max(z + 3, 0), 6) / 6
+template <class V>
+struct HardSwish {
+  TN_FLAT V value(V z) const {
+    V gate = z + 3;
+    gate = gate < 0 ? V{} : gate;
+    gate = gate > 6 ? V{} + 6 : gate;
+    return z * gate / 6;
+  }
+  TN_FLAT V gradient(V grad, V z) const {
+    const V slope = z / 3 + (V{} + 1) / 2;
+    const V inside = z < 3 ? grad * slope : grad;
+    return z <= -3 ? V{} : inside;
+  }
+};
+
+template <class V>
+struct Smooth {
+  Activation act;
+
+  TN_FLAT V value(V z) const { return smooth<false>(z, act); }
+  TN_FLAT V gradient(V grad, V z) const { return grad * smooth<true>(z, act); }
+};
+
+// body(what makes the values, whether it is the gradient, whether there is a residual)
+template <class T, class Body>
+TN_INLINE void with_activation(const ActInputs<T>& in, Activation act, const Body& body) {
+  using V = typename Lane<T>::V;
+  const auto with_inputs = [&](const auto& made) TN_FLAT {
+    if (in.grad && in.residual)
+      body(made, std::true_type{}, std::true_type{});
+    else if (in.grad)
+      body(made, std::true_type{}, std::false_type{});
+    else if (in.residual)
+      body(made, std::false_type{}, std::true_type{});
+    else
+      body(made, std::false_type{}, std::false_type{});
+  };
+  if (act.kind <= Act::leaky_relu)
+    with_inputs(Kink<V>(act));
+  else if (act.kind == Act::hardswish)
+    with_inputs(HardSwish<V>{});
+  else
+    with_inputs(Smooth<V>{act});
+}
+
+// z_of(x, residual or null, place) makes z of a pair of vectors.
+template <class P, bool Gradient, bool Residual, class T, class Made, class Z>
+TN_INLINE void act_run(const ActInputs<T>& in, T* out, int64_t len, bool stream, const Made& made,
+                       const Z& z_of) {
+  constexpr int In = 1 + Gradient + Residual;
+  const T* from[In];
+  if constexpr (Gradient) from[0] = in.grad;
+  from[Gradient] = in.x;
+  if constexpr (Residual) from[In - 1] = in.residual;
+  map<P, In>(from, out, len, stream, [&](const P* v, int64_t i) TN_FLAT {
+    P z = z_of(v[Gradient], Residual ? v + (In - 1) : nullptr, i);
+    for (int k = 0; k < 2; ++k)
+      z.v[k] = Gradient ? made.gradient(v[0].v[k], z.v[k]) : made.value(z.v[k]);
+    return z;
+  });
+}
+
+// Half precision: d · scale + shift + residual + low, off by little more than the rounding to
+// float, whatever cancels: every rounding's error is added at the end.
+TN_INLINE vf sum_exactly(vf d, vf scale, vf shift, vf residual, vf low) {
+  const vf product = d * scale;
+  const vf of_product = fused(d, scale, -product);
+  const vf first = product + shift;
+  vf part = first - product;
+  const vf of_first = (product - (first - part)) + (shift - part);
+  const vf sum = first + residual;
+  part = sum - first;
+  const vf of_sum = (first - (sum - part)) + (residual - part);
+  const vf out = sum + ((of_first + of_sum) + (of_product + low));
+  // the errors of an infinite sum are NaN
+  return out == out ? out : sum;
+}
+
+// (x − hi) · scale + shift + residual, coefficient j of vector k by at(j, k).
+template <class T, class P, class At>
+TN_INLINE P affine_sum(const P& x, const P* residual, const At& at) {
+  P z;
+  for (int k = 0; k < 2; ++k) z.v[k] = x.v[k] - at(0, k);
+  if constexpr (is_half<T>) {
+    if (!residual)
+      return affine_twice(z, {at(1, 0), at(1, 1)}, {at(2, 0), at(2, 1)}, {at(3, 0), at(3, 1)},
+                          {at(4, 0), at(4, 1)});
+    for (int k = 0; k < 2; ++k)
+      z.v[k] = sum_exactly(z.v[k], at(1, k), at(2, k), residual->v[k],
+                           fused(z.v[k], at(3, k), at(4, k)));
+  } else {
+    for (int k = 0; k < 2; ++k) {
+      z.v[k] = z.v[k] * at(1, k) + at(2, k);
+      if (residual) z.v[k] += residual->v[k];
+    }
+  }
+  return z;
+}
+
+template <class T>
+void act(const ActInputs<T>& in, T* out, int64_t runs, int64_t len, const Affine<T>* by,
+         Activation act, bool stream) {
+  using P = AnyOrder<T>;
+  using V = typename P::V;
+  with_activation<T>(in, act, [&]<class G, class R>(const auto& made, G, R) TN_FLAT {
+    for (int64_t r = 0; r < runs; ++r) {
+      V of[5] = {splat<V>(by[r].hi), splat<V>(by[r].scale), splat<V>(by[r].shift)};
+      if constexpr (is_half<T>) {
+        of[3] = splat<V>(by[r].scale_rest);
+        of[4] = splat<V>(by[r].shift_rest);
+      }
+      act_run<P, G::value, R::value>(in.from(r * len), out + r * len, len, stream, made,
+                                     [&](const P& x, const P* residual, int64_t) TN_FLAT {
+                                       return affine_sum<T>(
+                                           x, residual, [&](int j, int) TN_FLAT { return of[j]; });
+                                     });
+    }
+  });
+}
+
+template <class T>
+void act_each(const ActInputs<T>& in, T* out, int64_t rows, int64_t cols, int64_t ld,
+              const Affines<T>& by, Activation act, bool stream) {
+  using P = InOrder<T>;
+  using V = typename P::V;
+  with_activation<T>(in, act, [&]<class G, class R>(const auto& made, G, R) TN_FLAT {
+    for (int64_t r = 0; r < rows; ++r)
+      act_run<P, G::value, R::value>(in.from(r * ld), out + r * ld, cols, stream, made,
+                                     [&](const P& x, const P* residual, int64_t i) TN_FLAT {
+                                       return affine_sum<T>(x, residual, [&](int j, int k) TN_FLAT {
+                                         return load_raw<V>(by.of[j] + i + k * P::lanes);
+                                       });
+                                     });
+  });
+}
+
+template <class T>
+void act_row(const ActInputs<T>& in, T* out, int64_t len, const RowAffine<T>& by, Activation act,
+             bool stream) {
+  using A = compute_t<T>;
+  using P = InOrder<T>;
+  using V = typename P::V;
+  RowAffine<T> row = by;
+  Padded<A, kStep> weight, bias;
+  if (len < kStep) {
+    if (by.weight) row.weight = Padded<A, kStep>::fill(weight, by.weight, len, A{});
+    if (by.bias) row.bias = Padded<A, kStep>::fill(bias, by.bias, len, A{});
+  }
+  const V hi = splat<V>(row.hi), lo = splat<V>(row.lo), rstd = splat<V>(row.rstd);
+  with_activation<T>(in, act, [&]<class G, class R>(const auto& made, G, R) TN_FLAT {
+    const auto z_of = [&](const P& x, const P* residual, int64_t i) TN_FLAT {
+      P z;
+      for (int k = 0; k < 2; ++k) {
+        const int64_t at = i + k * P::lanes;
+        const V w = row.weight ? load_raw<V>(row.weight + at) : splat<V>(A(1));
+        const V b = row.bias ? load_raw<V>(row.bias + at) : V{};
+        if constexpr (is_half<T>) {
+          vf near, rest;
+          x_hat_twice(x.v[k], row, near, rest);
+          z.v[k] = residual ? sum_exactly(w, near, b, residual->v[k], w * rest)
+                            : fused(w, rest, fused(w, near, b));
+        } else {
+          z.v[k] = ((x.v[k] - hi) - lo) * rstd;
+          if (row.weight) z.v[k] *= w;
+          if (row.bias) z.v[k] += b;
+          if (residual) z.v[k] += residual->v[k];
+        }
+      }
+      return z;
+    };
+    act_run<P, G::value, R::value>(in, out, len, stream, made, z_of);
+  });
+}
+
+}  // namespace
+}  // namespace truenorm
