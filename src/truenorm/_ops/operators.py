@@ -151,7 +151,8 @@ def track_once(
     if within_backward():
         return
     running = running_mean, running_var, num_batches_tracked
-    if count is None and not skip_nonfinite:
+    mapped = torch._C._are_functorch_transforms_active()  # whose errors are torch's
+    if count is None and not skip_nonfinite and not mapped:
         with torch._C._AutoDispatchBelowAutograd():
             update_running(*running, x, mean, var, momentum)
         return
