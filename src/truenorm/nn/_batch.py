@@ -10,12 +10,14 @@ from torch import Tensor
 
 from .. import _checks, functional
 from .._axes import BATCH
-from .._ops import Running, eager, synchronized
+from .._ops import eager, synchronized
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
 from ._options import More, with_options
+from ._padded import Padded, fixed
+from ._policy import SmallBatches
 
 
-class BatchForward(FixedRank, Spanning, RunningStatistics):
+class BatchForward(Padded, FixedRank, Spanning, SmallBatches, RunningStatistics):
     """forward() of every layer with batch statistics; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
@@ -31,7 +33,7 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
         momentum, eps = self.momentum, self.eps
         if (mean is None) != (var is None):
             return None
-        if not self.training and mean is not None:
+        if (not self.training or self.frozen) and mean is not None:
             if not eps >= 0:
                 return None
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
@@ -39,14 +41,15 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
             return None
         if self.process_group is not None:
             return None
-        if mean is None or not self.track_running_stats:
+        # a batch that is computed again in the backward pass moves nothing
+        if mean is None or not self.track_running_stats or eager.graph_task() != -1:
             return eager.call(eager.OWN, input, weight, bias, (), eager.BATCH, eps)
         running = mean, var, count, nan if momentum is None else momentum
         return eager.call(eager.TRACKED, input, weight, bias, running, eager.BATCH, eps)
 
     def _statistics_group(self) -> Any:
         # in evaluation the ranks need not be in step, even without running statistics
-        return super()._statistics_group() if self.training else None
+        return super()._statistics_group() if self._statistics_are_own() else None
 
     def _check_input(self, input: Tensor) -> None:
         self._check_input_dim(input)
@@ -59,20 +62,27 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
         self._check_input(input)
         mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
         functional.check_batch_norm(input, mean, var, weight, bias, True, self.eps)
-        running = None
-        if mean is not None and var is not None and self.track_running_stats:
-            running = Running(mean, var, self.num_batches_tracked, self.momentum)
+        running = self._running(True)
         return synchronized.Call(self, input, weight, bias, BATCH, self.eps, running)
 
     def _validated(self, input: Tensor, more: More) -> Tensor:
         if (group := self._statistics_group()) is not None:
+            _checks.check_no_mask_across_processes(type(self).__name__, more.mask is not None)
             return synchronized.normalize(self._spanning(input), group)
         self._check_input(input)
+        if more.mask is not None:
+            return self._masked(input, more.mask, more)
         # as torch: the running statistics serve evaluation wherever they exist, and are updated
         # in training only while they are tracked
         running_mean, running_var = self.running_mean, self.running_var
-        training = self.training or (running_mean is None and running_var is None)
-        if self.training and not self.track_running_stats:
+        own = self._statistics_are_own()
+        if own and self._has_policy():
+            functional.check_batch_norm(
+                input, running_mean, running_var, self.weight, self.bias, True, self.eps
+            )
+            return self._by_policy(input, BATCH, more)
+        training = own or (running_mean is None and running_var is None)
+        if own and not self.track_running_stats:
             running_mean = running_var = None
         return functional.batch_norm_tracked(
             input,
@@ -85,6 +95,14 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
             self.momentum,
             self.eps,
         )
+
+    def _masked(self, input: Tensor, mask: Tensor, more: More) -> Tensor:
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        own = self._statistics_are_own()
+        functional.check_batch_norm(input, mean, var, weight, bias, own, self.eps)
+        if not own and mean is not None and var is not None:
+            return fixed(input, mask, mean, var, weight, bias, self.eps, more.padding_value)
+        return self._by_valid(input, mask, BATCH, self._running(True) if own else None, more)
 
 
 @with_options

@@ -12,9 +12,11 @@ from .._axes import instance
 from .._ops import Running, eager, synchronized
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
 from ._options import More, with_options
+from ._padded import Padded, fixed
+from ._policy import Policed
 
 
-class InstanceForward(FixedRank, Spanning, RunningStatistics):
+class InstanceForward(Padded, FixedRank, Spanning, Policed, RunningStatistics):
     """forward() of the InstanceNorm layers; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
@@ -29,19 +31,20 @@ class InstanceForward(FixedRank, Spanning, RunningStatistics):
         momentum, eps = self.momentum, self.eps
         if not (eps >= 0 and (momentum is None or 0 <= momentum <= 1)):
             return None
-        if not self.training and self.track_running_stats:
+        if (not self.training or self.frozen) and self.track_running_stats:
             if mean is None or var is None:
                 return None
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
         if self.process_group is not None:
             return None
-        if mean is None or var is None:
+        # a batch that is computed again in the backward pass moves nothing
+        if mean is None or var is None or eager.graph_task() != -1:
             return eager.call(eager.OWN, input, weight, bias, (), eager.INSTANCE, eps)
         running = mean, var, None, momentum or 0.0
         return eager.call(eager.TRACKED, input, weight, bias, running, eager.INSTANCE, eps)
 
     def _statistics_group(self) -> Any:
-        own = self.training or not self.track_running_stats
+        own = self._statistics_are_own() or not self.track_running_stats
         return super()._statistics_group() if own else None
 
     def _batched(self, input: Tensor) -> Tensor:
@@ -64,13 +67,35 @@ class InstanceForward(FixedRank, Spanning, RunningStatistics):
         functional.check_instance_norm(x, mean, var, weight, bias)
         running = None
         if mean is not None and var is not None:
-            running = Running(mean, var, None, self.momentum or 0.0)
+            momentum = self.momentum or 0.0
+            running = Running(mean, var, None, momentum, self.skip_nonfinite, self._gathered)
         axes = instance(self.num_features)
         return synchronized.Call(self, x, weight, bias, axes, self.eps, running)
 
+    def _is_unbatched(self, input: Tensor) -> bool:
+        return input.dim() == self._dims[0]
+
+    def _masked(self, input: Tensor, mask: Tensor, more: More) -> Tensor:
+        x = self._batched(input)
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        functional.check_instance_norm(x, mean, var, weight, bias)
+        own = self._statistics_are_own() or not self.track_running_stats
+        if not own and mean is not None and var is not None:
+            return fixed(x, mask, mean, var, weight, bias, self.eps, more.padding_value)
+        running = self._running(False) if own else None
+        return self._by_valid(x, mask, instance(self.num_features), running, more)
+
     def _validated(self, input: Tensor, more: More) -> Tensor:
         if (group := self._statistics_group()) is not None:
+            _checks.check_no_mask_across_processes(type(self).__name__, more.mask is not None)
             y = synchronized.normalize(self._spanning(input), group)
+        elif more.mask is not None:
+            return self._masked(input, more.mask, more)
+        elif self._statistics_are_own() and self._has_policy():
+            x = self._batched(input)
+            mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+            functional.check_instance_norm(x, mean, var, weight, bias)
+            y = self._by_policy(x, instance(self.num_features), more)
         else:
             y = functional.instance_norm(
                 self._batched(input),
@@ -78,7 +103,7 @@ class InstanceForward(FixedRank, Spanning, RunningStatistics):
                 self.running_var,
                 self.weight,
                 self.bias,
-                self.training or not self.track_running_stats,
+                self._statistics_are_own() or not self.track_running_stats,
                 self.momentum if self.momentum is not None else 0.0,
                 self.eps,
             )

@@ -51,11 +51,22 @@ class Configurable(torch.nn.Module):
             vars(self).pop(name, None)
         else:
             option.check(value)
+            self._check_options({**self._chosen(), name: value})
             super().__setattr__(name, value)
-        if self._chosen().keys() <= self._asked_by_short_way:
+        self._choose_way()
+
+    def _check_options(self, chosen: dict[str, Any]) -> None:
+        """Raise where these options do not go together, or not with the layer."""
+
+    def _choose_way(self) -> None:
+        if self._chosen().keys() <= self._asked_by_short_way and self._is_plain():
             vars(self).pop("_direct", None)
         else:
             vars(self)["_direct"] = False
+
+    def _is_plain(self) -> bool:
+        """Whether nothing but options keeps a call from the short way."""
+        return True
 
     def _chosen(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
