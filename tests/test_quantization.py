@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from torch.ao.quantization.fuser_method_mappings import fuse_conv_bn_relu
 
 import truenorm
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "howto" / "export.md"
 ALL = [["0", "1", "2"]]
 # from torch 2.10 on, in favour of torchao, whose fuser for eager mode it still is
 pytestmark = pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
@@ -56,11 +53,3 @@ def converted_like(fused: Any) -> Any:
     again[0].load_state_dict(conv.state_dict())
     again[1].load_state_dict(bn.state_dict())
     return again.double().train()
-
-
-def test_the_page_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 5
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), names)
