@@ -168,12 +168,13 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "moments": _plain_moments,
     "backward_of_part": _plain.backward_of_part,
     "update_running_": _plain.update_running,
-    "track_": track_once,
     "local_response_norm": _plain.local_response_norm,
     "local_response_norm_backward": _plain.local_response_norm_backward,
 }
 for _name, _kernel in PLAIN.items():
     _library_def.impl(_name, _kernel, "CompositeExplicitAutograd")
+# asks, and calls update_running_: the same on every device
+_library_def.impl("track_", track_once, "CompositeExplicitAutograd")
 _triton.register(_library_def, PLAIN)
 
 
