@@ -425,3 +425,27 @@ def test_what_takes_no_mask_says_so() -> None:
         truenorm.LayerNorm(9)(x, lengths=lengths)
     with pytest.raises(NotImplementedError, match=r"takes no `mask` .*together with renorm"):
         truenorm.BatchNorm1d(5, renorm=True)(x, lengths=lengths)
+
+
+def test_recalibrate_says_that_it_sees_no_mask() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = truenorm.BatchNorm1d(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x, lengths=torch.tensor([1, 2, 3]))  # type: ignore[no-any-return]
+
+    net = Net()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(NotImplementedError, match=r"'norm' is called with a `mask`.*recalibrate"):
+        truenorm.recalibrate(net, [torch.randn(3, 5, 9)])
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_an_exported_call_holds_no_operator_of_truenorm() -> None:
+    layer, x, mask = make("GroupNorm"), torch.randn(2, 6, 23), torch.rand(2, 23) < 0.5
+    with truenorm.standard_ops():
+        program = torch.export.export(layer, (x,), {"mask": mask})
+    assert "truenorm" not in str(program.graph)
+    torch.testing.assert_close(program.module()(x, mask=mask), layer(x, mask=mask))

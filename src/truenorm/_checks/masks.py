@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,11 +34,12 @@ def check_mask(mask: Any, shapes: list[tuple[int, ...]], input: Tensor) -> None:
         )
     fits = any(
         mask.dim() == len(shape)
-        and all(m in (1, s) for m, s in zip(mask.shape, shape, strict=True))
+        # not `in (1, s)`: the compiler's sizes are equal without being the same
+        and all(m == 1 or m == s for m, s in zip(mask.shape, shape, strict=True))  # noqa: PLR1714
         for shape in shapes
     )
     if not fits:
-        allowed = " or ".join(str(shape) for shape in shapes)
+        allowed = " or ".join(f"{shape}" for shape in shapes)
         raise ValueError(
             f"`mask` has shape {tuple(mask.shape)}, which does not fit `input` of shape "
             f"{tuple(input.shape)}: give one of shape {allowed}, or with 1 in place of a size"
@@ -136,4 +138,21 @@ def check_channel_axis_fits(axis: int, dims: int) -> None:
         raise ValueError(
             f"`channel_axis` is {axis}, but an input of {dims} dimensions has its channels at one "
             f"of 1 to {dims - 1}, or -1 to {1 - dims}: dimension 0 is the samples"
+        )
+
+
+def check_unmasked(name: str, masked: bool) -> None:
+    if masked:
+        raise NotImplementedError(
+            f"layer {name!r} is called with a `mask` or `lengths`, which recalibrate does not see: "
+            "recalibrate on samples of one length at a time, without them"
+        )
+
+
+def check_channels_where_torch_has_them(names: Sequence[str]) -> None:
+    if names:
+        raise ValueError(
+            f"`model` has {len(names)} layer(s) with a `channel_axis` other than 1, the first "
+            f"{names[0]!r}, and torch's layers have their channels in dimension 1: transpose "
+            "around it and set channel_axis=1 before revert"
         )

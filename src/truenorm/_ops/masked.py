@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import _axes, _plain
+from .. import _axes, _plain, _standard
 from .._axes import Axes
 from . import autograd, operators
 from .operators import NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT
@@ -266,7 +266,7 @@ def normalize(
 ) -> Masked:
     """x (N, C, *) by the statistics of its valid values; padding_value elsewhere."""
     own_way = axes.feature_dims > 0 or mask.dim() == x.dim()  # for which there is no kernel
-    if own_way or x.numel() == 0 or autograd.transformed(x, weight, bias):
+    if own_way or _standard.wanted() or x.numel() == 0 or autograd.transformed(x, weight, bias):
         return plain_forward(x, mask, weight, bias, axes, eps, padding_value)
     args = x, mask, weight, bias, axes.num_groups, eps, padding_value
     if torch.compiler.is_compiling():

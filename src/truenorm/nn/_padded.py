@@ -39,9 +39,6 @@ class Padded(Configurable):
         x = input.unsqueeze(0) if unbatched else input
         _checks.check_channel_axis_fits(axis, x.dim())
         more = more._replace(mask=_mask(x, axis, more, unbatched), lengths=None)
-        if more.residual is not None and axis != 1:
-            r = more.residual.unsqueeze(0) if unbatched else more.residual
-            more = more._replace(residual=r.movedim(axis, 1) if r.dim() == x.dim() else r)
         # a view: channels_last memory, to the kernels
         y = self._validated(x.movedim(axis, 1), more).movedim(1, axis)
         return y.squeeze(0) if unbatched else y
