@@ -35,7 +35,7 @@ def check_mask(mask: Any, shapes: list[tuple[int, ...]], input: Tensor) -> None:
     fits = any(
         mask.dim() == len(shape)
         # not `in (1, s)`: the compiler's sizes are equal without being the same
-        and all(m == 1 or m == s for m, s in zip(mask.shape, shape, strict=True))  # noqa: PLR1714
+        and all(m == 1 or m == s for m, s in zip(mask.shape, shape, strict=True))
         for shape in shapes
     )
     if not fits:
