@@ -112,3 +112,16 @@ def test_tools_for_whole_models_follow_it() -> None:
     ):
         truenorm.revert(model)
     assert type(model[1]) is truenorm.BatchNorm1d
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_lazy_layers_read_the_channels_there(affine: bool) -> None:
+    x = torch.randn(3, 7, 6, 4)
+    batch = truenorm.LazyBatchNorm2d(affine=affine, channel_axis=-1)
+    instance = truenorm.LazyInstanceNorm2d(affine=affine, channel_axis=3)
+    for layer, full in ((batch, truenorm.BatchNorm2d(4)), (instance, truenorm.InstanceNorm2d(4))):
+        expected = full(x.movedim(-1, 1)).movedim(1, -1)
+        assert torch.equal(layer(x), expected)
+        assert layer.num_features == 4
+    with pytest.raises(ValueError, match="`channel_axis` is 7"):
+        truenorm.LazyBatchNorm2d(channel_axis=7)(x)

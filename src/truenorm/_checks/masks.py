@@ -54,7 +54,7 @@ def check_lengths(lengths: Any, input: Tensor, channel_axis: int) -> None:
             f"`lengths` goes with inputs of one dimension of positions, but `input` has shape "
             f"{tuple(input.shape)}: give a `mask`"
         )
-    if lengths.dtype.is_floating_point or lengths.dtype in (torch.bool, torch.complex64):
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(
             f"`lengths` must be integers, but has dtype {lengths.dtype}: convert it with "
             "lengths.long()"
@@ -112,16 +112,31 @@ def check_no_mask_with(layer: str, options: list[str]) -> None:
         )
 
 
-def check_nested(input: Tensor, masked: bool) -> None:
+def _check_alone(masked: bool) -> None:
     if masked:
         raise ValueError(
             "`input` is a nested tensor, which says its lengths itself: leave `mask` and `lengths` "
             "out"
         )
+
+
+def check_nested(input: Tensor, masked: bool) -> None:
+    _check_alone(masked)
     if input.layout != torch.jagged or input.dim() < 3 or getattr(input, "_ragged_idx", 1) != 1:
         raise ValueError(
             "`input` is a nested tensor, which must be of layout torch.jagged and of shape "
             f"(N, ragged, …, C), but has layout {input.layout} and {input.dim()} dimensions"
+        )
+
+
+def check_nested_rows(input: Any, normalized_shape: tuple[int, ...], masked: bool) -> None:
+    _check_alone(masked)
+    if input.layout != torch.jagged or input._ragged_idx >= input.dim() - len(normalized_shape):
+        raise ValueError(
+            "`input` is a nested tensor, which must be of layout torch.jagged and ragged in none "
+            f"of the dimensions of normalized_shape {list(normalized_shape)}, but has layout "
+            f"{input.layout} and {input.dim()} dimensions: "
+            "torch.nested.as_nested_tensor(…, layout=torch.jagged)"
         )
 
 

@@ -57,6 +57,11 @@ def _statistics(x: Tensor, mask: Tensor, axes: Axes) -> tuple[Tensor, Three]:
     return v, (mean, (d * d).sum(dims, keepdim=True) / some, count)
 
 
+def _inverse_std(var: Tensor, count: Tensor, eps: float) -> Tensor:
+    """1 where nothing is valid, so that an eps of 0 leaves no infinity for a gradient to meet."""
+    return torch.rsqrt(torch.where(count > 0, var + eps, 1.0))
+
+
 def plain_forward(
     x: Tensor,
     mask: Tensor,
@@ -68,7 +73,7 @@ def plain_forward(
 ) -> Masked:
     """y and statistics in plain, differentiable PyTorch."""
     v, (mean, var, count) = _statistics(x, mask, axes)
-    y = (v - mean) * torch.rsqrt(var + eps)
+    y = (v - mean) * _inverse_std(var, count, eps)
     if weight is not None:
         y = y * _plain._per_channel(weight, v)
     if bias is not None:
@@ -86,7 +91,7 @@ def plain_backward(
     valid, some = _against(mask, x, axes), count.clamp(min=1.0)
     g, dims = _axes.grouped_view(grad, axes)
     g = torch.where(valid, _plain._wide(g), 0.0)
-    rstd = torch.rsqrt(var + eps)
+    rstd = _inverse_std(var, count, eps)
     x_hat = torch.where(valid, v - mean, 0.0) * rstd
     of_weight, of_bias = ((g * x_hat).sum([0, 3]).reshape(-1), g.sum([0, 3]).reshape(-1))
     if weight is not None:

@@ -141,6 +141,10 @@ class LazyFeatures(torch.nn.Module):
     num_features: int
 
     def initialize_parameters(self, input: Tensor) -> None:
+        axis = getattr(self, "channel_axis", 1)
+        if axis != 1:
+            _checks.check_channel_axis_fits(axis, input.dim())
+            input = input.movedim(axis, 1)
         super().initialize_parameters(input)  # type: ignore[misc]
         if self.num_features == 0:
             loaded = next(iter(self.state_dict().values()), None)

@@ -133,6 +133,8 @@ class PaddedRows(Configurable):
     normalized_shape: tuple[int, ...]
 
     def _long_way(self, input: Tensor, more: More) -> Tensor:
+        if isinstance(input, Tensor) and input.is_nested:
+            return self._nested(input, more)
         if more.mask is None and more.lengths is None:
             return self._validated(input, more)
         _checks.check_tensor("input", input)
@@ -149,6 +151,17 @@ class PaddedRows(Configurable):
         valid = mask.reshape(*mask.shape, *(1 for _ in self.normalized_shape))
         y = self._validated(torch.where(valid, input, 0.0), more._replace(mask=None))
         return torch.where(valid, y, more.padding_value)
+
+    def _nested(self, input: Tensor, more: More) -> Tensor:
+        """A jagged tensor: its rows are those of the values that it holds one after the other."""
+        nested: Any = input
+        _checks.check_nested_rows(
+            nested, self.normalized_shape, more.mask is not None or more.lengths is not None
+        )
+        y = self._validated(nested.values(), more)
+        return torch.nested.nested_tensor_from_jagged(
+            y, nested.offsets(), nested.lengths(), jagged_dim=nested._ragged_idx
+        )
 
     def _by_elements(self, input: Tensor, mask: Tensor, more: More) -> Tensor:
         """Statistics of each row's valid elements."""
