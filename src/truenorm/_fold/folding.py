@@ -121,6 +121,8 @@ def _why_not_norm(norm: Any, kind: str) -> str:
             if norm.training
             else own
         )
+    if getattr(norm, "activation", None) is not None:
+        return f"it ends with an activation ({norm.activation}), which no weights can hold"
     if has_hooks(norm):
         return "it has hooks, which would see other values"
     scale, shift = arithmetic.affine(norm)

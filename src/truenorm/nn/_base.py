@@ -131,6 +131,9 @@ class Spanning(Configurable):
             return None
         return _exchange.active_group(self.process_group)
 
+    def _activate(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def _spanning(self, input: Tensor) -> synchronized.Call:
         """This call, checked, for statistics that span a group."""
         raise NotImplementedError

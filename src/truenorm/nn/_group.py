@@ -11,13 +11,14 @@ from torch import Tensor
 from .. import _checks, functional
 from .._axes import group
 from .._ops import eager, synchronized
+from ._activation import Activated
 from ._base import Direct, Spanning
 from ._options import More, with_options
 from ._padded import Padded
 
 
 @with_options
-class GroupNorm(Padded, Direct, Spanning, torch.nn.GroupNorm):
+class GroupNorm(Activated, Padded, Direct, Spanning, torch.nn.GroupNorm):
     """Normalize each group of channels of each sample by its own mean and variance.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias

@@ -10,13 +10,14 @@ from torch import Tensor
 from .. import _checks, functional
 from .._axes import instance
 from .._ops import Running, eager, synchronized
+from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
 from ._options import More, with_options
 from ._padded import Padded, fixed
 from ._policy import Policed
 
 
-class InstanceForward(Padded, FixedRank, Spanning, Policed, RunningStatistics):
+class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningStatistics):
     """forward() of the InstanceNorm layers; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
