@@ -9,7 +9,8 @@
 namespace truenorm {
 namespace {
 
-constexpr int64_t kResidual = 8;  // NEEDS_RESIDUAL of _ops/activated.py
+// NEEDS_RESIDUAL and BY_OUTPUT of _ops/activated.py
+constexpr int64_t kResidual = 8, kByOutput = 16;
 
 using Maybe = std::optional<Tensor>;
 
@@ -112,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
                                                     bool centred, double eps, bool fixed,
                                                     int64_t act, double parameter, int64_t needs) {
   const Geometry g = geometry_of(x, {num_groups, feature_dims, centred});
-  const Epilogue after = epilogue(x, residual, act, parameter);
+  Epilogue after = epilogue(x, residual, act, parameter);
+  after.act.by_output = needs & kByOutput;
   const Params params(x, weight, g, feature_dims);
   Maybe of_x, of_weight, of_bias, of_residual;
   if (needs & kInput) of_x = new_result(g, x.scalar_type());

@@ -11,6 +11,7 @@ enum class Act : int64_t { none, relu, leaky_relu, hardswish, elu, silu, gelu, g
 struct Activation {
   Act kind = Act::none;
   double parameter = 0.0;  // leaky_relu: the slope below zero; elu: alpha
+  bool by_output = false;  // in the backward: the residual is y, whose sign is that of z
 };
 
 // Forward where grad is null: out = act(z). Else out = grad · act'(z). z = norm(x) + residual,

@@ -13,13 +13,14 @@ using Bits = std::conditional_t<std::is_same_v<V, vd>, vl, vi>;
 // none, ReLU, leaky ReLU: z · slope from zero down, of which ReLU keeps no bit (−∞ · 0 is no zero).
 template <class V>
 struct Kink {
+  using Value = std::remove_cvref_t<decltype(V{}[0])>;
   V slope;
   Bits<V> kept;
 
   explicit Kink(Activation act)
-      : slope(splat<V>(act.kind == Act::none         ? std::remove_reference_t<decltype(V{}[0])>(1)
-                       : act.kind == Act::leaky_relu ? act.parameter
-                                                     : 0.0)),
+      : slope(splat<V>(Value(act.kind == Act::none         ? 1.0
+                             : act.kind == Act::leaky_relu ? act.parameter
+                                                           : 0.0))),
         kept(act.kind == Act::relu ? Bits<V>{} : ~Bits<V>{}) {}
   TN_FLAT V below(V v) const { return (V)((Bits<V>)(v * slope) & kept); }
   TN_FLAT V value(V z) const { return z <= 0 ? below(z) : z; }
@@ -72,21 +73,60 @@ TN_INLINE void with_activation(const ActInputs<T>& in, Activation act, const Bod
     with_inputs(Smooth<V>{act});
 }
 
-// z_of(x, residual or null, place) makes z of a pair of vectors.
+// z_of(x, residual or null, place) makes z of a pair of vectors. The first and last values of a run
+// are made before all others, because `out` may be one of the inputs; out of line, because there
+// are many of these functions.
 template <class P, bool Gradient, bool Residual, class T, class Made, class Z>
 TN_INLINE void act_run(const ActInputs<T>& in, T* out, int64_t len, bool stream, const Made& made,
                        const Z& z_of) {
   constexpr int In = 1 + Gradient + Residual;
-  const T* from[In];
-  if constexpr (Gradient) from[0] = in.grad;
-  from[Gradient] = in.x;
-  if constexpr (Residual) from[In - 1] = in.residual;
-  map<P, In>(from, out, len, stream, [&](const P* v, int64_t i) TN_FLAT {
-    P z = z_of(v[Gradient], Residual ? v + (In - 1) : nullptr, i);
-    for (int k = 0; k < 2; ++k)
-      z.v[k] = Gradient ? made.gradient(v[0].v[k], z.v[k]) : made.value(z.v[k]);
-    return z;
-  });
+  const auto step = [&](const ActInputs<T>& from, int64_t place, T* to, bool past_caches) TN_FLAT {
+#pragma GCC unroll 8
+    for (int j = 0; j < kStep; j += P::size) {
+      const P x = P::load(from.x + j);
+      P z;
+      if constexpr (Residual) {
+        const P residual = P::load(from.residual + j);
+        z = z_of(x, &residual, place + j);
+      } else {
+        z = z_of(x, nullptr, place + j);
+      }
+      P grad;
+      if constexpr (Gradient) grad = P::load(from.grad + j);
+      for (int k = 0; k < 2; ++k) {
+        if constexpr (Gradient)
+          z.v[k] = made.gradient(grad.v[k], z.v[k]);
+        else
+          z.v[k] = made.value(z.v[k]);
+      }
+      if (past_caches)
+        P::stream(to + j, z);
+      else
+        P::store(to + j, z);
+    }
+  };
+  const auto edge = [&](const ActInputs<T>& from, int64_t place, T* to)
+                        __attribute__((noinline)) { step(from, place, to, false); };
+  if (len < kStep) {
+    Padded<T, kStep> copies[In], made_here;
+    ActInputs<T> from{nullptr, Padded<T, kStep>::fill(copies[0], in.x, len, T{}), nullptr};
+    if constexpr (Gradient) from.grad = Padded<T, kStep>::fill(copies[1], in.grad, len, T{});
+    if constexpr (Residual)
+      from.residual = Padded<T, kStep>::fill(copies[In - 1], in.residual, len, T{});
+    edge(from, 0, made_here.values);
+    std::memcpy(out, made_here.values, size_t(len) * sizeof(T));
+    return;
+  }
+  Padded<T, kStep> first, last;
+  int64_t begin = 0;
+  if (stream || len >= 4 * kStep)
+    begin = int64_t((-reinterpret_cast<uintptr_t>(out) & (kLine - 1)) / sizeof(T));
+  const int64_t end = begin + (len - begin) / kStep * kStep;
+  if (begin > 0) edge(in, 0, first.values);
+  if (end < len) edge(in.from(len - kStep), len - kStep, last.values);
+  for (int64_t i = begin; i < end; i += kStep) step(in.from(i), i, out + i, stream);
+  std::memcpy(out, first.values, size_t(begin) * sizeof(T));
+  std::memcpy(out + end, last.values + (kStep - (len - end)), size_t(len - end) * sizeof(T));
 }
 
 // Half precision: d · scale + shift + residual + low, off by little more than the rounding to
@@ -107,7 +147,8 @@ TN_INLINE vf sum_exactly(vf d, vf scale, vf shift, vf residual, vf low) {
 
 // (x − hi) · scale + shift + residual, coefficient j of vector k by at(j, k).
 template <class T, class P, class At>
-TN_INLINE P affine_sum(const P& x, const P* residual, const At& at) {
+TN_INLINE P affine_sum(const P& x, const P* residual, const Activation& act, const At& at) {
+  if (residual && act.by_output) return *residual;
   P z;
   for (int k = 0; k < 2; ++k) z.v[k] = x.v[k] - at(0, k);
   if constexpr (is_half<T>) {
@@ -141,7 +182,7 @@ void act(const ActInputs<T>& in, T* out, int64_t runs, int64_t len, const Affine
       act_run<P, G::value, R::value>(in.from(r * len), out + r * len, len, stream, made,
                                      [&](const P& x, const P* residual, int64_t) TN_FLAT {
                                        return affine_sum<T>(
-                                           x, residual, [&](int j, int) TN_FLAT { return of[j]; });
+                                           x, residual, act, [&](int j, int) TN_FLAT { return of[j]; });
                                      });
     }
   });
@@ -156,7 +197,7 @@ void act_each(const ActInputs<T>& in, T* out, int64_t rows, int64_t cols, int64_
     for (int64_t r = 0; r < rows; ++r)
       act_run<P, G::value, R::value>(in.from(r * ld), out + r * ld, cols, stream, made,
                                      [&](const P& x, const P* residual, int64_t i) TN_FLAT {
-                                       return affine_sum<T>(x, residual, [&](int j, int k) TN_FLAT {
+                                       return affine_sum<T>(x, residual, act, [&](int j, int k) TN_FLAT {
                                          return load_raw<V>(by.of[j] + i + k * P::lanes);
                                        });
                                      });
@@ -178,6 +219,7 @@ void act_row(const ActInputs<T>& in, T* out, int64_t len, const RowAffine<T>& by
   const V hi = splat<V>(row.hi), lo = splat<V>(row.lo), rstd = splat<V>(row.rstd);
   with_activation<T>(in, act, [&]<class G, class R>(const auto& made, G, R) TN_FLAT {
     const auto z_of = [&](const P& x, const P* residual, int64_t i) TN_FLAT {
+      if (residual && act.by_output) return *residual;
       P z;
       for (int k = 0; k < 2; ++k) {
         const int64_t at = i + k * P::lanes;

@@ -2,16 +2,19 @@
 // rounding of the result, with the same bits for every instruction set.
 #pragma once
 
+#include <initializer_list>
+
+#include "activation.h"
 #include "simd_pairs.h"
 
 namespace truenorm {
 namespace {
 
 // e^v = scale · (1 + rest), v taken into the range of a double's exponent.
-struct Power {
+struct Exponential {
   vd scale, rest;
 
-  TN_INLINE Power of(vd v) {
+  TN_INLINE Exponential of(vd v) {
     v = v < -708.0 ? splat<vd>(-708.0) : v;
     v = v > 709.0 ? splat<vd>(709.0) : v;
     const vd magic = splat<vd>(0x1.8p52);  // its last bit is 1: a sum is rounded to an integer
@@ -45,7 +48,7 @@ TN_INLINE vd normal_integral(vd z, vd& density) {
                    0.0937328349990944,      -0.10103906603630056,    0.06809705425466908,
                    0.015379652102619604,    -0.1396211168405623,     1.2329951186255526})
     sum = sum * w + c;
-  const vd bell = Power::of(z * z * -0.5).value();
+  const vd bell = Exponential::of(z * z * -0.5).value();
   density = bell * 0.3989422804014327;
   const vd tail = 0.5 * bell * (sum / (1.0 + 2.0 * t));
   return z < 0.0 ? tail : 1.0 - tail;
@@ -55,7 +58,7 @@ TN_INLINE vd normal_integral(vd z, vd& density) {
 template <bool Gradient>
 __attribute__((noinline)) vd smooth(vd z, Activation act) {
   if (act.kind == Act::elu) {
-    const Power e = Power::of(z);
+    const Exponential e = Exponential::of(z);
     if constexpr (Gradient) return z <= 0.0 ? act.parameter * e.value() : splat<vd>(1.0);
     return z <= 0.0 ? act.parameter * e.minus_one() : z;
   }
@@ -72,7 +75,7 @@ __attribute__((noinline)) vd smooth(vd z, Activation act) {
     u = z * (a + b * z * z);
     slope = a + 3.0 * b * z * z;
   }
-  const vd e = Power::of(-u).value(), sigma = 1.0 / (1.0 + e);
+  const vd e = Exponential::of(-u).value(), sigma = 1.0 / (1.0 + e);
   if constexpr (Gradient) return sigma + z * sigma * (e * sigma) * slope;
   return z * sigma;
 }

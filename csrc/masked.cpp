@@ -158,16 +158,6 @@ class Slices {
   int64_t tensors_, per_slice_, by_channel_;
 };
 
-template <class T>
-void run(const Forward<T>& f) {
-  f.geometry.memory == Memory::rows ? forward_rows(f) : forward_channels(f);
-}
-
-template <class T>
-void run(const Backward<T>& b) {
-  b.geometry.memory == Memory::rows ? backward_rows(b) : backward_channels(b);
-}
-
 Valid valid_of(const Tensor& mask, const Geometry& g) {
   STD_TORCH_CHECK(
       mask.scalar_type() == ScalarType::Bool && mask.is_contiguous() && mask.numel() == g.n * g.s,

@@ -36,6 +36,11 @@ OWN_ARGUMENTS = {
     # without renorm nothing asks for these
     "rmax": 3.0,
     "dmax": 5.0,
+    "activation": None,
+    # each is of one activation, and without it nothing asks for it
+    "negative_slope": 0.01,
+    "alpha": 1.0,
+    "approximate": "none",
 }
 
 

@@ -399,6 +399,14 @@ def test_nested_tensors_that_do_not_fit() -> None:
         truenorm.RMSNorm(5)(rows, mask=torch.ones(2, 4, dtype=torch.bool))
 
 
+def test_compiled_for_every_size() -> None:
+    layer = make("GroupNorm")
+    shape = shape_of("GroupNorm")
+    x, mask = torch.randn(shape), masks(shape)["random"]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert torch.equal(compiled(x, mask=mask), layer(x, mask=mask))
+
+
 @pytest.mark.parametrize("name", ["InstanceNorm1d", "BatchNorm1d", "GroupNorm"])
 def test_compiled_whole(name: str) -> None:
     layer = make(name)

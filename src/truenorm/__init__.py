@@ -6,8 +6,10 @@ from . import distributed, functional, nn, reference
 from ._compare import compare
 from ._explain import explain
 from ._fold import fold
+from ._fuse import fuse, unfuse
 from ._inspect import inspect
 from ._library import info
+from ._ops.recomputed import recompute_outputs
 from ._pool import empty_cache
 from ._standard import standard_ops
 from ._triton.tune import tune
@@ -30,14 +32,17 @@ __all__ = [
     "fold",
     "freeze",
     "functional",
+    "fuse",
     "info",
     "inspect",
     "nn",
     "recalibrate",
+    "recompute_outputs",
     "reference",
     "revert",
     "standard_ops",
     "tune",
     "unfreeze",
+    "unfuse",
     *_layers,
 ]

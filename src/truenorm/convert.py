@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from . import _checks, nn
 from ._exchange import WORLD
+from .nn._activation import Activated
 from .nn._batch import BatchForward
 from .nn._policy import SmallBatches
 
@@ -25,7 +26,7 @@ _TO_TRUENORM: dict[type[Module], type[Module]] = {
 }
 _TO_TORCH = {ours: theirs for theirs, ours in _TO_TRUENORM.items()}
 
-_POLICY = ("_found", "_gathered", "_direct", "frozen", *SmallBatches._options)
+_POLICY = ("_found", "_gathered", "_direct", "frozen", *SmallBatches._options, *Activated._options)
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -175,11 +176,18 @@ def revert(model: M, *, sync: bool | None = None, dims: int | None = None) -> M:
         torch's SyncBatchNorm. False makes every SyncBatchNorm, torch's own too, a BatchNorm.
     dims: as in `convert`.
 
-    Errors: TypeError where `model` is no module; ValueError as in `convert`, and for a frozen
-    layer, since torch's would move its statistics again: `unfreeze` first; and for a layer with a
-    `channel_axis` other than 1.
+    Errors: TypeError where `model` is no module; ValueError as in `convert`, for a layer with an
+    activation, which torch's have not, or a `channel_axis` other than 1; and for a frozen layer,
+    since torch's would move its statistics again: `unfreeze` first.
     """
     _check(model, sync, None, dims)
+    activated = [n for n, m in model.named_modules() if isinstance(m, Activated) and m.activation]
+    _checks.check_no_activation(
+        activated,
+        "model",
+        "torch's layers have none; set layer.activation = None and call it "
+        "on the layer's output, then revert",
+    )
     _checks.check_not_frozen([n for n, m in model.named_modules() if getattr(m, "frozen", False)])
     moved = [n for n, m in model.named_modules() if getattr(m, "channel_axis", 1) != 1]
     _checks.check_channels_where_torch_has_them(moved)
@@ -191,7 +199,7 @@ def revert(model: M, *, sync: bool | None = None, dims: int | None = None) -> M:
             classes[ours] = torch.nn.SyncBatchNorm
     for module in _swap(model, classes):
         group = vars(module).pop("process_group", None)
-        if isinstance(module, _NormBase):
+        if not isinstance(module, torch.nn.LocalResponseNorm):  # its alpha is torch's
             _forget(module)
         if isinstance(module, torch.nn.SyncBatchNorm):
             module.process_group = None if group == WORLD else group

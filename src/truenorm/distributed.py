@@ -34,4 +34,7 @@ def call_together(layers: Sequence[Spanning], inputs: Sequence[Tensor]) -> list[
         return [layer.forward(x) for layer, x in zip(layers, inputs, strict=True)]
     calls = [layer._spanning(x) for layer, x in zip(layers, inputs, strict=True)]
     outputs = synchronized.normalize_together(calls, groups[0])
-    return [y.squeeze(0) if y.dim() != x.dim() else y for x, y in zip(inputs, outputs, strict=True)]
+    shaped = [
+        y.squeeze(0) if y.dim() != x.dim() else y for x, y in zip(inputs, outputs, strict=True)
+    ]
+    return [layer._activate(y) for layer, y in zip(layers, shaped, strict=True)]

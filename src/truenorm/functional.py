@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _axes, _checks, _ops, _standard
+from ._ops.activated import Epilogue
 from .moments import Moments
 
 __all__ = [
@@ -81,8 +82,12 @@ def batch_norm_tracked(
     training: bool,
     momentum: float | None,
     eps: float,
+    after: Epilogue | None = None,
 ) -> Tensor:
-    """batch_norm that also counts batches; momentum None averages over all batches counted."""
+    """batch_norm that also counts batches; momentum None averages over all batches counted.
+
+    after: what one pass does to the result, where `_ops.activated.serves` says that it can.
+    """
     _checks.check_tensor("input", input)
     _checks.check_floating(input)
     if input.dim() < 2 and not input.numel():
@@ -93,7 +98,7 @@ def batch_norm_tracked(
         assert running_mean is not None and running_var is not None
         if _standard.wanted():
             return _standard.fixed(input, running_mean, running_var, weight, bias, eps)
-        return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps)
+        return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps, after)
     count = _axes.values_per_statistic(input.shape, _axes.BATCH)
     _checks.check_more_than_one_value(input, count, per_sample=False)
     if momentum is not None and _standard.wanted():
@@ -102,7 +107,7 @@ def batch_norm_tracked(
     running = None
     if running_mean is not None and running_var is not None:
         running = _ops.Running(running_mean, running_var, num_batches_tracked, momentum)
-    return _ops.normalize(input, weight, bias, _axes.BATCH, eps, running)
+    return _ops.normalize(input, weight, bias, _axes.BATCH, eps, running, after)
 
 
 def batch_norm_stats(
@@ -192,13 +197,29 @@ def instance_norm(
             momentum=momentum,
             eps=eps,
         )
+    return instance_norm_then(
+        None, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    )
+
+
+def instance_norm_then(
+    after: Epilogue | None,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
     check_instance_norm(input, running_mean, running_var, weight, bias)
     if not use_input_stats:
         _checks.check_running_given(running_mean, "use_input_stats=False")
         assert running_mean is not None and running_var is not None
         if _standard.wanted():
             return _standard.fixed(input, running_mean, running_var, weight, bias, eps)
-        return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps)
+        return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps, after)
     axes = _axes.instance(input.shape[1])
     count = _axes.values_per_statistic(input.shape, axes) if input.shape[1] else 0
     _checks.check_more_than_one_value(input, count, per_sample=True)
@@ -208,7 +229,7 @@ def instance_norm(
     running = None
     if running_mean is not None and running_var is not None:
         running = _ops.Running(running_mean, running_var, None, momentum)
-    return _ops.normalize(input, weight, bias, axes, eps, running)
+    return _ops.normalize(input, weight, bias, axes, eps, running, after)
 
 
 def check_instance_norm(
@@ -258,13 +279,24 @@ def group_norm(
             bias=bias,
             eps=eps,
         )
+    return group_norm_then(None, input, num_groups, weight, bias, eps)
+
+
+def group_norm_then(
+    after: Epilogue | None,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
     check_group_norm(input, num_groups, weight, bias)
     n, c, s = _axes.ncs(input.shape, _axes.BATCH)
     # as torch: an error only where the whole batch has one value per group
     _checks.check_more_than_one_value(input, n * c // num_groups * s, per_sample=False)
     if _standard.wanted():
         return _standard.group(input, num_groups, weight, bias, eps)
-    return _ops.normalize(input, weight, bias, _axes.group(num_groups), eps)
+    return _ops.normalize(input, weight, bias, _axes.group(num_groups), eps, None, after)
 
 
 def check_group_norm(
@@ -308,6 +340,17 @@ def layer_norm(
             bias=bias,
             eps=eps,
         )
+    return layer_norm_then(None, input, normalized_shape, weight, bias, eps)
+
+
+def layer_norm_then(
+    after: Epilogue | None,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
     _checks.check_tensor("input", input)
     _checks.check_floating(input)
     _checks.check_normalized_shape(input, normalized_shape)
@@ -315,7 +358,8 @@ def layer_norm(
     _checks.check_elementwise("bias", bias, input, normalized_shape)
     if _standard.wanted():
         return _standard.layer(input, normalized_shape, weight, bias, eps)
-    return _ops.normalize(input, weight, bias, _axes.layer(len(normalized_shape)), eps)
+    axes = _axes.layer(len(normalized_shape))
+    return _ops.normalize(input, weight, bias, axes, eps, None, after)
 
 
 def rms_norm(
@@ -341,6 +385,16 @@ def rms_norm(
         return handle_torch_function(
             rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps
         )
+    return rms_norm_then(None, input, normalized_shape, weight, eps)
+
+
+def rms_norm_then(
+    after: Epilogue | None,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float | None,
+) -> Tensor:
     _checks.check_tensor("input", input)
     _checks.check_floating(input, complex_too=True)
     _checks.check_normalized_shape(input, normalized_shape)
@@ -349,7 +403,8 @@ def rms_norm(
     _checks.check_elementwise("weight", weight, input, normalized_shape)
     if _standard.wanted():
         return _standard.rms(input, normalized_shape, weight, eps)
-    return _ops.normalize(input, weight, None, _axes.rms(len(normalized_shape)), eps)
+    axes = _axes.rms(len(normalized_shape))
+    return _ops.normalize(input, weight, None, axes, eps, None, after)
 
 
 def local_response_norm(

@@ -5,6 +5,7 @@ exception types are those of torch.nn where torch.nn raises one, and its key phr
 that code which matches on them goes on working.
 """
 
+from .activation import *  # noqa: F403
 from .layers import *  # noqa: F403
 from .masks import *  # noqa: F403
 from .models import *  # noqa: F403

@@ -123,6 +123,8 @@ def _why_not_norm(norm: Any, kind: str) -> str:
         )
     if getattr(norm, "channel_axis", 1) != 1:
         return f"its channels are dimension {norm.channel_axis}, and not those of a layer beside it"
+    if getattr(norm, "activation", None) is not None:
+        return f"it ends with an activation ({norm.activation}), which no weights can hold"
     if has_hooks(norm):
         return "it has hooks, which would see other values"
     scale, shift = arithmetic.affine(norm)

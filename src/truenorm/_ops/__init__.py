@@ -14,18 +14,21 @@ from torch import Tensor
 
 from .. import _plain
 from .._axes import BATCH, Axes
-from . import autograd, eager, operators
+from . import activated, autograd, eager, operators, recomputed
+from .activated import Epilogue
 from .autograd import Running, transformed
 from .operators import within_backward
 
 __all__ = [
     "Running",
+    "activated",
     "channel_moments",
     "eager",
     "local_response_norm",
     "normalize",
     "normalize_fixed",
     "normalize_with_statistics",
+    "recomputed",
     "within_backward",
 ]
 
@@ -50,8 +53,11 @@ def normalize(
     axes: Axes,
     eps: float,
     running: Running | None = None,
+    after: Epilogue | None = None,
 ) -> Tensor:
     """Normalize x by its own statistics, and update `running` with them."""
+    if after is not None:
+        return activated.normalize(x, weight, bias, axes, eps, running, after)
     if _wants_plain(x, weight, bias):
         y, mean, var = _plain.forward(x, weight, bias, axes, eps)
         if running is not None:
@@ -64,7 +70,9 @@ def normalize(
         return cast(Tensor, y)
     if not _wants_gradient(x, weight, bias):
         return autograd.normalize_raw(axes, eps, running, x, weight, bias)[0]
-    return cast(Tensor, autograd.Normalize.apply((axes, eps), running, x, weight, bias))  # type: ignore[no-untyped-call]
+    y = autograd.Normalize.apply((axes, eps), running, x, weight, bias)  # type: ignore[no-untyped-call]
+    recomputed.remember(y, operators.forward, (x, weight, bias), (*axes, eps))
+    return cast(Tensor, y)
 
 
 def _update_plain(x: Tensor, running: Running, mean: Tensor, var: Tensor) -> None:
@@ -98,8 +106,11 @@ def normalize_fixed(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    after: Epilogue | None = None,
 ) -> Tensor:
     """Normalize x (N, C, *) by given statistics, one mean and variance per channel."""
+    if after is not None:
+        return activated.normalize_fixed(x, mean, var, weight, bias, eps, after)
     if _wants_plain(x, weight, bias):
         return _plain.apply(x, mean, var, weight, bias, BATCH, eps)
     if torch.compiler.is_compiling():

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from .. import _checks, _exchange
-from .._ops import synchronized
+from .._ops import recomputed, synchronized
 from ._options import NOTHING, Configurable, More, Option
 
 
@@ -28,6 +28,8 @@ class Traceable(torch.nn.Module):
         tracer = input.tracer
         path = tracer.path_of_module(self)
         given = {k: v for k, v in more._asdict().items() if v is not More._field_defaults[k]}
+        if "then" in given:
+            given["_then"] = given.pop("then")
         return tracer.create_proxy("call_module", path, (input,), given)  # type: ignore[no-any-return]
 
 
@@ -60,13 +62,21 @@ class Direct(Traceable, Configurable):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         padding_value: float = 0.0,
+        residual: Tensor | None = None,
+        _then: tuple[int, float] | None = None,
     ) -> Tensor:
-        plain = mask is None and lengths is None
-        if plain and self._direct and type(input) is Tensor and not is_compiling():
+        plain = mask is None and lengths is None and residual is None and _then is None
+        if (
+            plain
+            and self._direct
+            and type(input) is Tensor
+            and not is_compiling()
+            and not recomputed.asked()
+        ):
             direct = self._directly(input)
             if direct is not None:
                 return direct
-        more = NOTHING if plain else More(mask, lengths, padding_value)
+        more = NOTHING if plain else More(mask, lengths, padding_value, residual, _then)
         if self._is_traced(input):
             return self._as_leaf(input, more)
         return self._long_way(input, more)
@@ -129,6 +139,9 @@ class Spanning(Configurable):
         if self.process_group is None:
             return None
         return _exchange.active_group(self.process_group)
+
+    def _activate(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def _spanning(self, input: Tensor) -> synchronized.Call:
         """This call, checked, for statistics that span a group."""

@@ -11,13 +11,14 @@ from torch import Tensor
 from .. import _checks, functional
 from .._axes import BATCH
 from .._ops import eager, synchronized
+from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
 from ._options import More, with_options
 from ._padded import Padded, fixed
 from ._policy import SmallBatches
 
 
-class BatchForward(Padded, FixedRank, Spanning, SmallBatches, RunningStatistics):
+class BatchForward(Activated, Padded, FixedRank, Spanning, SmallBatches, RunningStatistics):
     """forward() of every layer with batch statistics; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
@@ -94,6 +95,7 @@ class BatchForward(Padded, FixedRank, Spanning, SmallBatches, RunningStatistics)
             training,
             self.momentum,
             self.eps,
+            more.after,
         )
 
     def _masked(self, input: Tensor, mask: Tensor, more: More) -> Tensor:

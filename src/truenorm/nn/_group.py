@@ -11,13 +11,14 @@ from torch import Tensor
 from .. import _checks, functional
 from .._axes import group
 from .._ops import eager, synchronized
+from ._activation import Activated
 from ._base import Direct, Spanning
 from ._options import More, with_options
 from ._padded import Padded
 
 
 @with_options
-class GroupNorm(Padded, Direct, Spanning, torch.nn.GroupNorm):
+class GroupNorm(Activated, Padded, Direct, Spanning, torch.nn.GroupNorm):
     """Normalize each group of channels of each sample by its own mean and variance.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
@@ -60,7 +61,10 @@ class GroupNorm(Padded, Direct, Spanning, torch.nn.GroupNorm):
         if more.mask is not None:
             functional.check_group_norm(input, self.num_groups, self.weight, self.bias)
             return self._by_valid(input, more.mask, group(self.num_groups), None, more)
-        return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        args = input, self.num_groups, self.weight, self.bias, self.eps
+        if more.after is not None:
+            return functional.group_norm_then(more.after, *args)
+        return functional.group_norm(*args)
 
     def _spanning(self, input: Tensor) -> synchronized.Call:
         _checks.check_eps(self.eps, "GroupNorm")

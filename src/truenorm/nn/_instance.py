@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 from .. import _checks, functional
 from .._axes import instance
 from .._ops import Running, eager, synchronized
+from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
 from ._options import More, with_options
 from ._padded import Padded, fixed
 from ._policy import Policed
 
 
-class InstanceForward(Padded, FixedRank, Spanning, Policed, RunningStatistics):
+class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningStatistics):
     """forward() of the InstanceNorm layers; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
@@ -97,7 +99,12 @@ class InstanceForward(Padded, FixedRank, Spanning, Policed, RunningStatistics):
             functional.check_instance_norm(x, mean, var, weight, bias)
             y = self._by_policy(x, instance(self.num_features), more)
         else:
-            y = functional.instance_norm(
+            norm = (
+                functional.instance_norm
+                if more.after is None
+                else partial(functional.instance_norm_then, more.after)
+            )
+            y = norm(
                 self._batched(input),
                 self.running_mean,
                 self.running_var,

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from .. import _checks, functional
 from .._ops import eager
+from ._activation import Activated
 from ._base import Direct
 from ._options import More, with_options
 from ._padded import PaddedRows
 
 
 @with_options
-class LayerNorm(PaddedRows, Direct, torch.nn.LayerNorm):
+class LayerNorm(Activated, PaddedRows, Direct, torch.nn.LayerNorm):
     """Normalize over the trailing dimensions, one mean and variance for each leading index.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias, weight and bias element by element.
@@ -42,4 +43,7 @@ class LayerNorm(PaddedRows, Direct, torch.nn.LayerNorm):
 
     def _validated(self, input: Tensor, more: More) -> Tensor:
         _checks.check_eps(self.eps, "LayerNorm")
-        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        args = input, self.normalized_shape, self.weight, self.bias, self.eps
+        if more.after is not None:
+            return functional.layer_norm_then(more.after, *args)
+        return functional.layer_norm(*args)

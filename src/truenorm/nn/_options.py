@@ -15,6 +15,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .._ops.activated import Epilogue
+
 
 class Option(NamedTuple):
     """A default, and what raises for a value that is out of order."""
@@ -89,6 +91,10 @@ class More(NamedTuple):
     mask: Tensor | None = None
     lengths: Tensor | None = None
     padding_value: float = 0.0
+    residual: Tensor | None = None
+    then: tuple[int, float] | None = None  # an activation that `fuse` found
+    # what the layer's own pass does besides; set by Activated
+    after: Epilogue | None = None
 
 
 NOTHING = More()

@@ -43,6 +43,16 @@ class Padded(Configurable):
         y = self._validated(x.movedim(axis, 1), more).movedim(1, axis)
         return y.squeeze(0) if unbatched else y
 
+    def _valid(self, input: Tensor, more: More) -> Tensor:
+        """The mask against the input, where more has a mask or lengths."""
+        unbatched = self._is_unbatched(input)
+        x = input.unsqueeze(0) if unbatched else input
+        axis = self.channel_axis
+        mask = _mask(x, axis, more, unbatched)
+        assert mask is not None
+        valid = against(mask, x).movedim(1, axis)
+        return valid.squeeze(0) if unbatched else valid
+
     def _by_valid(
         self, x: Tensor, mask: Tensor, axes: Axes, running: Running | None, more: More
     ) -> Tensor:
@@ -69,7 +79,7 @@ class Padded(Configurable):
         offsets: Any = input.offsets()  # type: ignore[attr-defined]
         lengths = offsets.diff()
         padded = torch.nested.to_padded_tensor(input, 0.0)
-        y = self._long_way(padded, more._replace(lengths=lengths))
+        y = Padded._long_way(self, padded, more._replace(lengths=lengths))
         inside = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
         return torch.nested.nested_tensor_from_jagged(y[inside], offsets)
 
@@ -148,7 +158,7 @@ class PaddedRows(Configurable):
         if mask.dim() == input.dim() and rows != input.shape:
             return self._by_elements(input, mask.expand(input.shape), more)
         # a row is valid or not: zeros instead, whose gradients count for nothing
-        valid = mask.reshape(*mask.shape, *(1 for _ in self.normalized_shape))
+        valid = self._valid(input, more)
         y = self._validated(torch.where(valid, input, 0.0), more._replace(mask=None))
         return torch.where(valid, y, more.padding_value)
 
@@ -162,6 +172,14 @@ class PaddedRows(Configurable):
         return torch.nested.nested_tensor_from_jagged(
             y, nested.offsets(), nested.lengths(), jagged_dim=nested._ragged_idx
         )
+
+    def _valid(self, input: Tensor, more: More) -> Tensor:
+        """The mask against the input, where more has a mask."""
+        mask = more.mask
+        assert mask is not None
+        if mask.dim() == input.dim():
+            return mask.expand(input.shape)
+        return mask.reshape(*mask.shape, *(1 for _ in self.normalized_shape))
 
     def _by_elements(self, input: Tensor, mask: Tensor, more: More) -> Tensor:
         """Statistics of each row's valid elements."""

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from .. import _checks, functional
 from .._ops import eager
+from ._activation import Activated
 from ._base import Direct
 from ._options import More, with_options
 from ._padded import PaddedRows
 
 
 @with_options
-class RMSNorm(PaddedRows, Direct, torch.nn.RMSNorm):
+class RMSNorm(Activated, PaddedRows, Direct, torch.nn.RMSNorm):
     """Divide by the root mean square over the trailing dimensions.
 
     y = x / sqrt(E[x²] + eps) · weight, weight element by element; eps None is
@@ -53,4 +54,7 @@ class RMSNorm(PaddedRows, Direct, torch.nn.RMSNorm):
     def _validated(self, input: Tensor, more: More) -> Tensor:
         if self.eps is not None:
             _checks.check_eps(self.eps, "RMSNorm")
-        return functional.rms_norm(input, self.normalized_shape, self.weight, self.eps)
+        args = input, self.normalized_shape, self.weight, self.eps
+        if more.after is not None:
+            return functional.rms_norm_then(more.after, *args)
+        return functional.rms_norm(*args)

@@ -1,0 +1,130 @@
+"""`fuse` and `unfuse`: a module's forward with its layers' epilogues in one pass, and as it was."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, TypeVar
+
+import torch
+from torch.fx import Graph, GraphModule, Tracer
+from torch.nn import Module
+
+from .. import _checks
+from ..nn._activation import Activated
+from . import patterns
+
+M = TypeVar("M", bound=Module)
+_ORIGINAL = "_truenorm_unfused"  # the class that a fused one stands for
+
+
+class _OneLevel(Tracer):
+    """A module's own forward: what it calls stays a call."""
+
+    def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _trace(module: Module) -> Graph | None:
+    """The module's forward, or None where no one graph stands for it."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty for p in parameters):
+        return None  # which arguments a call has may decide what is done
+    held, training = dict(vars(module)), module.training
+    try:
+        module.training = True
+        graph = _OneLevel().trace(module)
+        module.training = False
+        other = _OneLevel().trace(module)
+    except Exception:  # whatever a forward raises on what stands for a tensor
+        return None
+    finally:
+        module.training = training
+        # constants that the trace has put there
+        for name in vars(module).keys() - held.keys():
+            delattr(module, name)
+    if any(
+        node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes
+    ):
+        return None
+    return graph if str(graph) == str(other) else None
+
+
+def _reduce(self: Module, protocol: Any) -> Any:
+    # a class made here cannot be imported where the file is read: there, it is as before
+    _, _, *rest = object.__reduce_ex__(self, 2)
+    return _new, (getattr(type(self), _ORIGINAL),), *rest
+
+
+def _new(kind: type[Module]) -> Module:
+    return kind.__new__(kind)
+
+
+def _deepcopy(self: Module, memo: dict[int, Any]) -> Module:
+    twin = _new(type(self))
+    memo[id(self)] = twin
+    vars(twin).update(copy.deepcopy(vars(self), memo))
+    return twin
+
+
+def _fused_class(module: Module, graph: Graph) -> type[Module]:
+    kind = type(module)
+    forward = type(GraphModule(module, graph)).forward
+    members = {
+        "forward": forward,
+        "__reduce_ex__": _reduce,
+        "__deepcopy__": _deepcopy,
+        "__doc__": kind.__doc__,
+        "__module__": kind.__module__,
+        _ORIGINAL: kind,
+    }
+    return type(f"Fused{kind.__name__}", (kind,), members)
+
+
+def fuse(model: M) -> M:
+    """Let each truenorm layer do the activation, and the addition, that follow it; in place.
+
+    y = act(norm(x)) and y = act(norm(x) + r), by one pass over the values in each direction, as
+    with `activation=` and `residual=`. Found are calls that follow one another in one module's
+    forward, read by torch.fx, module by module: layers in an `nn.Sequential`, and in a forward of
+    your own; activations as modules, functions and methods (ReLU, LeakyReLU, ELU, GELU, SiLU,
+    Hardswish), additions as `+`, `+=` and `torch.add`. Where the forward has optional arguments,
+    depends on its tensors' values, or differs in training and evaluation, it stays as it is.
+
+    A module in which something was found has a class of its own from then on, derived from the one
+    it had, with another `forward`; what depends on its attributes there (`if self.downsample`) is
+    as it was when `fuse` was called. Parameters, buffers, names, `state_dict` and hooks stay. A
+    pickled model is as it was before. `unfuse` restores the classes.
+
+    Errors: TypeError where `model` is no module; ValueError where it has no truenorm layer:
+    `convert` first. The model is unchanged then.
+    """
+    _checks.check_module("model", model)
+    layers = [m for m in model.modules() if isinstance(m, Activated)]
+    _checks.check_has_own_layers("model", bool(layers))
+    for module in list(model.modules()):
+        if isinstance(module, Activated) or not any(True for _ in module.children()):
+            continue
+        if not any(isinstance(child, Activated) for child in module.children()):
+            continue
+        if hasattr(type(module), _ORIGINAL) or isinstance(module, torch.fx.GraphModule):
+            continue
+        graph = _trace(module)
+        found = [] if graph is None else patterns.find(module, graph)
+        if graph is not None and found:
+            patterns.replace(graph, found)
+            module.__class__ = _fused_class(module, graph)
+    return model
+
+
+def unfuse(model: M) -> M:
+    """Give each module that `fuse` has changed its own class again, in place: the inverse.
+
+    Errors: TypeError where `model` is no module.
+    """
+    _checks.check_module("model", model)
+    for module in model.modules():
+        original = getattr(type(module), _ORIGINAL, None)
+        if original is not None:
+            module.__class__ = original
+    return model

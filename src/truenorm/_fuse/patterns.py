@@ -1,0 +1,164 @@
+"""What follows a normalization layer in a graph, and the graph with that as part of the layer."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+from torch.nn import Module
+
+from .._fold.graph import has_hooks
+from .._ops import activated
+from ..nn._activation import Activated
+
+Act = tuple[int, float]
+_ADDS = {operator.add, operator.iadd, torch.add}
+_FUNCTIONS = {
+    F.relu: activated.RELU,
+    torch.relu: activated.RELU,
+    torch.relu_: activated.RELU,
+    F.relu_: activated.RELU,
+    F.silu: activated.SILU,
+    F.hardswish: activated.HARDSWISH,
+}
+_PLAIN = {
+    torch.nn.ReLU: activated.RELU,
+    torch.nn.SiLU: activated.SILU,
+    torch.nn.Hardswish: activated.HARDSWISH,
+}
+
+
+class Found(NamedTuple):
+    """A layer's call, and what one pass can do of what follows."""
+
+    norm: Node
+    add: Node | None
+    act: Node
+    act_of: Act
+
+
+def _module(root: Module, node: Node) -> Module | None:
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _leaky(negative_slope: Any = 0.01, inplace: Any = False) -> Act | None:
+    number = isinstance(negative_slope, (int, float))
+    return (activated.LEAKY_RELU, float(negative_slope)) if number else None
+
+
+def _elu(alpha: Any = 1.0, inplace: Any = False) -> Act | None:
+    return (activated.ELU, float(alpha)) if isinstance(alpha, (int, float)) else None
+
+
+def _gelu(*, approximate: Any = "none") -> Act | None:
+    kinds = {"none": activated.GELU, "tanh": activated.GELU_TANH}
+    return (kinds[approximate], 0.0) if approximate in kinds else None
+
+
+def _of_module(module: Module) -> Act | None:
+    kind = type(module)
+    if has_hooks(module):
+        return None
+    if kind in _PLAIN:
+        return _PLAIN[kind], 0.0
+    if isinstance(module, torch.nn.LeakyReLU):
+        return _leaky(module.negative_slope)
+    if isinstance(module, torch.nn.ELU):
+        return _elu(module.alpha)
+    if isinstance(module, torch.nn.GELU):
+        return _gelu(approximate=module.approximate)
+    return None
+
+
+def _activation(root: Module, node: Node) -> Act | None:
+    """The activation that a node applies to its only tensor."""
+    if (module := _module(root, node)) is not None:
+        return _of_module(module) if len(node.args) == 1 and not node.kwargs else None
+    if node.op == "call_method" and node.target in ("relu", "relu_") and len(node.args) == 1:
+        return activated.RELU, 0.0
+    if node.op != "call_function" or not node.args:
+        return None
+    rest, named = node.args[1:], dict(node.kwargs)
+    try:
+        if node.target is F.leaky_relu:
+            return _leaky(
+                *rest, **{k.replace("negative_slope", "slope"): v for k, v in named.items()}
+            )
+        if node.target is F.elu:
+            return _elu(*rest, **named)
+        if node.target is F.gelu:
+            return _gelu(*rest, **named)
+    except TypeError:  # arguments that these know nothing of
+        return None
+    if node.target in _FUNCTIONS and set(named) <= {"inplace"} and len(rest) <= 1:
+        return _FUNCTIONS[node.target], 0.0
+    return None
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _residual(norm: Node, add: Node) -> Node | None:
+    """What an addition adds to the layer's output."""
+    if add.op == "call_function" and add.target in _ADDS:
+        in_place = add.target is operator.iadd
+    elif add.op == "call_method" and add.target in ("add", "add_"):
+        in_place = add.target == "add_"
+    else:
+        return None
+    if len(add.args) != 2 or add.kwargs:
+        return None
+    first, second = add.args
+    if first is second or not (isinstance(first, Node) and isinstance(second, Node)):
+        return None
+    if first is norm:
+        return second
+    # in place, the other one would be overwritten
+    return first if second is norm and not in_place else None
+
+
+def _is_norm(root: Module, node: Node) -> bool:
+    module = _module(root, node)
+    return (
+        isinstance(module, Activated)
+        and module.activation is None
+        and len(node.args) == 1
+        and not node.kwargs
+        and not has_hooks(module)
+    )
+
+
+def find(root: Module, graph: Graph) -> list[Found]:
+    """Each layer's call that one pass can go on from."""
+    found: list[Found] = []
+    taken: set[Node] = set()
+    for norm in graph.nodes:
+        user = _only_user(norm)
+        if user is None or user in taken or not _is_norm(root, norm):
+            continue
+        if (act := _activation(root, user)) is not None:
+            found.append(Found(norm, None, user, act))
+        elif _residual(norm, user) is not None and (last := _only_user(user)) is not None:
+            if (act := _activation(root, last)) is not None:
+                found.append(Found(norm, user, last, act))
+                taken.add(user)
+    return found
+
+
+def replace(graph: Graph, found: list[Found]) -> None:
+    """Make each of these one call of the layer."""
+    for norm, add, act, act_of in found:
+        given: dict[str, Any] = {"_then": act_of}
+        if add is not None:
+            given["residual"] = _residual(norm, add)
+        # where all that it needs has been made
+        with graph.inserting_before(act):
+            fused = graph.call_module(str(norm.target), norm.args, given)
+        act.replace_all_uses_with(fused)
+        for node in (act, add, norm):
+            if node is not None:
+                graph.erase_node(node)

@@ -1,0 +1,489 @@
+"""Operators with an activation and a residual, y = act(norm(x) + residual), and their gradients.
+
+The backward pass makes norm(x) + residual again from the input, so that nothing is saved beyond
+what norm and residual are made of: not the activation's input, and not its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import has_torch_function_variadic
+
+from .. import _axes, _plain, _standard
+from .._axes import BATCH, Axes
+from . import autograd, operators, recomputed
+from .autograd import Grads, Running
+from .operators import NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT
+
+# BY_OUTPUT: in the residual's place stands y, whose sign is that of what the activation took
+NEEDS_RESIDUAL, BY_OUTPUT = 8, 16
+# in the order of csrc/activation.h
+NONE, RELU, LEAKY_RELU, HARDSWISH, ELU, SILU, GELU, GELU_TANH = range(8)
+
+
+class Epilogue(NamedTuple):
+    """What comes after the affine step."""
+
+    act: int = NONE
+    parameter: float = 0.0  # leaky_relu: the slope below zero; elu: alpha
+    residual: Tensor | None = None
+    inplace: bool = False
+
+
+def act(z: Tensor, kind: int, parameter: float) -> Tensor:
+    """One of the activations above, by torch's function."""
+    match kind:
+        case 1:
+            return F.relu(z)
+        case 2:
+            return F.leaky_relu(z, parameter)
+        case 3:
+            return F.hardswish(z)
+        case 4:
+            return F.elu(z, parameter)
+        case 5:
+            return F.silu(z)
+        case 6:
+            return F.gelu(z)
+        case 7:
+            return F.gelu(z, approximate="tanh")
+    return z
+
+
+def act_backward(grad: Tensor, z: Tensor, kind: int, parameter: float) -> Tensor:
+    """grad · act'(z), by torch's operator."""
+    aten: Any = torch.ops.aten
+    match kind:
+        case 1:
+            return aten.threshold_backward(grad, z, 0.0)  # type: ignore[no-any-return]
+        case 2:
+            return aten.leaky_relu_backward(grad, z, parameter, False)  # type: ignore[no-any-return]
+        case 3:
+            return aten.hardswish_backward(grad, z)  # type: ignore[no-any-return]
+        case 4:
+            return aten.elu_backward(grad, parameter, 1.0, 1.0, False, z)  # type: ignore[no-any-return]
+        case 5:
+            return aten.silu_backward(grad, z)  # type: ignore[no-any-return]
+        case 6:
+            return aten.gelu_backward(grad, z)  # type: ignore[no-any-return]
+        case 7:
+            return aten.gelu_backward(grad, z, approximate="tanh")  # type: ignore[no-any-return]
+    return grad
+
+
+# ---------------------------------------------------------------- operators
+
+_AFTER = "Tensor? residual"
+_AXES = operators._AXES
+_ACT = "int act, float parameter"
+_SCHEMAS = {
+    "forward_act": f"(Tensor x, Tensor? weight, Tensor? bias, {_AFTER}, {_AXES}, float eps, {_ACT})"
+    " -> (Tensor, Tensor, Tensor)",
+    "forward_act_": f"(Tensor(a!) x, Tensor? weight, Tensor? bias, {_AFTER}, {_AXES}, float eps,"
+    f" {_ACT}) -> (Tensor, Tensor)",
+    "apply_act": f"(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, {_AFTER},"
+    f" float eps, {_ACT}) -> Tensor",
+    "apply_act_": f"(Tensor(a!) x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, {_AFTER},"
+    f" float eps, {_ACT}) -> ()",
+    "backward_act": "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias,"
+    f" {_AFTER}, {_AXES}, float eps, bool fixed, {_ACT}, int needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+}
+
+
+def _plain_apply(
+    x: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    axes: Axes,
+    eps: float,
+    after: Epilogue,
+) -> Tensor:
+    wide = _plain._wide(x)
+    z = _plain.apply(wide, *statistics, weight, bias, axes, eps)
+    if after.residual is not None:
+        z = z + _plain._wide(after.residual)
+    return _plain._like(act(z, after.act, after.parameter), x, axes)
+
+
+def _plain_forward_act(
+    x: Tensor, weight: Any, bias: Any, residual: Any, g: int, f: int, c: bool, eps: float, *a: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    axes = Axes(g, f, c)
+    mean, var = _plain.moments(x, axes)
+    y = _plain_apply(x, (mean, var), weight, bias, axes, eps, Epilogue(*a, residual))
+    return y, mean, var
+
+
+def _plain_forward_act_(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    y, mean, var = _plain_forward_act(x, *rest)
+    x.copy_(y)
+    return mean, var
+
+
+def _plain_apply_act(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, residual: Any, eps: float, *a: Any
+) -> Tensor:
+    return _plain_apply(x, (mean, var), weight, bias, BATCH, eps, Epilogue(*a, residual))
+
+
+def _plain_apply_act_(x: Tensor, *rest: Any) -> None:
+    x.copy_(_plain_apply_act(x, *rest))
+
+
+def _gradients(
+    grad: Tensor,
+    leaves: Grads,
+    statistics: tuple[Tensor, Tensor] | None,
+    axes: Axes,
+    eps: float,
+    after: Epilogue,
+) -> Grads:
+    """Gradients of x, weight, bias, residual, as differentiable functions of these and of grad."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views, so that one tensor passed as two inputs counts as two
+        views = [
+            t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in leaves
+        ]
+        x, weight, bias, residual = views
+        assert x is not None
+        m, v = _plain.moments(x, axes) if statistics is None else statistics
+        y = _plain_apply(x, (m, v), weight, bias, axes, eps, after._replace(residual=residual))
+        given = [t for t in views if t is not None]
+        found = iter(torch.autograd.grad(y, given, grad.to(y.dtype), create_graph=differentiable))
+        return tuple(None if t is None else next(found) for t in views)
+
+
+def _plain_backward_act(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Any,
+    bias: Any,
+    residual: Any,
+    num_groups: int,
+    feature_dims: int,
+    centred: bool,
+    eps: float,
+    fixed: bool,
+    kind: int,
+    parameter: float,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    axes = Axes(num_groups, feature_dims, centred)
+    v = _plain._wide(x)
+    if needs & BY_OUTPUT:
+        z = _plain._wide(residual)
+    else:
+        z = _plain.apply(v, mean, var, weight, bias, axes, eps)
+        z = z if residual is None else z + _plain._wide(residual)
+    of_z = act_backward(_plain._wide(grad), z, kind, parameter)
+    of_x, of_weight, of_bias = _plain.backward(of_z, v, mean, var, weight, axes, eps, fixed=fixed)
+    shape, dtype = operators.parameter_like(x, weight, feature_dims)
+    nothing = x.new_empty(0, dtype=dtype)
+    return (
+        _plain._like(of_x, x, axes) if needs & NEEDS_INPUT else x.new_empty(0),
+        of_weight.view(shape).to(dtype) if needs & NEEDS_WEIGHT else nothing,
+        of_bias.view(shape).to(dtype) if needs & NEEDS_BIAS else nothing.clone(),
+        _plain._like(of_z, x, axes) if needs & NEEDS_RESIDUAL else x.new_empty(0),
+    )
+
+
+def _fake_forward_act(
+    x: Tensor, weight: Any, bias: Any, residual: Any, g: int, f: int, c: bool, eps: float, *a: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return operators._fake_forward(x, weight, bias, g, f, c, eps)
+
+
+def _fake_forward_act_(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _, mean, var = _fake_forward_act(x, *rest)
+    return mean, var
+
+
+def _fake_apply_act(x: Tensor, *rest: Any) -> Tensor:
+    return _axes.empty_result(x, BATCH)
+
+
+def _fake_apply_act_(x: Tensor, *rest: Any) -> None:
+    return None
+
+
+def _fake_backward_act(
+    grad: Tensor, x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, residual: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    *axes, eps, fixed, _, _, needs = rest
+    made = operators._fake_backward(grad, x, mean, var, weight, *axes, eps, fixed, needs)
+    of_residual = _axes.empty_result(x, Axes(*axes)) if needs & NEEDS_RESIDUAL else x.new_empty(0)
+    return *made, of_residual
+
+
+_library = operators._library_def
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, globals()[f"_plain_{_name}"], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"truenorm::{_name}", globals()[f"_fake_{_name}"])
+forward_act = torch.ops.truenorm.forward_act.default
+forward_act_ = torch.ops.truenorm.forward_act_.default
+apply_act = torch.ops.truenorm.apply_act.default
+apply_act_ = torch.ops.truenorm.apply_act_.default
+backward_act = torch.ops.truenorm.backward_act.default
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def _by_output(after: Epilogue) -> bool:
+    """Whether y is saved rather than the residual: the next layer saves it too."""
+    signed = after.act == RELU or (after.act == LEAKY_RELU and after.parameter > 0)
+    return signed and after.residual is not None and not recomputed.asked()
+
+
+def _save(ctx: Any, x: Tensor, weight: Any, bias: Any, y: Tensor, *rest: Any) -> None:
+    mean, var, axes, eps, fixed, after = rest
+    # without an activation neither is asked for again
+    residual = after.residual if after.act else None
+    if by_output := _by_output(after):
+        residual = y
+    ctx.save_for_backward(x, weight, bias if after.act else None, residual, mean, var)
+    ctx.spec = axes, eps, fixed, after._replace(residual=None), by_output
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _pull_back(ctx: Any, grad: Tensor, wanted: Sequence[bool]) -> Grads:
+    """Gradients of (x, weight, bias, residual), in their shapes and dtypes."""
+    axes, eps, fixed, after, by_output = ctx.spec
+    x, weight, bias, residual, mean, var = ctx.saved_tensors
+    flags = (NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_RESIDUAL)
+    needs = sum(flag for flag, want in zip(flags, wanted, strict=True) if want)
+    again = not torch.compiler.is_compiling() and (
+        torch.is_grad_enabled() or autograd.transformed(grad, x, weight, bias, residual)
+    )
+    found: list[Tensor | None]
+    if not after.act:
+        saved = x, weight, mean, var
+        of_norm = autograd.pull_back(saved, (axes, eps, fixed), grad, needs & 7)
+        found = [*of_norm, grad if wanted[3] else None]
+    elif again and by_output:
+        # away from the kink the activation is a factor, which has no derivative of its own
+        assert residual is not None
+        slope = torch.where(residual > 0, 1.0, after.parameter)
+        inner = grad * slope.to(grad.dtype)
+        of_norm = autograd.pull_back((x, weight, mean, var), (axes, eps, fixed), inner, needs & 7)
+        found = [*of_norm, inner if wanted[3] else None]
+    elif again:
+        given = (mean, var) if fixed else None
+        made = _gradients(grad, (x, weight, bias, residual), given, axes, eps, after)
+        found = [g if want else None for g, want in zip(made, wanted, strict=True)]
+    else:
+        made = _below(
+            backward_act,
+            *(grad, x, mean, var, weight, bias, residual, *axes, eps, fixed, after.act),
+            *(after.parameter, needs | BY_OUTPUT * by_output),
+        )
+        found = [g if want else None for g, want in zip(made, wanted, strict=True)]
+    if found[2] is not None and found[2].dtype != ctx.bias_dtype:
+        found[2] = found[2].to(ctx.bias_dtype)
+    return tuple(found)
+
+
+def _below(op: Any, *args: Any) -> Any:
+    """A kernel: the operator itself in a graph, else what it calls."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    with autograd._below_autograd():
+        return op._op(*args)
+
+
+class _Normalize(Function):
+    """x by its own statistics; `running` moves towards them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, spec: Any, running: Any, x: Tensor, weight: Any, bias: Any, residual: Any
+    ) -> Any:
+        axes, eps, after = spec
+        y, mean, var = _own(x, weight, bias, axes, eps, running, after)
+        _save(ctx, x, weight, bias, y, mean, var, axes, eps, False, after)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return None, None, *_pull_back(ctx, grad, ctx.needs_input_grad[2:])
+
+
+class _NormalizeFixed(Function):
+    """x by given statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, spec: Any, mean: Any, var: Any, x: Tensor, weight: Any, bias: Any, residual: Any
+    ) -> Any:
+        eps, after = spec
+        y = _below(apply_act, x, mean, var, weight, bias, residual, eps, *after[:2])
+        _save(ctx, x, weight, bias, y, mean, var, BATCH, eps, True, after)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return None, None, None, *_pull_back(ctx, grad, ctx.needs_input_grad[3:])
+
+
+def _setup_forward(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, residual, *axes, eps, kind, parameter = inputs
+    y, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    after = Epilogue(kind, parameter, residual)
+    _save(ctx, x, weight, bias, y, mean, var, Axes(*axes), eps, False, after)
+
+
+def _forward_backward(ctx: Any, grad: Any, *_: Any) -> Any:
+    return *_pull_back(ctx, grad, ctx.needs_input_grad[:4]), *[None] * 6
+
+
+def _setup_apply(ctx: Any, inputs: Any, output: Any) -> None:
+    x, mean, var, weight, bias, residual, eps, kind, parameter = inputs
+    after = Epilogue(kind, parameter, residual)
+    _save(ctx, x, weight, bias, output, mean, var, BATCH, eps, True, after)
+
+
+def _apply_backward(ctx: Any, grad: Any) -> Any:
+    x, _, _, *others = ctx.needs_input_grad[:6]
+    of_x, *rest = _pull_back(ctx, grad, (x, *others))
+    return of_x, None, None, *rest, None, None, None
+
+
+def _setup_backward(ctx: Any, inputs: Any, output: Any) -> None:
+    grad, x, mean, var, weight, bias, residual, *spec = inputs
+    ctx.save_for_backward(grad, x, mean, var, weight, bias, residual)
+    ctx.set_materialize_grads(False)
+    ctx.spec = spec
+
+
+def _backward_backward(ctx: Any, *incoming: Any) -> Any:
+    grad, x, mean, var, weight, bias, residual = ctx.saved_tensors
+    *axes, eps, fixed, kind, parameter, needs = ctx.spec
+    given = (mean, var) if fixed else None
+    by_output = bool(needs & BY_OUTPUT)
+
+    def gradients(grad: Tensor, *leaves: Any) -> Any:
+        if by_output:
+            x, weight, _, y = leaves
+            inner = grad * torch.where(y > 0, 1.0, parameter).to(grad.dtype)
+            m, v = (mean, var) if fixed else _plain.moments(x, Axes(*axes))
+            made = _plain.backward(inner, x, m, v, weight, Axes(*axes), eps, fixed=fixed)
+            return *made, inner
+        found = _gradients(grad, leaves, given, Axes(*axes), eps, Epilogue(kind, parameter))
+        # in the places of those that there are not, something without a gradient
+        return tuple(x.new_zeros(()) if g is None else g for g in found)
+
+    asked = tuple(g if needs & 1 << i else None for i, g in enumerate(incoming))
+    of_grad, of_x, *rest = autograd._differentiate(
+        gradients, (grad, x, weight, bias, residual), asked
+    )
+    return of_grad, of_x, None, None, *rest, *[None] * 8
+
+
+autograd._register("forward_act", _setup_forward, _forward_backward)
+autograd._register("apply_act", _setup_apply, _apply_backward)
+autograd._register("backward_act", _setup_backward, _backward_backward)
+
+
+# ---------------------------------------------------------------- what functional.py calls
+
+
+def serves(x: Any, residual: Any, *parameters: Any) -> bool:
+    """Whether one pass does it here; else the activation is torch's operator after the norm."""
+    return (
+        isinstance(x, Tensor)
+        and x.device.type == "cpu"
+        and x.is_floating_point()
+        and x.numel() > 0
+        and (residual is None or residual.dtype == x.dtype)
+        and not has_torch_function_variadic(x, residual, *parameters)
+        and not _standard.wanted()
+        and not autograd.transformed(x, residual, *parameters)
+    )
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _own(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    axes: Axes,
+    eps: float,
+    running: Running | None,
+    after: Epilogue,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kind, parameter, residual, inplace = after
+    args = weight, bias, residual, *axes, eps, kind, parameter
+    if inplace:
+        y = x
+        mean, var = _below(forward_act_, x, *args)
+    else:
+        y, mean, var = _below(forward_act, x, *args)
+    if running is not None:
+        if torch.compiler.is_compiling():
+            autograd.track(running, x, mean, var)
+        else:
+            with autograd._below_autograd():
+                autograd.track(running, x, mean, var)
+    return y, mean, var
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    axes: Axes,
+    eps: float,
+    running: Running | None,
+    after: Epilogue,
+) -> Tensor:
+    """act(norm(x) + residual) by x's own statistics."""
+    if torch.compiler.is_compiling() or not _wants_gradient(x, weight, bias, after.residual):
+        return _own(x, weight, bias, axes, eps, running, after)[0]
+    after = after._replace(inplace=False)  # x is asked for again
+    y = _Normalize.apply((axes, eps, after), running, x, weight, bias, after.residual)  # type: ignore[no-untyped-call]
+    recomputed.remember(y, forward_act, (x, weight, bias, after.residual), (*axes, eps, *after[:2]))
+    return cast(Tensor, y)
+
+
+def normalize_fixed(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    after: Epilogue,
+) -> Tensor:
+    """act(norm(x) + residual) by given statistics, one mean and variance per channel."""
+    kind, parameter, residual, inplace = after
+    args = mean, var, weight, bias, residual, eps, kind, parameter
+    if torch.compiler.is_compiling():
+        return cast(Tensor, apply_act(x, *args))
+    if not _wants_gradient(x, weight, bias, residual):
+        if not inplace:
+            return cast(Tensor, _below(apply_act, x, *args))
+        _below(apply_act_, x, *args)
+        return x
+    # running statistics change in place at the next training step: keep today's values
+    mean, var = mean.clone(), var.clone()
+    y = _NormalizeFixed.apply((eps, after), mean, var, x, weight, bias, residual)  # type: ignore[no-untyped-call]
+    tensors = x, mean, var, weight, bias, residual
+    recomputed.remember(y, apply_act, tensors, (eps, kind, parameter))
+    return cast(Tensor, y)
