@@ -52,8 +52,8 @@ def _trace(module: Module) -> Graph | None:
 
 def _reduce(self: Module, protocol: Any) -> Any:
     # a class made here cannot be imported where the file is read: there, it is as before
-    _, _, *rest = object.__reduce_ex__(self, 2)
-    return _new, (getattr(type(self), _ORIGINAL),), *rest
+    reduced: Any = object.__reduce_ex__(self, 2)
+    return _new, (getattr(type(self), _ORIGINAL),), *reduced[2:]
 
 
 def _new(kind: type[Module]) -> Module:

@@ -142,10 +142,13 @@ def find(root: Module, graph: Graph) -> list[Found]:
             continue
         if (act := _activation(root, user)) is not None:
             found.append(Found(norm, None, user, act))
-        elif _residual(norm, user) is not None and (last := _only_user(user)) is not None:
-            if (act := _activation(root, last)) is not None:
-                found.append(Found(norm, user, last, act))
-                taken.add(user)
+        elif (
+            _residual(norm, user) is not None
+            and (last := _only_user(user)) is not None
+            and (act := _activation(root, last)) is not None
+        ):
+            found.append(Found(norm, user, last, act))
+            taken.add(user)
     return found
 
 

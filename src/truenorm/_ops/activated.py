@@ -118,7 +118,7 @@ def _plain_forward_act(
 ) -> tuple[Tensor, Tensor, Tensor]:
     axes = Axes(g, f, c)
     mean, var = _plain.moments(x, axes)
-    y = _plain_apply(x, (mean, var), weight, bias, axes, eps, Epilogue(*a, residual))
+    y = _plain_apply(x, (mean, var), weight, bias, axes, eps, Epilogue(a[0], a[1], residual))
     return y, mean, var
 
 
@@ -131,7 +131,7 @@ def _plain_forward_act_(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _plain_apply_act(
     x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, residual: Any, eps: float, *a: Any
 ) -> Tensor:
-    return _plain_apply(x, (mean, var), weight, bias, BATCH, eps, Epilogue(*a, residual))
+    return _plain_apply(x, (mean, var), weight, bias, BATCH, eps, Epilogue(a[0], a[1], residual))
 
 
 def _plain_apply_act_(x: Tensor, *rest: Any) -> None:
@@ -222,7 +222,7 @@ def _fake_backward_act(
     grad: Tensor, x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, residual: Any, *rest: Any
 ) -> tuple[Tensor, ...]:
     *axes, eps, fixed, _, _, needs = rest
-    made = operators._fake_backward(grad, x, mean, var, weight, *axes, eps, fixed, needs)
+    made = operators._fake_backward(grad, x, mean, var, weight, *(*axes, eps, fixed, needs))
     of_residual = _axes.empty_result(x, Axes(*axes)) if needs & NEEDS_RESIDUAL else x.new_empty(0)
     return *made, of_residual
 
@@ -419,6 +419,12 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _overwritten(x: Tensor) -> None:
+    # what has saved it for a backward pass is to notice
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+
+
 def _own(
     x: Tensor,
     weight: Tensor | None,
@@ -430,9 +436,10 @@ def _own(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kind, parameter, residual, inplace = after
     args = weight, bias, residual, *axes, eps, kind, parameter
-    if inplace:
+    if inplace and not torch.compiler.is_compiling():
         y = x
         mean, var = _below(forward_act_, x, *args)
+        _overwritten(x)
     else:
         y, mean, var = _below(forward_act, x, *args)
     if running is not None:
@@ -480,6 +487,7 @@ def normalize_fixed(
         if not inplace:
             return cast(Tensor, _below(apply_act, x, *args))
         _below(apply_act_, x, *args)
+        _overwritten(x)
         return x
     # running statistics change in place at the next training step: keep today's values
     mean, var = mean.clone(), var.clone()

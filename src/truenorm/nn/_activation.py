@@ -78,7 +78,7 @@ class Activated(Configurable):
             if not isinstance(more.residual, Tensor) or more.residual.shape != input.shape:
                 return False
             # the residual would have to be moved as the input is
-            if isinstance(self, Padded) and (self.channel_axis != 1 or self._is_unbatched(input)):
+            if isinstance(self, Padded) and self.channel_axis != 1:
                 return False
         bias = getattr(self, "bias", None)
         if not activated.serves(input, more.residual, layer.weight, bias):

@@ -99,13 +99,13 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
             functional.check_instance_norm(x, mean, var, weight, bias)
             y = self._by_policy(x, instance(self.num_features), more)
         else:
-            norm = (
-                functional.instance_norm
-                if more.after is None
-                else partial(functional.instance_norm_then, more.after)
-            )
+            x, norm = self._batched(input), functional.instance_norm
+            if (after := more.after) is not None:
+                if after.residual is not None:
+                    after = after._replace(residual=after.residual.view(x.shape))
+                norm = partial(functional.instance_norm_then, after)
             y = norm(
-                self._batched(input),
+                x,
                 self.running_mean,
                 self.running_var,
                 self.weight,
