@@ -58,7 +58,7 @@ BENCH ?=
 
 bench: $(VENV)/demo  ## time every layer beside torch's (BENCH=...: other options of the command)
 	@mkdir -p benchmarks/results
-	@$(BIN)/truenorm bench --json benchmarks/results/cpu-$$(date +%F).json \
+	@$(BIN)/truenorm bench --force --json benchmarks/results/cpu-$$(date +%F).json \
 		--chart docs/images/bench-cpu.png $(BENCH)
 
 # the GPU's name, as part of a file's
@@ -66,7 +66,7 @@ GPU = $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | he
 
 bench-cuda: $(VENV)/demo  ## time every layer on a GPU, beside torch's and others (BENCH=...)
 	@mkdir -p benchmarks/results
-	@$(BIN)/truenorm bench --device cuda --dtype float32 bfloat16 --compile \
+	@$(BIN)/truenorm bench --force --device cuda --dtype float32 bfloat16 --compile \
 		--json benchmarks/results/$(or $(GPU),cuda)-$$(date +%F).json \
 		--chart docs/images/bench-cuda.png $(BENCH)
 

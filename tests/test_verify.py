@@ -142,7 +142,7 @@ def test_json_and_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--write", "page.md"], "add --against-torch"),
         (["--against-torch", "--quick"], "leave out --layer, --dtype, --quick"),
         (["--against-torch", "--write", "no/page.md"], "no/page.md"),
-        (["--json", "no/such/folder/report.json"], "there is no folder no/such/folder"),
+        (["--json", "no/such/folder/report.json"], "no/such/folder' does not exist, make it first"),
     ],
 )
 def test_bad_arguments(
