@@ -25,7 +25,18 @@ EVERY = pytest.mark.parametrize("case", CASES, ids=IDS)
 WITH_WEIGHT = [case for case in CASES if case.layer != "LocalResponseNorm"]
 FUNCTIONS = F.__all__
 # of truenorm's layers, beyond torch's
-OWN_ARGUMENTS = {"process_group"}
+OWN_ARGUMENTS = {
+    "process_group": None,
+    "channel_axis": 1,
+    "frozen": False,
+    "on_single": "error",
+    "skip_nonfinite": False,
+    "virtual_batch_size": None,
+    "renorm": False,
+    # without renorm nothing asks for these
+    "rmax": 3.0,
+    "dmax": 5.0,
+}
 
 
 def test_every_norm_layer_of_torch_is_here() -> None:
@@ -46,7 +57,10 @@ def test_signatures(name: str) -> None:
     # what is truenorm's own comes last, has to be named, and is off by default
     for extra in list(ours.parameters.values())[len(theirs.parameters) :]:
         assert extra.name in OWN_ARGUMENTS
-        assert (extra.kind, extra.default) == (inspect.Parameter.KEYWORD_ONLY, None)
+        assert (extra.kind, extra.default) == (
+            inspect.Parameter.KEYWORD_ONLY,
+            OWN_ARGUMENTS[extra.name],
+        )
         ours = ours.replace(parameters=list(ours.parameters.values())[: len(theirs.parameters)])
     for one, other in zip(ours.parameters.values(), theirs.parameters.values(), strict=True):
         assert (one.name, one.kind, one.default) == (other.name, other.kind, other.default)

@@ -136,6 +136,9 @@ def test_update_running(dtype: torch.dtype, momentum: float | None) -> None:
         opcheck(OPS.update_running_.default, (*running, tracked, x, mean, var, momentum))
     if momentum is not None:
         opcheck(OPS.update_running_.default, (*running, None, x, mean, var, momentum))
+    mean, var = (tensor(4, torch.float64, grad=False) for _ in range(2))
+    for count, skip in ((None, False), (None, True), (torch.tensor([30.0]), True)):
+        opcheck(OPS.track_.default, (*running, tracked, x, mean, var, count, momentum, skip))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_local_response_norm(dtype: torch.dtype, layout: str) -> None:
 
 
 def test_every_operator_is_here() -> None:
-    tested = {"forward", "apply", "backward", "update_running_"}
+    tested = {"forward", "apply", "backward", "update_running_", "track_"}
     tested |= {"moments", "backward_of_part"}
     tested |= {"local_response_norm", "local_response_norm_backward"}
     # by test_eager.py

@@ -75,8 +75,8 @@ MUTATIONS = [
     Mutation(
         "1 the output gradient read in its own memory format",
         "library.cpp",
-        "const Tensor dense_grad = laid_out(same_type, g);\n  Room",
-        "const Tensor dense_grad = same_type;\n  Room",
+        "return laid_out(grad.scalar_type() == type ? grad : torch::stable::to(grad, type), g);",
+        "return grad.scalar_type() == type ? grad : torch::stable::to(grad, type);",
         "formats",
     ),
     Mutation(

@@ -11,7 +11,9 @@ from ._library import info
 from ._pool import empty_cache
 from ._standard import standard_ops
 from ._triton.tune import tune
+from .accumulate import accumulate
 from .convert import convert, revert
+from .freeze import freeze, unfreeze
 from .moments import Moments
 from .nn import *  # noqa: F403
 from .nn import __all__ as _layers
@@ -19,12 +21,14 @@ from .recalibrate import recalibrate
 
 __all__ = [
     "Moments",
+    "accumulate",
     "compare",
     "convert",
     "distributed",
     "empty_cache",
     "explain",
     "fold",
+    "freeze",
     "functional",
     "info",
     "inspect",
@@ -34,5 +38,6 @@ __all__ = [
     "revert",
     "standard_ops",
     "tune",
+    "unfreeze",
     *_layers,
 ]

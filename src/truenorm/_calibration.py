@@ -71,7 +71,9 @@ def calibrating(
             if type(layer) is torch.nn.SyncBatchNorm:
                 layer.__class__ = nn.SyncBatchNorm
             if isinstance(layer, Spanning) and not sync:
-                layer.process_group = _exchange.ALONE
+                vars(layer)["process_group"] = _exchange.ALONE
+            # a frozen layer too is normalized by the batch, as it would be in training
+            vars(layer).pop("frozen", None)
             hooks.append(
                 # after the layer itself has refused what does not fit
                 layer.register_forward_hook(_recording(name, collected), with_kwargs=True)
@@ -85,10 +87,10 @@ def calibrating(
         for layer, kind, held, buffers in before:
             layer.__class__ = kind
             layer._buffers.update(buffers)
-            if "process_group" in held:
-                layer.process_group = held["process_group"]
-            else:
-                vars(layer).pop("process_group", None)
+            for name in ("process_group", "frozen"):
+                vars(layer).pop(name, None)
+                if name in held:
+                    vars(layer)[name] = held[name]
         for module, mode in modes.items():
             module.training = mode
 

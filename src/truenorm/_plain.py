@@ -180,8 +180,13 @@ def move_running(
     var: Tensor,
     count: Count,
     momentum: float | None,
+    *,
+    skip_nonfinite: bool = False,
 ) -> None:
-    """`update_running` for statistics of `count` values each; none where a tensor `count` is 0."""
+    """`update_running` for statistics of `count` values each; none where a tensor `count` is 0.
+
+    skip_nonfinite: none, nor a batch counted, where one of the statistics is not finite.
+    """
     factor: float | Tensor
     if momentum is not None:
         factor = momentum
@@ -193,9 +198,16 @@ def move_running(
         moved = (1.0 - factor) * _wide(running) + factor * new
         if isinstance(count, Tensor):
             moved = torch.where(count > 0, moved, _wide(running))
+        if skip_nonfinite:
+            moved = torch.where(all_finite(mean, var), moved, _wide(running))
         running.copy_(moved)
     if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+        num_batches_tracked.add_(all_finite(mean, var) if skip_nonfinite else 1)
+
+
+def all_finite(mean: Tensor, var: Tensor) -> Tensor:
+    """Whether every statistic is, where nobody waits for the answer."""
+    return mean.isfinite().all() & var.isfinite().all()
 
 
 def _window_sum(values: Tensor, size: int, before: int) -> Tensor:

@@ -18,11 +18,14 @@ from torch.nn.utils import parametrize
 from . import _checks, nn
 from ._exchange import WORLD
 from .nn._batch import BatchForward
+from .nn._policy import SmallBatches
 
 _TO_TRUENORM: dict[type[Module], type[Module]] = {
     getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__
 }
 _TO_TORCH = {ours: theirs for theirs, ours in _TO_TRUENORM.items()}
+
+_POLICY = ("_found", "_gathered", "_direct", "frozen", *SmallBatches._options)
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -153,20 +156,30 @@ def convert(
     return model
 
 
+def _forget(module: Module) -> None:
+    """What torch's layer knows nothing of."""
+    for name in _POLICY:
+        vars(module).pop(name, None)
+
+
 def revert(model: M, *, sync: bool | None = None, dims: int | None = None) -> M:
     """Make every truenorm layer of `model` torch's again, in place: the inverse of `convert`.
 
     A layer whose parameters are in half precision has its running statistics cast to their dtype:
     truenorm keeps those in float32, and torch refuses the mixture.
 
+    Options that torch's layers do not have (`on_single`, `renorm`, …) are dropped.
+
     sync: None gives each layer torch's class of the same name; a `process_group` stays with
         SyncBatchNorm, the others of torch have none. True makes every BatchNorm of truenorm's
         torch's SyncBatchNorm. False makes every SyncBatchNorm, torch's own too, a BatchNorm.
     dims: as in `convert`.
 
-    Errors: TypeError where `model` is no module; ValueError as in `convert`.
+    Errors: TypeError where `model` is no module; ValueError as in `convert`, and for a frozen
+    layer, since torch's would move its statistics again: `unfreeze` first.
     """
     _check(model, sync, None, dims)
+    _checks.check_not_frozen([n for n, m in model.named_modules() if getattr(m, "frozen", False)])
     if sync is False:
         _unsynchronize(model, dims)
     classes = dict(_TO_TORCH)
@@ -175,6 +188,8 @@ def revert(model: M, *, sync: bool | None = None, dims: int | None = None) -> M:
             classes[ours] = torch.nn.SyncBatchNorm
     for module in _swap(model, classes):
         group = vars(module).pop("process_group", None)
+        if isinstance(module, _NormBase):
+            _forget(module)
         if isinstance(module, torch.nn.SyncBatchNorm):
             module.process_group = None if group == WORLD else group
         weight = getattr(module, "weight", None)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _axes, _checks, _ops, _standard
+from .moments import Moments
 
 __all__ = [
     "batch_norm",
@@ -102,6 +103,31 @@ def batch_norm_tracked(
     if running_mean is not None and running_var is not None:
         running = _ops.Running(running_mean, running_var, num_batches_tracked, momentum)
     return _ops.normalize(input, weight, bias, _axes.BATCH, eps, running)
+
+
+def batch_norm_stats(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Moments]:
+    """Normalize each channel by its statistics over the batch, and return these: (y, Moments).
+
+    y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
+
+    Nothing is changed in place, so that this goes under torch.func's transforms, and any number of
+    calls may come before a backward. The moments are constants to autograd;
+    `Moments.update(running_mean, running_var, momentum)` gives new running statistics.
+
+    Shapes: input (N, C, *); weight, bias (C,); y like input; moments.mean, moments.m2 (C,).
+
+    Errors: as for `batch_norm` in training.
+    """
+    check_batch_norm(input, None, None, weight, bias, True, eps)
+    count = _axes.values_per_statistic(input.shape, _axes.BATCH)
+    _checks.check_more_than_one_value(input, count, per_sample=False)
+    y, mean, var = _ops.normalize_with_statistics(input, weight, bias, _axes.BATCH, eps)
+    return y, Moments(mean.new_full((), count), mean, var * count)
 
 
 def check_batch_norm(

@@ -108,6 +108,24 @@ class Moments:
         """m2 / count, or with `unbiased` m2 / (count − 1); NaN where that divides by zero."""
         return self.m2 / (self.count - 1 if unbiased else self.count)
 
+    def update(
+        self, running_mean: Tensor, running_var: Tensor, momentum: float = 0.1
+    ) -> tuple[Tensor, Tensor]:
+        """New running statistics, moved towards these moments; the given ones stay as they are.
+
+        running = (1 − momentum) · running + momentum · observed, the observed variance unbiased;
+        in the dtypes of the running ones. Without values they are the same.
+        """
+        found = []
+        for running, seen in (
+            (running_mean, self.mean),
+            (running_var, self.variance(unbiased=True)),
+        ):
+            wide = running.to(seen.dtype)
+            moved = (1.0 - momentum) * wide + momentum * seen
+            found.append(torch.where(self.count > 0, moved, wide).to(running.dtype))
+        return found[0], found[1]
+
     def to(self, device: Any) -> Moments:
         """The same on another device."""
         return Moments(self.count.to(device), self.mean.to(device), self.m2.to(device))
@@ -174,3 +192,7 @@ def merge_named(parts: Sequence[dict[str, Moments]]) -> dict[str, Moments]:
         first, *others = [part[name] for part in parts if name in part]
         merged[name] = first.merge(*others) if others else first
     return merged
+
+
+# a Moments may come out of torch.func's transforms, of torch.compile and of tree_map
+torch.utils._pytree.register_dataclass(Moments)

@@ -128,7 +128,7 @@ def check_foldable(model: Module) -> None:
             f"`model` is compiled ({type(model).__name__}), and its layers can no longer be "
             "replaced: fold the model first, then compile it"
         )
-    if model.training:
+    if model.training and not any(getattr(m, "frozen", False) is True for m in model.modules()):
         raise ValueError(
             "`model` is in training mode, where BatchNorm normalizes by the batch: call "
             "model.eval() first"

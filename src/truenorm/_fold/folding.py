@@ -302,7 +302,7 @@ def _put(holder: Module, child: str, module: Module) -> Callable[[], None]:
 
 def _exact(model: Module, batch: Any, call: Call | None) -> tuple[list[Tensor], list[Tensor]]:
     """The model's output for a batch, in float64 and in its own dtype."""
-    with untouched(model):
+    with untouched(model, training=False):
         own = [t.double() for t in tensors(run(model, batch, call))]
         # truenorm's statistics stay wide of themselves; float64 is wider
         wide = copy.deepcopy(model).double()
@@ -362,7 +362,7 @@ def fold(
     if exact is None or own is None:
         return Folding(target, folded, tuple(kept))
     try:
-        with untouched(target):
+        with untouched(target, training=False):
             after = [t.double() for t in tensors(run(target, batch, call))]
         error, error_before = share_of_largest(after, exact), share_of_largest(own, exact)
         _checks.check_fold_changed_nothing(error, error_before)

@@ -120,6 +120,8 @@ def uses_running(module: Module, kind: str) -> bool:
         return False
     if not isinstance(module, NORMS):
         return True
+    if getattr(module, "frozen", False) is True:
+        return True
     if kind == INSTANCE:
         return not module.training and bool(getattr(module, "track_running_stats", True))
     return not module.training

@@ -16,6 +16,7 @@ from .. import _plain
 from .._axes import BATCH, Axes
 from . import autograd, eager, operators
 from .autograd import Running, transformed
+from .operators import within_backward
 
 __all__ = [
     "Running",
@@ -24,6 +25,8 @@ __all__ = [
     "local_response_norm",
     "normalize",
     "normalize_fixed",
+    "normalize_with_statistics",
+    "within_backward",
 ]
 
 
@@ -57,7 +60,7 @@ def normalize(
     if torch.compiler.is_compiling():
         y, mean, var = operators.forward(x, weight, bias, *axes, eps)
         if running is not None:
-            operators.update_running(*running[:3], x, mean, var, running.momentum)
+            autograd.track(running, x, mean, var)
         return cast(Tensor, y)
     if not _wants_gradient(x, weight, bias):
         return autograd.normalize_raw(axes, eps, running, x, weight, bias)[0]
@@ -67,10 +70,25 @@ def normalize(
 def _update_plain(x: Tensor, running: Running, mean: Tensor, var: Tensor) -> None:
     with torch.no_grad():
         if x.numel():
-            _plain.update_running(*running[:3], x, mean, var, running.momentum)
+            autograd.track(running, x, mean, var)
+        elif operators.within_backward() or running.gathered is not None:
+            return
         elif running.num_batches_tracked is not None:
             # as torch: an empty batch counts as a batch and leaves the statistics alone
             running.num_batches_tracked.add_(1)
+
+
+def normalize_with_statistics(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: Axes, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x normalized by its own statistics, and these: mean and biased variance, as constants."""
+    if _wants_plain(x, weight, bias):
+        y, mean, var = _plain.forward(x, weight, bias, axes, eps)
+        return y, mean.detach(), var.detach()
+    if torch.compiler.is_compiling():
+        return cast(tuple[Tensor, Tensor, Tensor], operators.forward(x, weight, bias, *axes, eps))
+    found = autograd.NormalizeWithStatistics.apply((axes, eps), x, weight, bias)  # type: ignore[no-untyped-call]
+    return cast(tuple[Tensor, Tensor, Tensor], found)
 
 
 def normalize_fixed(
@@ -93,6 +111,8 @@ def normalize_fixed(
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of x (N, C, *); zeros where x is empty."""
+    if transformed(x):
+        return _plain.moments(x, BATCH)
     if x.numel() == 0:
         mean = x.new_zeros(x.shape[1], dtype=operators.statistic_dtype(x))
         return mean, torch.zeros_like(mean)

@@ -30,6 +30,29 @@ class Running(NamedTuple):
     var: Tensor
     num_batches_tracked: Tensor | None
     momentum: float | None
+    # whether a batch whose statistics are not finite leaves them where they are
+    skip_nonfinite: bool = False
+    # where the batch's moments are gathered instead, until `accumulate` ends
+    gathered: Any = None
+
+
+def track(
+    running: Running, x: Tensor, mean: Tensor, var: Tensor, count: Tensor | None = None
+) -> None:
+    """Move running statistics towards a batch's, once: not where a batch is computed again.
+
+    count: how many values each statistic spans, where that is not what x's shape says; one that is
+    0 leaves the statistics where they are.
+    """
+    moving = *running[:3], x, mean, var, count, running.momentum, running.skip_nonfinite
+    if running.gathered is not None:
+        if torch.compiler.is_compiling() or not operators.within_backward():
+            values = x.numel() // mean.numel() if count is None else count
+            running.gathered.add(mean, var, values, running.mean.numel(), running.skip_nonfinite)
+    elif torch.compiler.is_compiling():
+        operators.track(*moving)
+    else:
+        operators.track_once(*moving)
 
 
 def transformed(*tensors: Tensor | None) -> bool:
@@ -153,7 +176,7 @@ def normalize_raw(
     with _below_autograd():
         y, mean, var = operators.forward._op(x, weight, bias, *axes, eps)
         if running is not None:
-            operators.update_running._op(*running[:3], x, mean, var, running.momentum)
+            track(running, x, mean, var)
     return y, mean, var
 
 
@@ -178,6 +201,22 @@ class Normalize(Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         return None, None, *_pull_back(ctx, grad, ctx.needs_input_grad[2:])
+
+
+class NormalizeWithStatistics(Function):
+    """x by its own statistics: output, mean and variance."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: Any, x: Tensor, weight: Any, bias: Any) -> Any:
+        axes, eps = spec
+        y, mean, var = normalize_raw(axes, eps, None, x, weight, bias)
+        _save(ctx, x, weight, bias, mean, var, axes, eps, False)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any, *_: Any) -> Any:
+        return None, *_pull_back(ctx, grad, ctx.needs_input_grad[1:])
 
 
 class NormalizeFixed(Function):

@@ -52,6 +52,8 @@ _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _backward = operators.eager_backward._op
+# other than -1 where a batch may be computed again, which moves no running statistics
+graph_task = torch._C._current_graph_task_id
 # what is refused here, the long way words
 _REFUSED = (RuntimeError, TypeError, AttributeError)
 

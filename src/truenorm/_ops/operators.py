@@ -33,6 +33,10 @@ _SCHEMAS = {
     " Tensor mean_grad, Tensor mean_grad_x_hat, float eps) -> Tensor",
     "update_running_": "(Tensor(a!) running_mean, Tensor(b!) running_var,"
     " Tensor(c!)? num_batches_tracked, Tensor x, Tensor mean, Tensor var, float? momentum) -> ()",
+    # the same once a batch, for compiled graphs: see track_once
+    "track_": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked,"
+    " Tensor x, Tensor mean, Tensor var, Tensor? count, float? momentum, bool skip_nonfinite)"
+    " -> ()",
     "local_response_norm": "(Tensor x, int size, float alpha, float beta, float k) -> Tensor",
     "local_response_norm_backward": "(Tensor grad, Tensor x, int size, float alpha, float beta,"
     " float k) -> Tensor",
@@ -122,6 +126,40 @@ def _plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return _plain.moments(x, BATCH)
 
 
+# Activation checkpointing computes a forward again within the backward pass, which is how that
+# is told from a first one, in both of torch's forms of it.
+_graph_task = torch._C._current_graph_task_id
+
+
+def within_backward() -> bool:
+    """Whether this runs within a backward pass, on its thread."""
+    return _graph_task() != -1
+
+
+def track_once(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor | None,
+    momentum: float | None,
+    skip_nonfinite: bool,
+) -> None:
+    """Move running statistics, unless the batch is computed again within a backward pass."""
+    if within_backward():
+        return
+    running = running_mean, running_var, num_batches_tracked
+    if count is None and not skip_nonfinite:
+        with torch._C._AutoDispatchBelowAutograd():
+            update_running(*running, x, mean, var, momentum)
+        return
+    values = x.numel() // mean.numel() if count is None else count
+    with torch.no_grad():
+        _plain.move_running(*running, mean, var, values, momentum, skip_nonfinite=skip_nonfinite)
+
+
 PLAIN: dict[str, Callable[..., Any]] = {
     "forward": _plain_forward,
     "apply": _plain_apply,
@@ -129,6 +167,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "moments": _plain_moments,
     "backward_of_part": _plain.backward_of_part,
     "update_running_": _plain.update_running,
+    "track_": track_once,
     "local_response_norm": _plain.local_response_norm,
     "local_response_norm_backward": _plain.local_response_norm_backward,
 }
@@ -218,6 +257,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "moments": _fake_moments,
     "backward_of_part": _fake_backward_of_part,
     "update_running_": _fake_update_running,
+    "track_": _fake_update_running,
     "local_response_norm": _fake_local_response_norm,
     "local_response_norm_backward": _fake_local_response_norm_backward,
 }
@@ -235,5 +275,6 @@ eager_backward = torch.ops.truenorm.eager_backward.default
 moments = torch.ops.truenorm.moments.default
 backward_of_part = torch.ops.truenorm.backward_of_part.default
 update_running = torch.ops.truenorm.update_running_.default
+track = torch.ops.truenorm.track_.default
 local_response_norm = torch.ops.truenorm.local_response_norm.default
 local_response_norm_backward = torch.ops.truenorm.local_response_norm_backward.default

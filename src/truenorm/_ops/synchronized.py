@@ -223,7 +223,7 @@ def normalize_together(calls: Sequence[Call], group: Any) -> list[Tensor]:
     for c, (values, mean, var) in zip(calls, statistics, strict=True):
         if c.running is not None:
             with torch.no_grad():
-                _plain.move_running(*c.running[:3], mean, var, values, c.running.momentum)
+                autograd.track(c.running, c.x, mean, var, values)
     return list(outputs)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import _checks, _exchange
 from .._ops import synchronized
+from ._options import NOTHING, Configurable, More, Option
 
 
 class Traceable(torch.nn.Module):
@@ -25,13 +24,14 @@ class Traceable(torch.nn.Module):
     def _is_traced(input: Any) -> bool:
         return isinstance(input, Proxy)
 
-    def _as_leaf(self, input: Any) -> Tensor:
+    def _as_leaf(self, input: Any, more: More = NOTHING) -> Tensor:
         tracer = input.tracer
         path = tracer.path_of_module(self)
-        return tracer.create_proxy("call_module", path, (input,), {})  # type: ignore[no-any-return]
+        given = {k: v for k, v in more._asdict().items() if v is not More._field_defaults[k]}
+        return tracer.create_proxy("call_module", path, (input,), given)  # type: ignore[no-any-return]
 
 
-class Direct(Traceable):
+class Direct(Traceable, Configurable):
     """A layer whose plain calls go the short way, with what it holds read from where it is held.
 
     `self.weight` goes through Module.__getattr__, which takes longer than a check. A parametrized,
@@ -39,11 +39,9 @@ class Direct(Traceable):
     `weight` of its own, the call goes the long way.
     """
 
-    # whether this class leaves these names to Module.__getattr__
-    _direct = False
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # whether this class leaves these names to Module.__getattr__
         held = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         cls._direct = not any(hasattr(cls, name) for name in held)
 
@@ -51,18 +49,31 @@ class Direct(Traceable):
         """The short way; None where it is not for this call."""
         raise NotImplementedError
 
-    def _validated(self, input: Tensor) -> Tensor:
+    def _validated(self, input: Tensor, more: More) -> Tensor:
         """The long way, where every error is worded."""
         raise NotImplementedError
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self._direct and type(input) is Tensor and not is_compiling():
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        padding_value: float = 0.0,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        plain = mask is None and lengths is None and residual is None
+        if plain and self._direct and type(input) is Tensor and not is_compiling():
             direct = self._directly(input)
             if direct is not None:
                 return direct
+        more = NOTHING if plain else More(mask, lengths, padding_value, residual)
         if self._is_traced(input):
-            return self._as_leaf(input)
-        return self._validated(input)
+            return self._as_leaf(input, more)
+        return self._long_way(input, more)
+
+    def _long_way(self, input: Tensor, more: More) -> Tensor:
+        return self._validated(input, more)
 
 
 class FixedRank(Direct):
@@ -106,14 +117,13 @@ class RunningStatistics(_NormBase):
         return self
 
 
-class Spanning(torch.nn.Module):
-    """A layer whose statistics can span the processes of a group.
-
-    The group is an attribute of the instance only where it was given, so that a layer without one
-    holds what torch's holds.
-    """
+class Spanning(Configurable):
+    """A layer whose statistics can span the processes of a group."""
 
     process_group: Any = None
+    _own_options: ClassVar[dict[str, Option | None]] = {
+        "process_group": Option(None, _checks.check_process_group)
+    }
 
     def _statistics_group(self) -> Any:
         """The group that this call's statistics span, or None."""
@@ -124,34 +134,6 @@ class Spanning(torch.nn.Module):
     def _spanning(self, input: Tensor) -> synchronized.Call:
         """This call, checked, for statistics that span a group."""
         raise NotImplementedError
-
-
-L = TypeVar("L", bound=type[Spanning])
-
-
-def with_process_group(cls: L) -> L:
-    """Give a layer torch's signature and a keyword-only `process_group` after it."""
-    inherited = cls.__init__
-    theirs = next(
-        vars(base)["__init__"]
-        for base in cls.__mro__
-        if base.__module__.startswith("torch.nn.") and "__init__" in vars(base)
-    )
-
-    @functools.wraps(theirs)
-    def __init__(self: Spanning, *args: Any, process_group: Any = None, **kwargs: Any) -> None:
-        inherited(self, *args, **kwargs)
-        if process_group is not None:
-            _checks.check_process_group(process_group)
-            self.process_group = process_group
-
-    signature = inspect.signature(theirs)
-    group = inspect.Parameter("process_group", inspect.Parameter.KEYWORD_ONLY, default=None)
-    __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), group]
-    )
-    cls.__init__ = __init__  # type: ignore[assignment,method-assign]
-    return cls
 
 
 class LazyFeatures(torch.nn.Module):

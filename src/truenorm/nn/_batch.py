@@ -10,11 +10,14 @@ from torch import Tensor
 
 from .. import _checks, functional
 from .._axes import BATCH
-from .._ops import Running, eager, synchronized
-from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning, with_process_group
+from .._ops import eager, synchronized
+from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
+from ._options import More, with_options
+from ._padded import Padded, fixed
+from ._policy import SmallBatches
 
 
-class BatchForward(FixedRank, Spanning, RunningStatistics):
+class BatchForward(Padded, FixedRank, Spanning, SmallBatches, RunningStatistics):
     """forward() of every layer with batch statistics; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
@@ -30,7 +33,7 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
         momentum, eps = self.momentum, self.eps
         if (mean is None) != (var is None):
             return None
-        if not self.training and mean is not None:
+        if (not self.training or self.frozen) and mean is not None:
             if not eps >= 0:
                 return None
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
@@ -38,14 +41,15 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
             return None
         if self.process_group is not None:
             return None
-        if mean is None or not self.track_running_stats:
+        # a batch that is computed again in the backward pass moves nothing
+        if mean is None or not self.track_running_stats or eager.graph_task() != -1:
             return eager.call(eager.OWN, input, weight, bias, (), eager.BATCH, eps)
         running = mean, var, count, nan if momentum is None else momentum
         return eager.call(eager.TRACKED, input, weight, bias, running, eager.BATCH, eps)
 
     def _statistics_group(self) -> Any:
         # in evaluation the ranks need not be in step, even without running statistics
-        return super()._statistics_group() if self.training else None
+        return super()._statistics_group() if self._statistics_are_own() else None
 
     def _check_input(self, input: Tensor) -> None:
         self._check_input_dim(input)
@@ -58,20 +62,27 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
         self._check_input(input)
         mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
         functional.check_batch_norm(input, mean, var, weight, bias, True, self.eps)
-        running = None
-        if mean is not None and var is not None and self.track_running_stats:
-            running = Running(mean, var, self.num_batches_tracked, self.momentum)
+        running = self._running(True)
         return synchronized.Call(self, input, weight, bias, BATCH, self.eps, running)
 
-    def _validated(self, input: Tensor) -> Tensor:
+    def _validated(self, input: Tensor, more: More) -> Tensor:
         if (group := self._statistics_group()) is not None:
+            _checks.check_no_mask_across_processes(type(self).__name__, more.mask is not None)
             return synchronized.normalize(self._spanning(input), group)
         self._check_input(input)
+        if more.mask is not None:
+            return self._masked(input, more.mask, more)
         # as torch: the running statistics serve evaluation wherever they exist, and are updated
         # in training only while they are tracked
         running_mean, running_var = self.running_mean, self.running_var
-        training = self.training or (running_mean is None and running_var is None)
-        if self.training and not self.track_running_stats:
+        own = self._statistics_are_own()
+        if own and self._has_policy():
+            functional.check_batch_norm(
+                input, running_mean, running_var, self.weight, self.bias, True, self.eps
+            )
+            return self._by_policy(input, BATCH, more)
+        training = own or (running_mean is None and running_var is None)
+        if own and not self.track_running_stats:
             running_mean = running_var = None
         return functional.batch_norm_tracked(
             input,
@@ -85,8 +96,16 @@ class BatchForward(FixedRank, Spanning, RunningStatistics):
             self.eps,
         )
 
+    def _masked(self, input: Tensor, mask: Tensor, more: More) -> Tensor:
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        own = self._statistics_are_own()
+        functional.check_batch_norm(input, mean, var, weight, bias, own, self.eps)
+        if not own and mean is not None and var is not None:
+            return fixed(input, mask, mean, var, weight, bias, self.eps, more.padding_value)
+        return self._by_valid(input, mask, BATCH, self._running(True) if own else None, more)
 
-@with_process_group
+
+@with_options
 class BatchNorm1d(BatchForward, torch.nn.BatchNorm1d):
     """Normalize each channel of a 2D or 3D input by its statistics over the whole batch.
 
@@ -113,7 +132,7 @@ class BatchNorm1d(BatchForward, torch.nn.BatchNorm1d):
     _shapes = "(N, C) or (N, C, L)"
 
 
-@with_process_group
+@with_options
 class BatchNorm2d(BatchForward, torch.nn.BatchNorm2d):
     """Normalize each channel of a 4D input by its statistics over the whole batch.
 
@@ -133,7 +152,7 @@ class BatchNorm2d(BatchForward, torch.nn.BatchNorm2d):
     _shapes = "(N, C, H, W)"
 
 
-@with_process_group
+@with_options
 class BatchNorm3d(BatchForward, torch.nn.BatchNorm3d):
     """Normalize each channel of a 5D input by its statistics over the whole batch.
 
@@ -153,7 +172,7 @@ class BatchNorm3d(BatchForward, torch.nn.BatchNorm3d):
     _shapes = "(N, C, D, H, W)"
 
 
-@with_process_group
+@with_options
 class LazyBatchNorm1d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm1d):
     """`BatchNorm1d` that reads `num_features` off dim 1 of its first input."""
 
@@ -162,7 +181,7 @@ class LazyBatchNorm1d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm1d):
     cls_to_become = BatchNorm1d
 
 
-@with_process_group
+@with_options
 class LazyBatchNorm2d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm2d):
     """`BatchNorm2d` that reads `num_features` off dim 1 of its first input."""
 
@@ -171,7 +190,7 @@ class LazyBatchNorm2d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm2d):
     cls_to_become = BatchNorm2d
 
 
-@with_process_group
+@with_options
 class LazyBatchNorm3d(LazyFeatures, BatchForward, torch.nn.LazyBatchNorm3d):
     """`BatchNorm3d` that reads `num_features` off dim 1 of its first input."""
 

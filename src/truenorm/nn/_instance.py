@@ -10,10 +10,13 @@ from torch import Tensor
 from .. import _checks, functional
 from .._axes import instance
 from .._ops import Running, eager, synchronized
-from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning, with_process_group
+from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
+from ._options import More, with_options
+from ._padded import Padded, fixed
+from ._policy import Policed
 
 
-class InstanceForward(FixedRank, Spanning, RunningStatistics):
+class InstanceForward(Padded, FixedRank, Spanning, Policed, RunningStatistics):
     """forward() of the InstanceNorm layers; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
@@ -28,19 +31,20 @@ class InstanceForward(FixedRank, Spanning, RunningStatistics):
         momentum, eps = self.momentum, self.eps
         if not (eps >= 0 and (momentum is None or 0 <= momentum <= 1)):
             return None
-        if not self.training and self.track_running_stats:
+        if (not self.training or self.frozen) and self.track_running_stats:
             if mean is None or var is None:
                 return None
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
         if self.process_group is not None:
             return None
-        if mean is None or var is None:
+        # a batch that is computed again in the backward pass moves nothing
+        if mean is None or var is None or eager.graph_task() != -1:
             return eager.call(eager.OWN, input, weight, bias, (), eager.INSTANCE, eps)
         running = mean, var, None, momentum or 0.0
         return eager.call(eager.TRACKED, input, weight, bias, running, eager.INSTANCE, eps)
 
     def _statistics_group(self) -> Any:
-        own = self.training or not self.track_running_stats
+        own = self._statistics_are_own() or not self.track_running_stats
         return super()._statistics_group() if own else None
 
     def _batched(self, input: Tensor) -> Tensor:
@@ -63,13 +67,35 @@ class InstanceForward(FixedRank, Spanning, RunningStatistics):
         functional.check_instance_norm(x, mean, var, weight, bias)
         running = None
         if mean is not None and var is not None:
-            running = Running(mean, var, None, self.momentum or 0.0)
+            momentum = self.momentum or 0.0
+            running = Running(mean, var, None, momentum, self.skip_nonfinite, self._gathered)
         axes = instance(self.num_features)
         return synchronized.Call(self, x, weight, bias, axes, self.eps, running)
 
-    def _validated(self, input: Tensor) -> Tensor:
+    def _is_unbatched(self, input: Tensor) -> bool:
+        return input.dim() == self._dims[0]
+
+    def _masked(self, input: Tensor, mask: Tensor, more: More) -> Tensor:
+        x = self._batched(input)
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        functional.check_instance_norm(x, mean, var, weight, bias)
+        own = self._statistics_are_own() or not self.track_running_stats
+        if not own and mean is not None and var is not None:
+            return fixed(x, mask, mean, var, weight, bias, self.eps, more.padding_value)
+        running = self._running(False) if own else None
+        return self._by_valid(x, mask, instance(self.num_features), running, more)
+
+    def _validated(self, input: Tensor, more: More) -> Tensor:
         if (group := self._statistics_group()) is not None:
+            _checks.check_no_mask_across_processes(type(self).__name__, more.mask is not None)
             y = synchronized.normalize(self._spanning(input), group)
+        elif more.mask is not None:
+            return self._masked(input, more.mask, more)
+        elif self._statistics_are_own() and self._has_policy():
+            x = self._batched(input)
+            mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+            functional.check_instance_norm(x, mean, var, weight, bias)
+            y = self._by_policy(x, instance(self.num_features), more)
         else:
             y = functional.instance_norm(
                 self._batched(input),
@@ -77,14 +103,14 @@ class InstanceForward(FixedRank, Spanning, RunningStatistics):
                 self.running_var,
                 self.weight,
                 self.bias,
-                self.training or not self.track_running_stats,
+                self._statistics_are_own() or not self.track_running_stats,
                 self.momentum if self.momentum is not None else 0.0,
                 self.eps,
             )
         return y.squeeze(0) if y.dim() != input.dim() else y
 
 
-@with_process_group
+@with_options
 class InstanceNorm1d(InstanceForward, torch.nn.InstanceNorm1d):
     """Normalize each channel of each sample by its own mean and variance.
 
@@ -113,7 +139,7 @@ class InstanceNorm1d(InstanceForward, torch.nn.InstanceNorm1d):
     _shapes = "(C, L) or (N, C, L)"
 
 
-@with_process_group
+@with_options
 class InstanceNorm2d(InstanceForward, torch.nn.InstanceNorm2d):
     """Normalize each channel of each image by its own mean and variance.
 
@@ -133,7 +159,7 @@ class InstanceNorm2d(InstanceForward, torch.nn.InstanceNorm2d):
     _shapes = "(C, H, W) or (N, C, H, W)"
 
 
-@with_process_group
+@with_options
 class InstanceNorm3d(InstanceForward, torch.nn.InstanceNorm3d):
     """Normalize each channel of each volume by its own mean and variance.
 
@@ -153,7 +179,7 @@ class InstanceNorm3d(InstanceForward, torch.nn.InstanceNorm3d):
     _shapes = "(C, D, H, W) or (N, C, D, H, W)"
 
 
-@with_process_group
+@with_options
 class LazyInstanceNorm1d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm1d):
     """`InstanceNorm1d` that reads `num_features` off dim 1 of its first input (batched)."""
 
@@ -162,7 +188,7 @@ class LazyInstanceNorm1d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNor
     cls_to_become = InstanceNorm1d
 
 
-@with_process_group
+@with_options
 class LazyInstanceNorm2d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm2d):
     """`InstanceNorm2d` that reads `num_features` off dim 1 of its first input (batched)."""
 
@@ -171,7 +197,7 @@ class LazyInstanceNorm2d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNor
     cls_to_become = InstanceNorm2d
 
 
-@with_process_group
+@with_options
 class LazyInstanceNorm3d(LazyFeatures, InstanceForward, torch.nn.LazyInstanceNorm3d):
     """`InstanceNorm3d` that reads `num_features` off dim 1 of its first input (batched)."""
 

@@ -8,9 +8,12 @@ from torch import Tensor
 from .. import _checks, functional
 from .._ops import eager
 from ._base import Direct
+from ._options import More, with_options
+from ._padded import PaddedRows
 
 
-class LayerNorm(Direct, torch.nn.LayerNorm):
+@with_options
+class LayerNorm(PaddedRows, Direct, torch.nn.LayerNorm):
     """Normalize over the trailing dimensions, one mean and variance for each leading index.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias, weight and bias element by element.
@@ -37,6 +40,6 @@ class LayerNorm(Direct, torch.nn.LayerNorm):
             return None
         return eager.call(eager.OWN, input, weight, bias, (), eager.layer(len(shape)), eps)
 
-    def _validated(self, input: Tensor) -> Tensor:
+    def _validated(self, input: Tensor, more: More) -> Tensor:
         _checks.check_eps(self.eps, "LayerNorm")
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

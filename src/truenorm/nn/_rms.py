@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import _checks, functional
 from .._ops import eager
 from ._base import Direct
+from ._options import More, with_options
+from ._padded import PaddedRows
 
 
-class RMSNorm(Direct, torch.nn.RMSNorm):
+@with_options
+class RMSNorm(PaddedRows, Direct, torch.nn.RMSNorm):
     """Divide by the root mean square over the trailing dimensions.
 
     y = x / sqrt(E[x²] + eps) · weight, weight element by element; eps None is
@@ -42,10 +47,10 @@ class RMSNorm(Direct, torch.nn.RMSNorm):
         return eager.call(eager.OWN, input, weight, None, (), eager.rms(len(shape)), eps)
 
     # named as torch names it
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
+    def forward(self, x: Tensor, **more: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(x, **more)
 
-    def _validated(self, input: Tensor) -> Tensor:
+    def _validated(self, input: Tensor, more: More) -> Tensor:
         if self.eps is not None:
             _checks.check_eps(self.eps, "RMSNorm")
         return functional.rms_norm(input, self.normalized_shape, self.weight, self.eps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,8 +11,10 @@ from torch.nn import Module
 
 from .. import _checks, _exchange
 from ._batch import BatchForward
+from ._options import Option, with_options
 
 
+@with_options
 class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
     """Normalize each channel by its statistics over the whole batch, of every process.
 
@@ -39,6 +41,16 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
     torch.nn.SyncBatchNorm.
     """
 
+    _own_options: ClassVar[dict[str, Option | None]] = {
+        "process_group": None,
+        # each of them asks how many values there are, or sums up by itself
+        "on_single": None,
+        "virtual_batch_size": None,
+        "renorm": None,
+        "rmax": None,
+        "dmax": None,
+    }
+
     def _check_input_dim(self, input: Tensor) -> None:
         _checks.check_tensor("input", input)
         if input.dim() < 2:
@@ -53,7 +65,8 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
             )
 
     def _statistics_group(self) -> Any:
-        return _exchange.active_group(self.process_group) if self.training else None
+        own = self._statistics_are_own()
+        return _exchange.active_group(self.process_group) if own else None
 
     @classmethod
     def convert_sync_batchnorm(cls, module: Module, process_group: Any = None) -> Module:
