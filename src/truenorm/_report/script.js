@@ -116,18 +116,20 @@
     return scale === "log" ? Math.log10(Math.max(v, 1e-12)) : v;
   }
   // what all names end in says nothing
-  const ends = new Set(layers.map((l) => l.name.split(".").pop()));
-  const ending = ends.size === 1 && layers.length > 1 && layers.every((l) => l.name.includes("."))
-    ? "." + [...ends][0] : "";
+  const paths = layers.map((l) => l.name.split("."));
+  let common = 0;
+  while (paths.length > 1 && paths.every((p) => p.length > common + 1 && p.at(-1 - common) === paths[0].at(-1 - common))) common++;
   function short(name) {
-    if (ending) name = name.slice(0, -ending.length);
-    const most = narrow() ? 14 : 34;
-    return name.length > most ? "…" + name.slice(1 - most) : name || "(the model)";
+    if (common) name = name.split(".").slice(0, -common).join(".");
+    const most = narrow() ? 16 : 34, head = most >> 1;
+    // both ends tell layers apart: the stage and the place in it
+    return name.length > most ? name.slice(0, head - 1) + "…" + name.slice(head - most) : name || "(the model)";
   }
   function drawHeat() {
     const key = $("measure").value, m = MEASURES[key];
     if (!m) { $("heat").hidden = true; return; }
     $("meaning").textContent = m.meaning;
+    $("measured").textContent = m.name + ". ";
     const rows = layers.map((_, i) => i)
       .filter((i) => layers[i].channels[key] && (visible === null || visible.has(i)));
     const columns = Math.max(1, ...rows.map((i) => layers[i].channels[key].length));
