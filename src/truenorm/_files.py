@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from io import BytesIO
@@ -30,15 +31,29 @@ def write(path: str | Path, content: str | bytes, *, force: bool) -> None:
         if force:
             os.replace(part, path)
         else:
-            # unlike a rename it fails where the file has come to exist by now
-            os.link(part, path)
-            os.unlink(part)
+            _place(part, path)
     except FileExistsError:
         os.unlink(part)
         _checks.fail_exists(path)
     except BaseException:
         os.unlink(part)
         raise
+
+
+def _place(part: str, path: Path) -> None:
+    try:
+        # unlike a rename it fails where the file has come to exist by now
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        # FAT and some network file systems have no hard links
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EACCES):
+            raise
+        _checks.check_writable(path, force=False)
+        os.replace(part, path)
+    else:
+        os.unlink(part)
 
 
 def write_picture(path: str | Path, figure: Any, *, force: bool) -> None:

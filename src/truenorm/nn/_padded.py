@@ -29,7 +29,7 @@ class Padded(Configurable):
         raise NotImplementedError
 
     def _long_way(self, input: Tensor, more: More) -> Tensor:
-        if input.is_nested:
+        if isinstance(input, Tensor) and input.is_nested:
             return self._nested(input, more)
         axis = self.channel_axis
         if axis == 1 and more.mask is None and more.lengths is None:

@@ -139,3 +139,20 @@ def test_torchao_folds_what_was_exported(way: str) -> None:
     # torchao takes torch's counter of batches away by the name of its layer, and leaves ours
     counter = ["aten.add_.Tensor"] if way == "standard_ops" else []
     assert sorted([*targets, *counter]) == sorted(our_targets)
+
+
+def test_reverted_models_fuse_and_are_prepared() -> None:
+    """The way that needs no mapping, and the only one for FX graph mode."""
+    fx: Any = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    model, x = truenorm.convert(randomize(layers)).train(), torch.randn(2, 3, 9, 7)
+    fused = fusing.fuse_modules_qat(truenorm.revert(copy.deepcopy(model)), ["0", "1", "2"])
+    assert type(fused[0]).__name__ == "ConvBnReLU2d"
+    assert relative(fused(x), model(x)) < FLOAT32_BETWEEN
+    mapping = fusing.get_default_qat_qconfig_mapping("x86")
+    prepared = fx.prepare_qat_fx(truenorm.revert(copy.deepcopy(model)), mapping, (x,))
+    kinds = {type(m).__name__ for m in prepared.modules()}
+    assert "ConvBnReLU2d" in kinds
+    # as they are, truenorm's layers stay beside the convolution
+    prepared = fx.prepare_qat_fx(copy.deepcopy(model), mapping, (x,))
+    assert truenorm.BatchNorm2d in {type(m) for m in prepared.modules()}
