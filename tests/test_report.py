@@ -233,8 +233,16 @@ def test_dark_narrow_and_on_paper(pages: dict[str, Path]) -> None:
         driver.find_element("id", "theme").click()
         assert driver.execute_script("return " + background) == "rgb(252, 252, 250)"
         driver.find_element("id", "theme").click()
+        closed = "document.querySelectorAll('details:not([open])').length"
+        before = driver.execute_script(
+            f"addEventListener('beforeprint', () => {{ window.left = {closed}; }}); return {closed}"
+        )
         pdf = driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"]
         assert b64decode(pdf)[:5] == b"%PDF-"
+        # what is folded on the screen is open on paper
+        assert before > 0
+        assert driver.execute_script("return window.left") == 0
+        assert driver.execute_script("return " + closed) == before
         # and it is dark again
         assert driver.execute_script("return " + background) == "rgb(20, 23, 29)"
         assert errors(driver) == []
@@ -245,8 +253,13 @@ class Deep(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        blocks = [nn.ModuleDict({"norm": nn.BatchNorm2d(512)}) for _ in range(100)]
-        self.stages = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+
+        def stage() -> nn.ModuleDict:
+            kinds = ("normalization_first", "normalization_second")
+            blocks = [nn.ModuleDict({k: nn.BatchNorm2d(512) for k in kinds}) for _ in range(10)]
+            return nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+
+        self.encoder = nn.ModuleDict({"stages": nn.ModuleList(stage() for _ in range(5))})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for module in self.modules():
@@ -265,6 +278,13 @@ def test_the_page_of_a_hundred_layers(tmp_path: Path) -> None:
         # how fast is measured by tools/measure_page.py
         assert driver.execute_script("return document.querySelectorAll('#layers li').length") == 100
         assert errors(driver) == []
+    with browser(390, 800, mobile=True) as driver:
+        open_page(driver, path)
+        labels = driver.execute_script(
+            "return document.getElementById('heat').layout.yaxis.ticktext"
+        )
+        assert len(set(labels)) == len(labels) > 40
+        assert labels[-1] == "e.s.4.l.9.nor…irst"
 
 
 FACTORY = """
