@@ -25,6 +25,8 @@ BLOCKS = [
 ]
 
 
+# torch's exporters use a deprecated part of torch's own
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 @pytest.mark.parametrize(("page", "line", "code"), BLOCKS)
 def test_block_runs(
     page: Path, line: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
