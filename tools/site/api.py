@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
 import truenorm
 from truenorm import distributed, functional, nn, reference
 

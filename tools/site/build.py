@@ -21,7 +21,6 @@ import tables
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-DOCS = ROOT / "docs"
 
 # the order of pages; a page that is added to one of the folders needs no line here
 NAVIGATION = {
@@ -37,9 +36,12 @@ OUTSIDE = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 _TABLE = re.compile(r"<!-- made by the build: (.*?) -->")
 
 
-def _navigation() -> str:
+def _navigation(docs: Path) -> str:
     parts = []
-    for caption, pages in NAVIGATION.items():
+    for caption, patterns in NAVIGATION.items():
+        pages = [pattern for pattern in patterns if any(docs.glob(f"{pattern}.md"))]
+        if not pages:
+            continue
         parts.append(f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n:glob:\n")
         parts += [*pages, "```"]
     return "\n".join(parts) + "\n"
@@ -55,10 +57,10 @@ def _page(text: str, depth: int) -> str:
     return text
 
 
-def stage(to: Path) -> None:
+def stage(docs: Path, to: Path) -> None:
     """Everything that Sphinx reads, in one folder."""
     shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(DOCS, to)
+    shutil.copytree(docs, to)
     for page in sorted(to.rglob("*.md")):
         depth = len(page.relative_to(to).parts) - 1
         page.write_text(_page(page.read_text(encoding="utf-8"), depth), encoding="utf-8")
@@ -73,12 +75,13 @@ def stage(to: Path) -> None:
     for name, picture in pictures.make(ROOT / "build" / "pictures").items():
         shutil.copy(picture, to / "pictures" / name)
     with (to / "index.md").open("a", encoding="utf-8") as index:
-        index.write(_navigation())
+        index.write(_navigation(to))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the documentation's site.")
     parser.add_argument("--verified", type=Path, help="what `truenorm verify --json` wrote")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the pages' sources")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "site")
     parser.add_argument("--staged", type=Path, default=ROOT / "build" / "docs")
     args = parser.parse_args()
@@ -88,7 +91,7 @@ def main() -> int:
         print("Measuring the accuracy (half a minute) ...", flush=True)
         subprocess.run([*command, "--json", args.verified], check=True, stdout=subprocess.DEVNULL)
     tables.verified = args.verified
-    stage(args.staged)
+    stage(args.docs, args.staged)
     # a link that leads nowhere, a page that stands in no list: each is a warning, and that an error
     sphinx = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", "-c", HERE]
     done = subprocess.run([*sphinx, "-b", "html", args.staged, args.out])

@@ -99,8 +99,9 @@ def accuracy() -> str:
     measured = json.loads(verified.read_text(encoding="utf-8"))
     summary = measured["summary"]
     parts = [
-        f"{summary['checks']:,} checks, {summary['failed']} failed; torch {measured['torch']} would "
-        f"fail {summary['torch_failed']:,} of them. Instruction set: {measured['instruction_set']}."
+        f"{summary['checks']:,} checks, {summary['failed']} failed; torch {measured['torch']} "
+        f"would fail {summary['torch_failed']:,} of them. "
+        f"Instruction set: {measured['instruction_set']}."
     ]
     for section in SECTIONS:
         checks = [_check(c) for c in measured["checks"] if c["section"] == section.key]
