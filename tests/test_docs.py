@@ -90,7 +90,7 @@ def test_a_wrong_block_is_noticed() -> None:
     page = "```python\nx = 2\n```\n\n```python\nprint(x + 1, 'and on')\n```\n\n```output\n{}\n```\n"
     (reading,) = readings(blocks(page.format("3 and ...")))
     run("a page", reading)
-    with pytest.raises(AssertionError, match=r"a page:6 prints\n3 and on\nand shows\n4"):
+    with pytest.raises(AssertionError, match=r"a page:6 prints\s+3 and on\s+and shows\s+4"):
         run("a page", *readings(blocks(page.format("4"))))
     with pytest.raises(NameError, match="'x' is not defined"):
         run("a page", [reading[1]])
@@ -133,10 +133,8 @@ def test_the_site_is_built(verified: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     site = tmp_path / "site"
     made = {str(path.relative_to(site)) for path in site.rglob("*.html")}
-    pages = {
-        str(p.relative_to(ROOT / "docs").with_suffix(".html")) for p in PAGES if "docs" in p.parts
-    }
-    assert made >= {p for p in pages if (ROOT / "docs" / p).with_suffix(".md").exists()}
+    sources = (ROOT / "docs").rglob("*.md")
+    assert made >= {str(p.relative_to(ROOT / "docs").with_suffix(".html")) for p in sources}
     # the figures are those of the files they are made from
     measured = (site / "measured.html").read_text(encoding="utf-8")
     checks = json.loads(verified.read_text(encoding="utf-8"))["summary"]["checks"]
@@ -167,9 +165,9 @@ def test_a_broken_link_is_an_error(verified: Path, tmp_path: Path) -> None:
     done = build(verified, tmp_path, docs)
     assert done.returncode != 0
     warned = [line for line in done.stderr.splitlines() if "index.md" in line]
-    for line, said in zip(warned, ("nowhere.md", "gone", "no.png"), strict=True):
-        assert "WARNING" in line
-        assert said in line
+    assert len(warned) == 3
+    for said in ("nowhere.md", "gone", "no.png"):
+        assert any("WARNING" in line and said in line for line in warned), done.stderr
 
 
 def test_urls_are_well_formed() -> None:

@@ -1,7 +1,7 @@
 """Sphinx's settings. Of the generators at hand Sphinx is the one with years of care ahead of it.
 
 MyST reads the pages as the Markdown that a repository shows, Furo has light, dark and small
-screens, and neither asks another host for anything: the site opens from the disk, its search included.
+screens, and neither asks another host for anything: the site opens from the disk, search and all.
 """
 
 import sys
