@@ -61,7 +61,7 @@ BENCH ?=
 
 bench: $(VENV)/demo  ## time every layer beside torch's (BENCH=...: other options of the command)
 	@mkdir -p benchmarks/results
-	@$(BIN)/truenorm bench --json benchmarks/results/cpu-$$(date +%F).json \
+	@$(BIN)/truenorm bench --force --json benchmarks/results/cpu-$$(date +%F).json \
 		--chart docs/images/bench-cpu.png $(BENCH)
 
 # the GPU's name, as part of a file's
@@ -69,7 +69,7 @@ GPU = $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | he
 
 bench-cuda: $(VENV)/demo  ## time every layer on a GPU, beside torch's and others (BENCH=...)
 	@mkdir -p benchmarks/results
-	@$(BIN)/truenorm bench --device cuda --dtype float32 bfloat16 --compile \
+	@$(BIN)/truenorm bench --force --device cuda --dtype float32 bfloat16 --compile \
 		--json benchmarks/results/$(or $(GPU),cuda)-$$(date +%F).json \
 		--chart docs/images/bench-cuda.png $(BENCH)
 
@@ -79,7 +79,7 @@ bench-quick: $(VENV)/demo  ## the same in under two minutes, on fewer cases; wri
 sanitize: build/sanitize/_native.so  ## the tests of kernels and pool under ASan and UBSan (needs g++)
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		TRUENORM_LIBRARY="$(CURDIR)/$<" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/python -m pytest --capture=sys tests/test_kernels.py tests/test_pool*.py
+		$(BIN)/python -m pytest --capture=sys tests/test_kernels.py tests/test_mask.py tests/test_pool*.py
 
 # the kernels alone: no torch is needed for that, and none for aarch64 is at hand
 DIGEST_FLAGS := -std=c++20 -O3 -DNDEBUG -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi -Werror

@@ -38,24 +38,6 @@ Tensor over(const Buffer& buffer, const Geometry& g, ScalarType type) {
   return Tensor(handle);
 }
 
-// x with the geometry's strides: itself, or the one copy that is allowed.
-Tensor laid_out(const Tensor& x, const Geometry& g) {
-  bool same = true;
-  const auto strides = x.strides();
-  for (int64_t d = 0; d < g.sizes.size(); ++d)
-    same = same && (g.sizes[d] == 1 || strides[d] == g.strides[d]);
-  if (same) return x;
-  Tensor copy = empty_strided(g.sizes, g.strides, x.scalar_type());
-  torch::stable::copy_(copy, x);
-  return copy;
-}
-
-// The output's gradient, as x is laid out and in its type.
-Tensor laid_out_like(const Tensor& x, const Tensor& grad, const Geometry& g) {
-  const ScalarType type = x.scalar_type();
-  return laid_out(grad.scalar_type() == type ? grad : torch::stable::to(grad, type), g);
-}
-
 template <class T>
 void run(const Forward<T>& f) {
   if (f.geometry.memory == Memory::rows)

@@ -232,8 +232,8 @@ def test_everyone_takes_a_turn_and_a_refusal_is_left_out() -> None:
         ("--threads 0", "--threads (=0) must be at least 1"),
         ("--threads two", "invalid int value: 'two'"),
         ("--layer RMSNorm --family layernorm", "leave no case"),
-        ("--json no/where/x.json", "there is no folder no/where"),
-        ("--chart no/where/x.png", "there is no folder no/where"),
+        ("--json no/where/x.json", "no/where' does not exist, make it first"),
+        ("--chart no/where/x.png", "no/where' does not exist, make it first"),
         ("--chart x.svg", "--chart (='x.svg') must be a PNG"),
     ],
 )

@@ -40,7 +40,14 @@ def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def arguments(**changed: Any) -> argparse.Namespace:
-    given = {"dtype": ["float32"], "quick": True, "compile": False, "json": None, "chart": None}
+    given = {
+        "dtype": ["float32"],
+        "quick": True,
+        "compile": False,
+        "json": None,
+        "chart": None,
+        "force": False,
+    }
     return argparse.Namespace(**{**given, **changed})
 
 

@@ -120,7 +120,7 @@ def test_verify(capsys) -> None:
         ("explain RMSNorm 4 --dtype int8", "--dtype (='int8') is unknown: choose from float32"),
         ("explain RMSNorm 4 --seed x", "argument --seed: invalid int value: 'x'"),
         ("explain RMSNorm 4 --picture x.jpg", "--picture (='x.jpg') must be a PNG"),
-        ("explain RMSNorm 4 --picture no/where/x.png", "its folder does not exist"),
+        ("explain RMSNorm 4 --picture no/where/x.png", "no/where' does not exist, make it first"),
         ("verify --layer Dropout", "invalid choice: 'Dropout'"),
         ("demo --epochs 5", "unrecognized arguments: --epochs 5"),
     ],

@@ -27,6 +27,7 @@ FUNCTIONS = F.__all__
 # of truenorm's layers, beyond torch's
 OWN_ARGUMENTS = {
     "process_group": None,
+    "channel_axis": 1,
     "frozen": False,
     "on_single": "error",
     "skip_nonfinite": False,

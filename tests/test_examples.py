@@ -46,3 +46,19 @@ def test_statistics_digits() -> None:
     assert steps == moved
     assert float(re.search(r"trained: ([\d.]+)%", done.stdout).group(1)) > 85.0
     assert float(re.search(r"fine-tuned, frozen: ([\d.]+)%", done.stdout).group(1)) > 70.0
+
+
+def test_masked_text() -> None:
+    command = [sys.executable, "examples/masked_text.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    line = re.compile(r"(with|without) lengths: ([\d.]+)% right.* (\d+) of \d+ answers .* to (\S+)")
+    found = {name: rest for name, *rest in line.findall(done.stdout)}
+    right, changed, apart = found["with"]
+    assert float(right) > 30.0
+    assert int(changed) == 0
+    assert float(apart) < 1e-4 < 1e-1 < float(found["without"][2])
+    assert int(found["without"][1]) > 0

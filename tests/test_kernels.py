@@ -174,6 +174,24 @@ def test_a_sample_does_not_depend_on_the_batch(case: Case, dtype: torch.dtype) -
 
 
 @only_native
+@pytest.mark.parametrize("kwargs", [{"num_groups": 70}, {"num_groups": 7}])
+def test_a_sample_among_so_few_that_each_is_cut_for_two_threads(kwargs: dict[str, int]) -> None:
+    # three samples leave one of two threads idle, so that they are not a task each
+    layer = truenorm.GroupNorm(num_channels=70, **kwargs)
+    place = layouts((3, 70, 41, 40))["channels_last"]
+    x, grad = torch.randn(3, 70, 41, 40), torch.randn(3, 70, 41, 40)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        alone = run(layer, place(x[2:]), place(grad[2:]))
+        among = run(layer, place(x), place(grad))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(among.output[2:], alone.output)
+    assert torch.equal(among.input[2:], alone.input)
+
+
+@only_native
 @pytest.mark.parametrize("case", SHAPES["batch"], ids=lambda c: c.id)
 def test_a_sample_does_not_depend_on_the_batch_in_evaluation(case: Case) -> None:
     layer = case.build().eval()

@@ -160,6 +160,8 @@ def test_local_response_norm(dtype: torch.dtype, layout: str) -> None:
 def test_every_operator_is_here() -> None:
     tested = {"forward", "apply", "backward", "update_running_", "track_"}
     tested |= {"moments", "backward_of_part"}
+    # by test_mask.py
+    tested |= {"masked_forward", "masked_backward"}
     tested |= {"local_response_norm", "local_response_norm_backward"}
     # by test_eager.py
     tested |= {"eager_forward", "eager_forward_running", "eager_apply", "eager_backward"}

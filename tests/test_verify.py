@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from truenorm import functional
+from truenorm._extras import CommandError
 from truenorm._ops import eager
 from truenorm._verify import add_parser, differs
 from truenorm._verify.cases import LAYERS, SPECS, in_layout, layouts_of
@@ -142,7 +143,6 @@ def test_json_and_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--write", "page.md"], "add --against-torch"),
         (["--against-torch", "--quick"], "leave out --layer, --dtype, --quick"),
         (["--against-torch", "--write", "no/page.md"], "no/page.md"),
-        (["--json", "no/such/folder/report.json"], "there is no folder no/such/folder"),
     ],
 )
 def test_bad_arguments(
@@ -152,6 +152,19 @@ def test_bad_arguments(
         verify(*arguments)
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_is_not_replaced_unforced(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("mine")
+    arguments = ("--quick", "--layer", "RMSNorm", "--dtype", "float32", "--json")
+    with pytest.raises(CommandError, match=r"--json \(='.*report.json'\) exists: .* add --force"):
+        verify(*arguments, str(path))
+    assert path.read_text() == "mine"
+    assert verify(*arguments, str(path), "--force") == 0
+    assert json.loads(path.read_text())["summary"]["failed"] == 0
+    with pytest.raises(CommandError, match="no/such' does not exist, make it first"):
+        verify(*arguments, "no/such/report.json")
 
 
 def test_write_needs_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

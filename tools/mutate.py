@@ -149,7 +149,7 @@ MUTATIONS = [
         "channels.h",
         "rows_per_piece = std::max(kMinRows, kPiece / cols);",
         "rows_per_piece = std::max<int64_t>(2, kMinRows / g.n);",
-        "batch",
+        "batch or among",
     ),
     Mutation(
         "1 the last values of a run counted twice",

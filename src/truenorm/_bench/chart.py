@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from .. import _files
 from .._explain.palette import COLORS, FAINT, INK, PAPER, QUIET
 from .results import Result, families, machine
 from .timing import BOTH, COMPILE, DIRECTIONS, FORWARD, TORCH
@@ -87,7 +88,7 @@ def _limits(results: Sequence[Result], direction: str) -> tuple[float, float]:
     return min(reached) / 1.25, max(reached) * 1.25
 
 
-def draw(results: Sequence[Result], path: Path, where: str = "") -> None:
+def draw(results: Sequence[Result], path: Path, where: str = "", *, force: bool = False) -> None:
     """Write the chart as a PNG; where: what was measured on, if not this machine's processor."""
     shown = _shown(results)
     rows = _rows(shown)
@@ -155,4 +156,4 @@ def draw(results: Sequence[Result], path: Path, where: str = "") -> None:
                     fontsize=8.5 if result else 9.5, fontweight="normal" if result else "bold",
                     color=INK, va="center",
                 )  # fmt: skip
-    figure.savefig(path, format="png", metadata={"Software": None})
+    _files.write_picture(path, figure, force=force)

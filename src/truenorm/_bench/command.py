@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import _extras
+from .. import _extras, _files
 from .._library import info
 from .._verify.sections import DTYPES
 from . import cuda, cuda_command, models, report
@@ -69,6 +69,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--compile", action="store_true", help="time torch.compile of torch's too")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every measurement")
     parser.add_argument("--chart", metavar="FILE", type=Path, help="draw the ratios, as a PNG")
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
     parser.set_defaults(func=functools.partial(_run, parser))
 
 
@@ -105,9 +106,7 @@ def _fits(case: Case, dtype: str) -> bool:
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("json", "chart"):
-        path = getattr(args, name)
-        if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"--{name} {path}: there is no folder {path.parent}; create it first")
+        _files.check_option(f"--{name}", getattr(args, name), force=args.force)
     if args.chart is not None:
         if args.chart.suffix.lower() != ".png":
             parser.error(f"--chart (='{args.chart}') must be a PNG: name a file that ends in .png")
@@ -139,7 +138,8 @@ def _run_models(parser: argparse.ArgumentParser, args: argparse.Namespace) -> in
     if args.json is not None:
         about = {"date": str(datetime.date.today()), "quick": args.quick, "threads": threads}
         found = {**machine(), **about, "models": [step.as_dict() for step in steps]}
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(found, indent=1) + "\n"
+        _files.write_option("--json", args.json, text, force=args.force)
     return 1 if any(step.wrong for step in steps) else 0
 
 
@@ -181,9 +181,9 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.json is not None:
         about = {"date": str(datetime.date.today()), "quick": args.quick, "threads": threads}
         text = json.dumps(as_json(results, rows, **about), indent=1, ensure_ascii=False)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        _files.write_option("--json", args.json, text + "\n", force=args.force)
     if args.chart is not None:
         from .chart import draw
 
-        draw(results, args.chart)
+        draw(results, args.chart, force=args.force)
     return 1 if wrong else 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import _files
 from .._library import info
 from .._verify.sections import DTYPES
 from . import cuda, report
@@ -188,10 +189,11 @@ def run(
             "results": [{k: v for k, v in r.as_dict().items() if k != "threads"} for r in results],
         }
         text = json.dumps(found_all, indent=1, ensure_ascii=False)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        _files.write_option("--json", args.json, text + "\n", force=args.force)
     if args.chart is not None:
         from .chart import draw
 
         dtypes = ", ".join(dict.fromkeys(args.dtype))
-        draw(results, args.chart, f"{about['device']}, {dtypes}, torch {about['torch']}")
+        where = f"{about['device']}, {dtypes}, torch {about['torch']}"
+        draw(results, args.chart, where, force=args.force)
     return 1 if wrong else 0

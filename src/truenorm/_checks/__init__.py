@@ -6,6 +6,7 @@ that code which matches on them goes on working.
 """
 
 from .layers import *  # noqa: F403
+from .masks import *  # noqa: F403
 from .models import *  # noqa: F403
 from .policy import *  # noqa: F403
 from .processes import *  # noqa: F403

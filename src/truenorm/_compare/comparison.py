@@ -78,14 +78,19 @@ class Comparison:
         """The same as JSON, with null where a difference is not finite."""
         return json.dumps(_finite(self.to_dict()), indent=1)
 
-    def save_picture(self, path: str | Path) -> None:
-        """Draw the differences along the layers, as a PNG (needs matplotlib)."""
+    def save_picture(self, path: str | Path, *, force: bool = False) -> None:
+        """Draw the differences along the layers, as a PNG, whole or not at all (needs matplotlib).
+
+        Errors: FileExistsError where the file exists, unless `force`; FileNotFoundError where its
+        folder does not.
+        """
         from .._extras import require
 
         require("matplotlib", purpose="a picture")
         from .picture import save
 
-        save(self, Path(path))
+        _checks.check_writable(Path(path), force=force)
+        save(self, path, force=force)
 
     def __str__(self) -> str:
         width = max(len(row.label) for row in self.layers)

@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .._explain.palette import FAINT, INK, PAPER, QUIET
+from .._files import write_picture
 from .comparison import Comparison
 
 DPI = 160
@@ -55,6 +56,6 @@ def draw(c: Comparison) -> Figure:
     return figure
 
 
-def save(c: Comparison, path: Path) -> None:
-    """Write the figure as a PNG."""
-    draw(c).savefig(path, format="png", metadata={"Software": None})
+def save(c: Comparison, path: str | Path, *, force: bool) -> None:
+    """Write the figure as a PNG, whole or not at all."""
+    write_picture(path, draw(c), force=force)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from .. import nn
+from .. import _files, nn
 from .._extras import CommandError
 from .explanation import explain
 from .layers import seeded_input
@@ -57,6 +57,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random input (default 0)")
     parser.add_argument("--dtype", default="float32", help=f"one of {', '.join(DTYPES)}")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="save a picture too")
+    parser.add_argument("--force", action="store_true", help="replace a picture that exists")
     parser.add_argument("--eps", type=float, help="the layer's eps (default: the layer's own)")
     parser.add_argument("--num-groups", type=int, metavar="G", help="of GroupNorm")
     parser.add_argument(
@@ -145,10 +146,7 @@ def run(args: argparse.Namespace) -> int:
     picture = args.picture
     if picture is not None and picture.suffix.lower() != ".png":
         raise CommandError(f"--picture (={str(picture)!r}) must be a PNG: end its name in .png")
-    if picture is not None and not picture.absolute().parent.is_dir():
-        raise CommandError(
-            f"--picture (={str(picture)!r}): its folder does not exist, make it first"
-        )
+    _files.check_option("--picture", picture, force=args.force)
     dtype = DTYPES[args.dtype]
     try:
         layer = _build(name, shape, args).to(dtype)
@@ -157,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(" ".join(str(error).split())) from error
     if picture is not None:
         try:
-            explanation.save_picture(picture)
+            explanation.save_picture(picture, force=args.force)
         except OSError as error:
             raise CommandError(
                 f"--picture (={str(picture)!r}) cannot be written: {error.strerror or error}"

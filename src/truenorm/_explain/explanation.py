@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks
 from . import by_hand
 from .groups import Group, Sharing
 from .layers import Subject, prepare, seeded_input
@@ -73,17 +74,19 @@ class Explanation:
 
         return plain(self)
 
-    def save_picture(self, path: str | Path) -> None:
+    def save_picture(self, path: str | Path, *, force: bool = False) -> None:
         """Draw which values share a statistic, and the values before and after, as a PNG.
 
-        Errors: ImportError where matplotlib is missing; OSError where `path` cannot be written.
+        Errors: ImportError where matplotlib is missing; FileExistsError where the file exists,
+        unless `force`; OSError where `path` cannot be written otherwise.
         """
         from .._extras import require
 
         require("matplotlib", purpose="a picture")
         from .picture import save
 
-        save(self, Path(path))
+        _checks.check_writable(Path(path), force=force)
+        save(self, path, force=force)
 
     def to_dict(self, *, limit: int = 1000) -> dict[str, Any]:
         """Everything as JSON's types. Of tensors and groups larger than `limit`, the first."""
@@ -189,6 +192,7 @@ def explain(
     x_or_shape: Tensor | Sequence[int],
     *,
     picture: str | Path | None = None,
+    force: bool = False,
     seed: int = 0,
 ) -> Explanation:
     """Work one normalization layer out by hand on one input, beside truenorm's result and torch's.
@@ -199,11 +203,13 @@ def explain(
     layer: a normalization layer of torch.nn or truenorm.
     x_or_shape: an input, or a shape, for which one is drawn from `seed`, its samples and channels
         of different means and spreads.
-    picture: where to save a PNG of it as well.
+    picture: where to save a PNG of it as well; `force` replaces a file that exists.
 
     Errors: TypeError for another layer or an input that is not of a real floating dtype; those of
-    the layer for an input that does not fit it.
+    the layer for an input that does not fit it; FileExistsError for a picture that exists.
     """
+    if picture is not None:
+        _checks.check_writable(Path(picture), force=force)
     if isinstance(x_or_shape, Tensor):
         x = x_or_shape.detach()
     else:
@@ -255,5 +261,5 @@ def explain(
         running=running_updates(layer, subject, truenorm_layer, groups),
     )
     if picture is not None:
-        explanation.save_picture(picture)
+        explanation.save_picture(picture, force=force)
     return explanation

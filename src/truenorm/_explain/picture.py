@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .._files import write_picture
 from .explanation import Explanation
 from .palette import INK, PAPER, QUIET
 from .stacks import draw_groups
@@ -56,7 +57,6 @@ def draw(e: Explanation) -> Figure:
     return figure
 
 
-def save(e: Explanation, path: Path) -> None:
-    """Write the figure as a PNG."""
-    # no metadata: the same explanation gives the same bytes
-    draw(e).savefig(path, format="png", metadata={"Software": None})
+def save(e: Explanation, path: str | Path, *, force: bool) -> None:
+    """Write the figure as a PNG, whole or not at all."""
+    write_picture(path, draw(e), force=force)

@@ -5,22 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ops import operators
+from .._ops import channel_moments
 
 
 def of_channels(x: Tensor) -> tuple[Tensor, Tensor]:
     """Of each channel of (N, C, *), over samples and positions: (C,) in float64."""
-    mean, var = operators.moments(x)
-    return mean, var
+    return channel_moments(x)
 
 
 def of_samples(x: Tensor) -> tuple[Tensor, Tensor]:
     """Of each channel of each sample of (N, C, *positions): (N, C) in float64."""
     n, c = x.shape[:2]
     if x.is_contiguous():
-        mean, var = operators.moments(x.view(1, n * c, -1))
+        mean, var = channel_moments(x.view(1, n * c, -1))
         return mean.view(n, c), var.view(n, c)
-    each = [operators.moments(x[i : i + 1]) for i in range(n)]
+    each = [channel_moments(x[i : i + 1]) for i in range(n)]
     return torch.stack([m for m, _ in each]), torch.stack([v for _, v in each])
 
 
@@ -30,5 +29,5 @@ def of_rows(x: Tensor, dims: int, *, centred: bool) -> tuple[Tensor, Tensor]:
     Not `centred`: zero, and the mean square.
     """
     rows = x.reshape(1, -1, x.shape[x.dim() - dims :].numel())
-    mean, var = operators.moments(rows)
+    mean, var = channel_moments(rows)
     return (mean, var) if centred else (torch.zeros_like(mean), var + mean * mean)

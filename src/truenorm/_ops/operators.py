@@ -151,7 +151,8 @@ def track_once(
     if within_backward():
         return
     running = running_mean, running_var, num_batches_tracked
-    if count is None and not skip_nonfinite:
+    mapped = torch._C._are_functorch_transforms_active()  # whose errors are torch's
+    if count is None and not skip_nonfinite and not mapped:
         with torch._C._AutoDispatchBelowAutograd():
             update_running(*running, x, mean, var, momentum)
         return
@@ -167,12 +168,13 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "moments": _plain_moments,
     "backward_of_part": _plain.backward_of_part,
     "update_running_": _plain.update_running,
-    "track_": track_once,
     "local_response_norm": _plain.local_response_norm,
     "local_response_norm_backward": _plain.local_response_norm_backward,
 }
 for _name, _kernel in PLAIN.items():
     _library_def.impl(_name, _kernel, "CompositeExplicitAutograd")
+# asks, and calls update_running_: the same on every device
+_library_def.impl("track_", track_once, "CompositeExplicitAutograd")
 _triton.register(_library_def, PLAIN)
 
 

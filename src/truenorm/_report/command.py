@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .. import _checks
+from .. import _files
 from .._demo.progress import reporting
 from .._extras import CommandError, require
 from .._inspect.tables import SEVERITIES
@@ -61,23 +61,14 @@ def _check(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} (={getattr(args, name)}) must be at least 1"
             )
     for option, path in (("--out", args.out), ("--json", args.json)):
-        if path is None:
-            continue
-        try:
-            _checks.check_writable(path, force=args.force)
-        except FileExistsError as error:
-            raise CommandError(
-                f"{option} (={str(path)!r}) exists: name another file, or add --force to replace it"
-            ) from error
-        except OSError as error:
-            raise CommandError(str(error).replace("`path`", option)) from error
+        _files.check_option(option, path, force=args.force)
 
 
 def run(args: argparse.Namespace) -> int:
     """Make the page, say what was found, and what to open."""
     _check(args)
     from .._inspect import inspect
-    from .page import save, write
+    from .page import save
 
     model = sources.model(args.model)
     data = sources.data(args.data, args.shape, args.batch_size)
@@ -94,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             report.begin("writing the page")
             save(inspection, args.out, force=args.force)
             if args.json is not None:
-                write(args.json, inspection.to_json() + "\n", force=args.force)
+                _files.write(args.json, inspection.to_json() + "\n", force=args.force)
     except (ValueError, TypeError, RuntimeError) as error:
         text = " ".join(str(error).split()).replace("`data`", "--data")
         text, _, remedy = text.partition(" — ")

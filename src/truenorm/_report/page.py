@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import os
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 
-from .. import _checks
+from .. import _checks, _files
 from .._extras import require
 from .._inspect.tables import SEVERITIES, Inspection
 from .data import page_data
@@ -49,29 +47,6 @@ def page(inspection: Inspection) -> str:
 
 def save(inspection: Inspection, path: str | Path, *, force: bool = False) -> None:
     """Write the page, whole or not at all."""
-    path = Path(path)
-    _checks.check_writable(path, force=force)
-    write(path, page(inspection), force=force)
-
-
-def write(path: Path, text: str, *, force: bool) -> None:
-    """A file, whole or not at all."""
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.absolute().parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(part, 0o666 & ~mask)
-        if force:
-            os.replace(part, path)
-        else:
-            # unlike a rename it fails where the file has come to exist by now
-            os.link(part, path)
-            os.unlink(part)
-    except FileExistsError:
-        os.unlink(part)
-        _checks.fail_exists(path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    # before the work is done
+    _checks.check_writable(Path(path), force=force)
+    _files.write(path, page(inspection), force=force)

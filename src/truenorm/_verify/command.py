@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .. import _files
 from .._library import info
 from . import bits, gradients, sections, table
 from .cases import LAYERS, SPECS
@@ -39,6 +40,7 @@ def add_parser(subparsers: Any) -> None:
         help="only these input dtypes: " + ", ".join(DTYPES),
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every measurement")
+    parser.add_argument("--force", action="store_true", help="replace a file that exists (--json)")
     parser.add_argument(
         "--against-torch", action="store_true",
         help="instead, the table of where the installed torch differs, in Markdown",
@@ -79,13 +81,13 @@ def _about() -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, contents: dict[str, Any]) -> None:
-    path.write_text(json.dumps({**_about(), **contents}, indent=1) + "\n", encoding="utf-8")
+def _write_json(path: Path, contents: dict[str, Any], *, force: bool) -> None:
+    text = json.dumps({**_about(), **contents}, indent=1) + "\n"
+    _files.write_option("--json", path, text, force=force)
 
 
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        parser.error(f"--json {args.json}: there is no folder {args.json.parent}; create it first")
+    _files.check_option("--json", args.json, force=args.force)
     if args.against_torch:
         if args.layer or args.dtype or args.quick:
             parser.error("--against-torch has its own cases: leave out --layer, --dtype, --quick")
@@ -108,7 +110,11 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             "torch_failed": sum(not c.torch_passed for c in checks),
             "torch_refused": sum(c.torch is None for c in checks),
         }
-        _write_json(args.json, {"summary": counts, "checks": [c.as_dict() for c in checks]})
+        _write_json(
+            args.json,
+            {"summary": counts, "checks": [c.as_dict() for c in checks]},
+            force=args.force,
+        )
     return 1 if failed else 0
 
 
@@ -127,7 +133,7 @@ def _against_torch(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     if page is None:
         print(text)
     else:
-        args.write.write_text(differs.replace(page, text), encoding="utf-8")
+        _files.write_option("--write", args.write, differs.replace(page, text), force=True)
     if args.json is not None:
-        _write_json(args.json, {"differences": [d.as_dict() for d in found]})
+        _write_json(args.json, {"differences": [d.as_dict() for d in found]}, force=args.force)
     return 0 if all(d.passed for d in found) else 1

@@ -70,6 +70,9 @@ class Direct(Traceable, Configurable):
         more = NOTHING if plain else More(mask, lengths, padding_value, residual)
         if self._is_traced(input):
             return self._as_leaf(input, more)
+        return self._long_way(input, more)
+
+    def _long_way(self, input: Tensor, more: More) -> Tensor:
         return self._validated(input, more)
 
 

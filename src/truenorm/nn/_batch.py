@@ -13,10 +13,11 @@ from .._axes import BATCH
 from .._ops import eager, synchronized
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
 from ._options import More, with_options
+from ._padded import Padded, fixed
 from ._policy import SmallBatches
 
 
-class BatchForward(FixedRank, Spanning, SmallBatches, RunningStatistics):
+class BatchForward(Padded, FixedRank, Spanning, SmallBatches, RunningStatistics):
     """forward() of every layer with batch statistics; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
@@ -66,8 +67,11 @@ class BatchForward(FixedRank, Spanning, SmallBatches, RunningStatistics):
 
     def _validated(self, input: Tensor, more: More) -> Tensor:
         if (group := self._statistics_group()) is not None:
+            _checks.check_no_mask_across_processes(type(self).__name__, more.mask is not None)
             return synchronized.normalize(self._spanning(input), group)
         self._check_input(input)
+        if more.mask is not None:
+            return self._masked(input, more.mask, more)
         # as torch: the running statistics serve evaluation wherever they exist, and are updated
         # in training only while they are tracked
         running_mean, running_var = self.running_mean, self.running_var
@@ -91,6 +95,14 @@ class BatchForward(FixedRank, Spanning, SmallBatches, RunningStatistics):
             self.momentum,
             self.eps,
         )
+
+    def _masked(self, input: Tensor, mask: Tensor, more: More) -> Tensor:
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        own = self._statistics_are_own()
+        functional.check_batch_norm(input, mean, var, weight, bias, own, self.eps)
+        if not own and mean is not None and var is not None:
+            return fixed(input, mask, mean, var, weight, bias, self.eps, more.padding_value)
+        return self._by_valid(input, mask, BATCH, self._running(True) if own else None, more)
 
 
 @with_options

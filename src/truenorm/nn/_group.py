@@ -13,10 +13,11 @@ from .._axes import group
 from .._ops import eager, synchronized
 from ._base import Direct, Spanning
 from ._options import More, with_options
+from ._padded import Padded
 
 
 @with_options
-class GroupNorm(Direct, Spanning, torch.nn.GroupNorm):
+class GroupNorm(Padded, Direct, Spanning, torch.nn.GroupNorm):
     """Normalize each group of channels of each sample by its own mean and variance.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
@@ -53,8 +54,12 @@ class GroupNorm(Direct, Spanning, torch.nn.GroupNorm):
 
     def _validated(self, input: Tensor, more: More) -> Tensor:
         if (processes := self._statistics_group()) is not None:
+            _checks.check_no_mask_across_processes("GroupNorm", more.mask is not None)
             return synchronized.normalize(self._spanning(input), processes)
         _checks.check_eps(self.eps, "GroupNorm")
+        if more.mask is not None:
+            functional.check_group_norm(input, self.num_groups, self.weight, self.bias)
+            return self._by_valid(input, more.mask, group(self.num_groups), None, more)
         return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
     def _spanning(self, input: Tensor) -> synchronized.Call:

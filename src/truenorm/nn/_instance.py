@@ -12,10 +12,11 @@ from .._axes import instance
 from .._ops import Running, eager, synchronized
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
 from ._options import More, with_options
+from ._padded import Padded, fixed
 from ._policy import Policed
 
 
-class InstanceForward(FixedRank, Spanning, Policed, RunningStatistics):
+class InstanceForward(Padded, FixedRank, Spanning, Policed, RunningStatistics):
     """forward() of the InstanceNorm layers; mixed in before torch's class."""
 
     def _directly(self, input: Tensor) -> Tensor | None:
@@ -71,9 +72,25 @@ class InstanceForward(FixedRank, Spanning, Policed, RunningStatistics):
         axes = instance(self.num_features)
         return synchronized.Call(self, x, weight, bias, axes, self.eps, running)
 
+    def _is_unbatched(self, input: Tensor) -> bool:
+        return input.dim() == self._dims[0]
+
+    def _masked(self, input: Tensor, mask: Tensor, more: More) -> Tensor:
+        x = self._batched(input)
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        functional.check_instance_norm(x, mean, var, weight, bias)
+        own = self._statistics_are_own() or not self.track_running_stats
+        if not own and mean is not None and var is not None:
+            return fixed(x, mask, mean, var, weight, bias, self.eps, more.padding_value)
+        running = self._running(False) if own else None
+        return self._by_valid(x, mask, instance(self.num_features), running, more)
+
     def _validated(self, input: Tensor, more: More) -> Tensor:
         if (group := self._statistics_group()) is not None:
+            _checks.check_no_mask_across_processes(type(self).__name__, more.mask is not None)
             y = synchronized.normalize(self._spanning(input), group)
+        elif more.mask is not None:
+            return self._masked(input, more.mask, more)
         elif self._statistics_are_own() and self._has_policy():
             x = self._batched(input)
             mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias

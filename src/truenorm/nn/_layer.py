@@ -9,10 +9,11 @@ from .. import _checks, functional
 from .._ops import eager
 from ._base import Direct
 from ._options import More, with_options
+from ._padded import PaddedRows
 
 
 @with_options
-class LayerNorm(Direct, torch.nn.LayerNorm):
+class LayerNorm(PaddedRows, Direct, torch.nn.LayerNorm):
     """Normalize over the trailing dimensions, one mean and variance for each leading index.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias, weight and bias element by element.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from .. import functional
+from .. import _checks, functional
 from ._base import Traceable
+from ._options import Configurable, Option, with_options
+from ._padded import Padded
 
 
-class LocalResponseNorm(Traceable, torch.nn.LocalResponseNorm):
+@with_options
+class LocalResponseNorm(Traceable, Configurable, torch.nn.LocalResponseNorm):
     """Divide each value by a power of the energy of its neighbouring channels.
 
     y_c = x_c · (k + alpha / size · Σ x_j²)^−beta, over the `size` channels j from c − size // 2 on.
@@ -20,10 +25,23 @@ class LocalResponseNorm(Traceable, torch.nn.LocalResponseNorm):
 
     Errors: ValueError for an input of fewer than 3 dimensions; RuntimeError for a size below 1.
 
-    Source: Krizhevsky et al. 2012. Arguments as in torch.nn.LocalResponseNorm.
+    Source: Krizhevsky et al. 2012. Arguments as in torch.nn.LocalResponseNorm, and `channel_axis`:
+    the input's dimension of the channels.
     """
+
+    channel_axis: int = 1
+    _own_options: ClassVar[dict[str, Option | None]] = dict(Padded._own_options)
 
     def forward(self, input: Tensor) -> Tensor:
         if self._is_traced(input):
             return self._as_leaf(input)
+        if self.channel_axis != 1:
+            _checks.check_tensor("input", input)
+            _checks.check_channel_axis_fits(self.channel_axis, input.dim())
+            return self._normalized(input.movedim(self.channel_axis, 1)).movedim(
+                1, self.channel_axis
+            )
+        return self._normalized(input)
+
+    def _normalized(self, input: Tensor) -> Tensor:
         return functional.local_response_norm(input, self.size, self.alpha, self.beta, self.k)

@@ -11,10 +11,11 @@ from .. import _checks, functional
 from .._ops import eager
 from ._base import Direct
 from ._options import More, with_options
+from ._padded import PaddedRows
 
 
 @with_options
-class RMSNorm(Direct, torch.nn.RMSNorm):
+class RMSNorm(PaddedRows, Direct, torch.nn.RMSNorm):
     """Divide by the root mean square over the trailing dimensions.
 
     y = x / sqrt(E[x²] + eps) · weight, weight element by element; eps None is

@@ -1,0 +1,139 @@
+"""Errors of masks, lengths and channel axes."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layers import check_tensor
+
+
+def check_one_of_mask_and_lengths(mask: Any, lengths: Any) -> None:
+    if mask is not None and lengths is not None:
+        raise ValueError(
+            "`mask` and `lengths` were both given: a length is a mask of leading positions; give "
+            "one of them"
+        )
+
+
+def check_mask(mask: Any, shapes: list[tuple[int, ...]], input: Tensor) -> None:
+    check_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"`mask` must be boolean, True where a value counts, but has dtype {mask.dtype}: "
+            "convert it with mask.bool(), or invert a padding mask with ~mask"
+        )
+    if mask.device != input.device:
+        raise RuntimeError(
+            f"`mask` is on {mask.device} and `input` on {input.device}: move it with "
+            "mask.to(input.device)"
+        )
+    fits = any(
+        mask.dim() == len(shape)
+        and all(m in (1, s) for m, s in zip(mask.shape, shape, strict=True))
+        for shape in shapes
+    )
+    if not fits:
+        allowed = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(
+            f"`mask` has shape {tuple(mask.shape)}, which does not fit `input` of shape "
+            f"{tuple(input.shape)}: give one of shape {allowed}, or with 1 in place of a size"
+        )
+
+
+def check_lengths(lengths: Any, input: Tensor, channel_axis: int) -> None:
+    check_tensor("lengths", lengths)
+    positions = [s for d, s in enumerate(input.shape) if d not in (0, channel_axis % input.dim())]
+    if len(positions) != 1:
+        raise ValueError(
+            f"`lengths` goes with inputs of one dimension of positions, but `input` has shape "
+            f"{tuple(input.shape)}: give a `mask`"
+        )
+    if lengths.dtype.is_floating_point or lengths.dtype in (torch.bool, torch.complex64):
+        raise TypeError(
+            f"`lengths` must be integers, but has dtype {lengths.dtype}: convert it with "
+            "lengths.long()"
+        )
+    if lengths.shape != input.shape[:1]:
+        raise ValueError(
+            f"`lengths` has shape {tuple(lengths.shape)}, but `input` of shape "
+            f"{tuple(input.shape)} needs one length for each sample, shape {(input.shape[0],)}"
+        )
+    if lengths.device != input.device:
+        raise RuntimeError(
+            f"`lengths` is on {lengths.device} and `input` on {input.device}: move it with "
+            "lengths.to(input.device)"
+        )
+    # on a GPU, and in a graph, nobody waits for the values
+    if lengths.is_cpu and not torch.compiler.is_compiling() and lengths.numel():
+        most, least = int(lengths.max()), int(lengths.min())
+        if most > positions[0] or least < 0:
+            wrong = most if most > positions[0] else least
+            raise ValueError(
+                f"`lengths` holds {wrong}, but each must be from 0 to {positions[0]}, the "
+                f"positions of `input` of shape {tuple(input.shape)}"
+            )
+
+
+def check_no_lengths(layer: str, given: bool) -> None:
+    if given:
+        raise ValueError(
+            f"{layer} takes no `lengths`, since it is told where its rows are by its "
+            "normalized_shape alone: give a `mask` of the leading dimensions"
+        )
+
+
+def check_padding_value(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"`padding_value` must be a number, but got {value!r}: it is what outputs hold where "
+            "nothing is valid, 0.0 by default"
+        )
+
+
+def check_no_mask_across_processes(layer: str, masked: bool) -> None:
+    if masked:
+        raise NotImplementedError(
+            f"{layer} takes no `mask` or `lengths` while its statistics span processes: call it "
+            "without its process_group, or with the valid values alone"
+        )
+
+
+def check_no_mask_with(layer: str, options: list[str]) -> None:
+    if options:
+        raise NotImplementedError(
+            f"{layer} takes no `mask` or `lengths` together with {' and '.join(options)}: leave "
+            "one of them out"
+        )
+
+
+def check_nested(input: Tensor, masked: bool) -> None:
+    if masked:
+        raise ValueError(
+            "`input` is a nested tensor, which says its lengths itself: leave `mask` and `lengths` "
+            "out"
+        )
+    if input.layout != torch.jagged or input.dim() < 3 or getattr(input, "_ragged_idx", 1) != 1:
+        raise ValueError(
+            "`input` is a nested tensor, which must be of layout torch.jagged and of shape "
+            f"(N, ragged, …, C), but has layout {input.layout} and {input.dim()} dimensions"
+        )
+
+
+def check_channel_axis(axis: Any) -> None:
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(
+            f"`channel_axis` must be an integer, but got {axis!r}: 1 for (N, C, …), -1 for "
+            "(N, …, C)"
+        )
+
+
+def check_channel_axis_fits(axis: int, dims: int) -> None:
+    if not -dims <= axis < dims or axis % dims == 0:
+        raise ValueError(
+            f"`channel_axis` is {axis}, but an input of {dims} dimensions has its channels at one "
+            f"of 1 to {dims - 1}, or -1 to {1 - dims}: dimension 0 is the samples"
+        )

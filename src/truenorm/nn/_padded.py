@@ -1,0 +1,168 @@
+"""Padded inputs, and channels elsewhere than in dimension 1, for layers that take neither."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _ops
+from .._axes import Axes
+from .._ops import Running, masked
+from ._options import Configurable, More, Option
+
+
+class Padded(Configurable):
+    """A layer over (N, C, *positions) that takes a mask or lengths, and a channel axis."""
+
+    channel_axis: int = 1
+    _own_options: ClassVar[dict[str, Option | None]] = {
+        "channel_axis": Option(1, _checks.check_channel_axis)
+    }
+
+    def _is_unbatched(self, input: Tensor) -> bool:
+        return False
+
+    def _validated(self, input: Tensor, more: More) -> Tensor:
+        """The call on (N, C, *positions), or (C, *positions), with a mask against these or None."""
+        raise NotImplementedError
+
+    def _long_way(self, input: Tensor, more: More) -> Tensor:
+        if isinstance(input, Tensor) and input.is_nested:
+            return self._nested(input, more)
+        axis = self.channel_axis
+        if axis == 1 and more.mask is None and more.lengths is None:
+            return self._validated(input, more)
+        _checks.check_tensor("input", input)
+        unbatched = self._is_unbatched(input)
+        x = input.unsqueeze(0) if unbatched else input
+        _checks.check_channel_axis_fits(axis, x.dim())
+        more = more._replace(mask=_mask(x, axis, more, unbatched), lengths=None)
+        if more.residual is not None and axis != 1:
+            r = more.residual.unsqueeze(0) if unbatched else more.residual
+            more = more._replace(residual=r.movedim(axis, 1) if r.dim() == x.dim() else r)
+        # a view: channels_last memory, to the kernels
+        y = self._validated(x.movedim(axis, 1), more).movedim(1, axis)
+        return y.squeeze(0) if unbatched else y
+
+    def _by_valid(
+        self, x: Tensor, mask: Tensor, axes: Axes, running: Running | None, more: More
+    ) -> Tensor:
+        """x (N, C, *positions), checked, by the statistics of its valid values."""
+        layer: Any = self
+        others = sorted(self._chosen().keys() & {"on_single", "virtual_batch_size", "renorm"})
+        if running is not None and running.gathered is not None and axes.num_groups:
+            others.append("accumulate")
+        if running is not None and running.gathered is not None and mask.dim() == x.dim():
+            others.append("accumulate and a mask per channel")
+        _checks.check_no_mask_with(type(self).__name__, others)
+        if x.dim() > 3 and not _in_order(x):
+            x = x.contiguous()
+        made = masked.normalize(
+            x, mask, layer.weight, layer.bias, axes, layer.eps, more.padding_value
+        )
+        if running is not None:
+            masked.track(running, x, made)
+        return made.y
+
+    def _nested(self, input: Tensor, more: More) -> Tensor:
+        """A jagged tensor, padded and cut again: each component is a sample."""
+        _checks.check_nested(input, more.mask is not None or more.lengths is not None)
+        offsets: Any = input.offsets()  # type: ignore[attr-defined]
+        lengths = offsets.diff()
+        padded = torch.nested.to_padded_tensor(input, 0.0)
+        y = self._long_way(padded, more._replace(lengths=lengths))
+        inside = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+        return torch.nested.nested_tensor_from_jagged(y[inside], offsets)
+
+
+def _in_order(x: Tensor) -> bool:
+    """Whether positions lie in memory as the dimensions say, as those of a mask do."""
+    steps = [stride for stride, size in zip(x.stride()[2:], x.shape[2:], strict=True) if size != 1]
+    return steps == sorted(steps, reverse=True)
+
+
+def _mask(x: Tensor, axis: int, more: More, unbatched: bool) -> Tensor | None:
+    """True where a value counts: (N, *positions), or (N, C, *positions) for a mask per channel."""
+    mask, lengths = more.mask, more.lengths
+    _checks.check_one_of_mask_and_lengths(mask, lengths)
+    _checks.check_padding_value(more.padding_value)
+    if lengths is not None:
+        lengths = lengths[None] if unbatched and isinstance(lengths, Tensor) else lengths
+        _checks.check_lengths(lengths, x, axis)
+        (size,) = (s for d, s in enumerate(x.shape) if d not in (0, axis % x.dim()))
+        return torch.arange(size, device=x.device) < lengths[:, None]
+    if mask is None:
+        return None
+    if unbatched and isinstance(mask, Tensor):
+        mask = mask[None]
+    full = tuple(x.shape)
+    positions = full[: axis % x.dim()] + full[axis % x.dim() + 1 :]
+    _checks.check_mask(mask, [positions, full], x)
+    if mask.dim() == len(full):
+        mask = mask.movedim(axis, 1)
+        if mask.shape[1] == 1:
+            mask = mask[:, 0]
+        else:
+            return mask.expand(x.movedim(axis, 1).shape)
+    return mask.expand(positions).contiguous()
+
+
+def fixed(
+    x: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    padding_value: float,
+) -> Tensor:
+    """x by given statistics, padding_value where nothing is valid: nothing there is read."""
+    valid = against(mask, x)
+    y = _ops.normalize_fixed(torch.where(valid, x, 0.0), mean, var, weight, bias, eps)
+    return torch.where(valid, y, padding_value)
+
+
+def against(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask against x (N, C, *positions)."""
+    return mask if mask.dim() == x.dim() else mask.unsqueeze(1)
+
+
+class PaddedRows(Configurable):
+    """A layer over trailing dimensions, that takes a mask."""
+
+    normalized_shape: tuple[int, ...]
+
+    def _long_way(self, input: Tensor, more: More) -> Tensor:
+        if more.mask is None and more.lengths is None:
+            return self._validated(input, more)
+        _checks.check_tensor("input", input)
+        _checks.check_one_of_mask_and_lengths(more.mask, more.lengths)
+        _checks.check_padding_value(more.padding_value)
+        _checks.check_no_lengths(type(self).__name__, more.lengths is not None)
+        mask = more.mask
+        rows = tuple(input.shape[: input.dim() - len(self.normalized_shape)])
+        _checks.check_mask(mask, [rows, tuple(input.shape)], input)
+        assert mask is not None
+        if mask.dim() == input.dim() and rows != input.shape:
+            return self._by_elements(input, mask.expand(input.shape), more)
+        # a row is valid or not: zeros instead, whose gradients count for nothing
+        valid = mask.reshape(*mask.shape, *(1 for _ in self.normalized_shape))
+        y = self._validated(torch.where(valid, input, 0.0), more._replace(mask=None))
+        return torch.where(valid, y, more.padding_value)
+
+    def _by_elements(self, input: Tensor, mask: Tensor, more: More) -> Tensor:
+        """Statistics of each row's valid elements."""
+        layer: Any = self
+        self._validated(input[:0] if input.dim() > len(self.normalized_shape) else input, more)
+        centred = not isinstance(self, torch.nn.RMSNorm)
+        axes = Axes(1, len(self.normalized_shape), centred)
+        eps = torch.finfo(input.dtype).eps if layer.eps is None else layer.eps
+        bias = getattr(layer, "bias", None)
+        made = masked.normalize(input, mask, layer.weight, bias, axes, eps, more.padding_value)
+        return made.y
+
+    def _validated(self, input: Tensor, more: More) -> Tensor:
+        raise NotImplementedError
