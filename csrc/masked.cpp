@@ -260,7 +260,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
         return;
       }
       const Geometry packed = slices.geometry(s);
-      run(Backward<T>{packed, table<T>(kernels()), eps, in_grad, in, out,
+      // one value is its own mean: its gradient is zero, not the rounding of what cancels
+      const bool alone = packed.values_per_statistic() == 1;
+      if (alone && out) std::fill_n(out, s.channels, element<T>(0.0));
+      run(Backward<T>{packed, table<T>(kernels()), eps, in_grad, in, alone ? nullptr : out,
                       w.get() ? w.get() + s.first_channel : nullptr, m.get() + first,
                       v.get() + first, needs & kWeight ? weights.get() + sums : nullptr,
                       needs & kBias ? biases.get() + sums : nullptr, false, false});

@@ -89,3 +89,39 @@ def test_bad_axes() -> None:
         with pytest.raises(ValueError, match=rf"`channel_axis` is {axis}, but an input of 3"):
             layer(torch.randn(2, 3, 5))
         assert layer.num_batches_tracked == 0
+
+
+def test_tools_for_whole_models_follow_it() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Conv1d(3, 5, 1), truenorm.BatchNorm1d(5, channel_axis=-1), torch.nn.Conv1d(5, 2, 1)
+    )
+    x = torch.randn(4, 3, 5) * 3 + 2
+    truenorm.recalibrate(model, [x])
+    seen = model[0](x).detach()
+    torch.testing.assert_close(model[1].running_mean, seen.mean((0, 1)))
+    torch.testing.assert_close(model[1].running_var, seen.var((0, 1)))
+    (layer,) = truenorm.inspect(model, x).layers
+    torch.testing.assert_close(torch.tensor(layer.channels.mean).float(), seen.mean((0, 1)))
+    model.eval()
+    expected = model(x)
+    report = truenorm.fold(model)
+    assert "its channels are dimension -1" in str(report)
+    assert torch.equal(model(x), expected)
+    with pytest.raises(
+        ValueError, match=r"`channel_axis` other than 1, the first '1'.*before revert"
+    ):
+        truenorm.revert(model)
+    assert type(model[1]) is truenorm.BatchNorm1d
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_lazy_layers_read_the_channels_there(affine: bool) -> None:
+    x = torch.randn(3, 7, 6, 4)
+    batch = truenorm.LazyBatchNorm2d(affine=affine, channel_axis=-1)
+    instance = truenorm.LazyInstanceNorm2d(affine=affine, channel_axis=3)
+    for layer, full in ((batch, truenorm.BatchNorm2d(4)), (instance, truenorm.InstanceNorm2d(4))):
+        expected = full(x.movedim(-1, 1)).movedim(1, -1)
+        assert torch.equal(layer(x), expected)
+        assert layer.num_features == 4
+    with pytest.raises(ValueError, match="`channel_axis` is 7"):
+        truenorm.LazyBatchNorm2d(channel_axis=7)(x)

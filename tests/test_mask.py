@@ -288,7 +288,21 @@ def test_a_sample_of_one_value() -> None:
     assert torch.equal(y[1, :, 0], layer.bias)
     y.backward(torch.randn(3, 5, 9))
     assert x.grad is not None
-    assert x.grad[1].abs().max() < 1e-6 * 3 / layer.eps**0.5 * 5
+    assert (x.grad[1] == 0).all()
+
+
+def test_without_eps_what_has_no_values_leaves_no_nan() -> None:
+    axes, mask = _axes.instance(3), torch.arange(9) < torch.tensor([[0], [9]])
+    x, weight = torch.randn(2, 3, 9, requires_grad=True), torch.randn(3, requires_grad=True)
+    grad = torch.randn(2, 3, 9)
+    y = masked.plain_forward(x, mask, weight, None, axes, 0.0, 0.0).y
+    by_autograd = torch.autograd.grad(y, (x, weight), grad)
+    alone = torch.nn.functional.instance_norm(x[1:], weight=weight, eps=0.0)
+    expected = torch.autograd.grad(alone, (x, weight), grad[1:])
+    by_formula = masked.plain_backward(grad, x, mask, weight, axes, 0.0)
+    for found in (by_autograd, by_formula):
+        for ours, theirs in zip(found, expected, strict=False):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, check_dtype=False)
 
 
 def test_a_mask_per_channel() -> None:
@@ -352,6 +366,37 @@ def test_unbatched_two_dimensional_and_nested_inputs() -> None:
         y.values().backward(torch.randn(10, 5))
         assert nested.grad is not None
         assert nested.grad.is_nested
+
+
+@pytest.mark.parametrize("make_layer", [truenorm.LayerNorm, truenorm.RMSNorm])
+@pytest.mark.parametrize("ragged", [1, 2])
+def test_rows_of_a_nested_tensor(make_layer: Any, ragged: int) -> None:
+    layer = make_layer(5)
+    with torch.no_grad():
+        layer.weight.normal_()
+    parts = [torch.randn(size, 2, 5) for size in (7, 3)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    x = nested if ragged == 1 else nested.transpose(1, 2)
+    y, grad = layer(x), torch.randn(10, 2, 5)
+    assert y.shape == x.shape
+    assert (y + x).is_nested  # the same ragged size
+    rows = torch.cat(parts).requires_grad_()
+    expected = layer(rows)
+    values = y.values() if ragged == 1 else y.transpose(1, 2).values()
+    torch.testing.assert_close(values, expected, rtol=0, atol=0)
+    values.backward(grad)
+    expected.backward(grad)
+    assert nested.grad is not None
+    torch.testing.assert_close(nested.grad.values(), rows.grad, rtol=0, atol=0)
+
+
+def test_nested_tensors_that_do_not_fit() -> None:
+    jagged = torch.nested.nested_tensor([torch.randn(4), torch.randn(3)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="ragged in none of the dimensions of normalized_shape"):
+        truenorm.LayerNorm(4)(jagged)
+    rows = torch.nested.nested_tensor([torch.randn(4, 5), torch.randn(3, 5)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="leave `mask` and `lengths` out"):
+        truenorm.RMSNorm(5)(rows, mask=torch.ones(2, 4, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("name", ["InstanceNorm1d", "BatchNorm1d", "GroupNorm"])
@@ -425,3 +470,27 @@ def test_what_takes_no_mask_says_so() -> None:
         truenorm.LayerNorm(9)(x, lengths=lengths)
     with pytest.raises(NotImplementedError, match=r"takes no `mask` .*together with renorm"):
         truenorm.BatchNorm1d(5, renorm=True)(x, lengths=lengths)
+
+
+def test_recalibrate_says_that_it_sees_no_mask() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = truenorm.BatchNorm1d(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x, lengths=torch.tensor([1, 2, 3]))  # type: ignore[no-any-return]
+
+    net = Net()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(NotImplementedError, match=r"'norm' is called with a `mask`.*recalibrate"):
+        truenorm.recalibrate(net, [torch.randn(3, 5, 9)])
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_an_exported_call_holds_no_operator_of_truenorm() -> None:
+    layer, x, mask = make("GroupNorm"), torch.randn(2, 6, 23), torch.rand(2, 23) < 0.5
+    with truenorm.standard_ops():
+        program = torch.export.export(layer, (x,), {"mask": mask})
+    assert "truenorm" not in str(program.graph)
+    torch.testing.assert_close(program.module()(x, mask=mask), layer(x, mask=mask))

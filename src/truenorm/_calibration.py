@@ -33,6 +33,10 @@ class Collected:
 
     def add(self, name: str, input: Tensor) -> None:
         layer = self.layers[name]
+        axis = getattr(layer, "channel_axis", 1)
+        if axis != 1:
+            own = isinstance(layer, _InstanceNorm) and input.dim() == layer._get_no_batch_dim()
+            input = (input[None] if own else input).movedim(axis, 1)
         seen = _of_samples(input, layer) if isinstance(layer, _InstanceNorm) else Moments.of(input)
         if name in self.moments:
             seen = self.moments[name].merge(seen)
@@ -97,6 +101,8 @@ def calibrating(
 
 def _recording(name: str, collected: Collected) -> Callable[..., None]:
     def hook(layer: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        masked = kwargs.get("mask") is not None or kwargs.get("lengths") is not None
+        _checks.check_unmasked(name, masked)
         collected.add(name, args[0] if args else next(iter(kwargs.values())))
 
     return hook

@@ -176,10 +176,13 @@ def revert(model: M, *, sync: bool | None = None, dims: int | None = None) -> M:
     dims: as in `convert`.
 
     Errors: TypeError where `model` is no module; ValueError as in `convert`, and for a frozen
-    layer, since torch's would move its statistics again: `unfreeze` first.
+    layer, since torch's would move its statistics again: `unfreeze` first; and for a layer with a
+    `channel_axis` other than 1.
     """
     _check(model, sync, None, dims)
     _checks.check_not_frozen([n for n, m in model.named_modules() if getattr(m, "frozen", False)])
+    moved = [n for n, m in model.named_modules() if getattr(m, "channel_axis", 1) != 1]
+    _checks.check_channels_where_torch_has_them(moved)
     if sync is False:
         _unsynchronize(model, dims)
     classes = dict(_TO_TORCH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,11 +34,12 @@ def check_mask(mask: Any, shapes: list[tuple[int, ...]], input: Tensor) -> None:
         )
     fits = any(
         mask.dim() == len(shape)
-        and all(m in (1, s) for m, s in zip(mask.shape, shape, strict=True))
+        # not `in (1, s)`: the compiler's sizes are equal without being the same
+        and all(m == 1 or m == s for m, s in zip(mask.shape, shape, strict=True))
         for shape in shapes
     )
     if not fits:
-        allowed = " or ".join(str(shape) for shape in shapes)
+        allowed = " or ".join(f"{shape}" for shape in shapes)
         raise ValueError(
             f"`mask` has shape {tuple(mask.shape)}, which does not fit `input` of shape "
             f"{tuple(input.shape)}: give one of shape {allowed}, or with 1 in place of a size"
@@ -52,7 +54,7 @@ def check_lengths(lengths: Any, input: Tensor, channel_axis: int) -> None:
             f"`lengths` goes with inputs of one dimension of positions, but `input` has shape "
             f"{tuple(input.shape)}: give a `mask`"
         )
-    if lengths.dtype.is_floating_point or lengths.dtype in (torch.bool, torch.complex64):
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(
             f"`lengths` must be integers, but has dtype {lengths.dtype}: convert it with "
             "lengths.long()"
@@ -110,16 +112,31 @@ def check_no_mask_with(layer: str, options: list[str]) -> None:
         )
 
 
-def check_nested(input: Tensor, masked: bool) -> None:
+def _check_alone(masked: bool) -> None:
     if masked:
         raise ValueError(
             "`input` is a nested tensor, which says its lengths itself: leave `mask` and `lengths` "
             "out"
         )
+
+
+def check_nested(input: Tensor, masked: bool) -> None:
+    _check_alone(masked)
     if input.layout != torch.jagged or input.dim() < 3 or getattr(input, "_ragged_idx", 1) != 1:
         raise ValueError(
             "`input` is a nested tensor, which must be of layout torch.jagged and of shape "
             f"(N, ragged, …, C), but has layout {input.layout} and {input.dim()} dimensions"
+        )
+
+
+def check_nested_rows(input: Any, normalized_shape: tuple[int, ...], masked: bool) -> None:
+    _check_alone(masked)
+    if input.layout != torch.jagged or input._ragged_idx >= input.dim() - len(normalized_shape):
+        raise ValueError(
+            "`input` is a nested tensor, which must be of layout torch.jagged and ragged in none "
+            f"of the dimensions of normalized_shape {list(normalized_shape)}, but has layout "
+            f"{input.layout} and {input.dim()} dimensions: "
+            "torch.nested.as_nested_tensor(…, layout=torch.jagged)"
         )
 
 
@@ -136,4 +153,21 @@ def check_channel_axis_fits(axis: int, dims: int) -> None:
         raise ValueError(
             f"`channel_axis` is {axis}, but an input of {dims} dimensions has its channels at one "
             f"of 1 to {dims - 1}, or -1 to {1 - dims}: dimension 0 is the samples"
+        )
+
+
+def check_unmasked(name: str, masked: bool) -> None:
+    if masked:
+        raise NotImplementedError(
+            f"layer {name!r} is called with a `mask` or `lengths`, which recalibrate does not see: "
+            "recalibrate on samples of one length at a time, without them"
+        )
+
+
+def check_channels_where_torch_has_them(names: Sequence[str]) -> None:
+    if names:
+        raise ValueError(
+            f"`model` has {len(names)} layer(s) with a `channel_axis` other than 1, the first "
+            f"{names[0]!r}, and torch's layers have their channels in dimension 1: transpose "
+            "around it and set channel_axis=1 before revert"
         )

@@ -121,6 +121,8 @@ def _why_not_norm(norm: Any, kind: str) -> str:
             if norm.training
             else own
         )
+    if getattr(norm, "channel_axis", 1) != 1:
+        return f"its channels are dimension {norm.channel_axis}, and not those of a layer beside it"
     if has_hooks(norm):
         return "it has hooks, which would see other values"
     scale, shift = arithmetic.affine(norm)

@@ -13,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .. import _axes
 from .._axes import Axes
+from ..nn._options import Configurable
 
 NORMS = (
     _BatchNorm,
@@ -103,6 +104,9 @@ def view(module: Module, kind: str, x: Tensor) -> View | None:
                 x = x.unsqueeze(0)
     if x.dim() < 2:
         return None
+    axis = getattr(module, "channel_axis", 1)
+    if isinstance(module, Configurable) and axis != 1:
+        x = x.movedim(axis, 1)
     if kind == RESPONSE:
         return View(x, None)
     if kind == BATCH:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import _axes, _plain
+from .. import _axes, _plain, _standard
 from .._axes import Axes
 from . import autograd, operators
 from .operators import NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT
@@ -57,6 +57,11 @@ def _statistics(x: Tensor, mask: Tensor, axes: Axes) -> tuple[Tensor, Three]:
     return v, (mean, (d * d).sum(dims, keepdim=True) / some, count)
 
 
+def _inverse_std(var: Tensor, count: Tensor, eps: float) -> Tensor:
+    """1 where nothing is valid, so that an eps of 0 leaves no infinity for a gradient to meet."""
+    return torch.rsqrt(torch.where(count > 0, var + eps, 1.0))
+
+
 def plain_forward(
     x: Tensor,
     mask: Tensor,
@@ -68,7 +73,7 @@ def plain_forward(
 ) -> Masked:
     """y and statistics in plain, differentiable PyTorch."""
     v, (mean, var, count) = _statistics(x, mask, axes)
-    y = (v - mean) * torch.rsqrt(var + eps)
+    y = (v - mean) * _inverse_std(var, count, eps)
     if weight is not None:
         y = y * _plain._per_channel(weight, v)
     if bias is not None:
@@ -86,7 +91,7 @@ def plain_backward(
     valid, some = _against(mask, x, axes), count.clamp(min=1.0)
     g, dims = _axes.grouped_view(grad, axes)
     g = torch.where(valid, _plain._wide(g), 0.0)
-    rstd = torch.rsqrt(var + eps)
+    rstd = _inverse_std(var, count, eps)
     x_hat = torch.where(valid, v - mean, 0.0) * rstd
     of_weight, of_bias = ((g * x_hat).sum([0, 3]).reshape(-1), g.sum([0, 3]).reshape(-1))
     if weight is not None:
@@ -266,7 +271,7 @@ def normalize(
 ) -> Masked:
     """x (N, C, *) by the statistics of its valid values; padding_value elsewhere."""
     own_way = axes.feature_dims > 0 or mask.dim() == x.dim()  # for which there is no kernel
-    if own_way or x.numel() == 0 or autograd.transformed(x, weight, bias):
+    if own_way or _standard.wanted() or x.numel() == 0 or autograd.transformed(x, weight, bias):
         return plain_forward(x, mask, weight, bias, axes, eps, padding_value)
     args = x, mask, weight, bias, axes.num_groups, eps, padding_value
     if torch.compiler.is_compiling():

@@ -60,14 +60,13 @@ class Direct(Traceable, Configurable):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         padding_value: float = 0.0,
-        residual: Tensor | None = None,
     ) -> Tensor:
-        plain = mask is None and lengths is None and residual is None
+        plain = mask is None and lengths is None
         if plain and self._direct and type(input) is Tensor and not is_compiling():
             direct = self._directly(input)
             if direct is not None:
                 return direct
-        more = NOTHING if plain else More(mask, lengths, padding_value, residual)
+        more = NOTHING if plain else More(mask, lengths, padding_value)
         if self._is_traced(input):
             return self._as_leaf(input, more)
         return self._long_way(input, more)
@@ -142,6 +141,10 @@ class LazyFeatures(torch.nn.Module):
     num_features: int
 
     def initialize_parameters(self, input: Tensor) -> None:
+        axis = getattr(self, "channel_axis", 1)
+        if axis != 1:
+            _checks.check_channel_axis_fits(axis, input.dim())
+            input = input.movedim(axis, 1)
         super().initialize_parameters(input)  # type: ignore[misc]
         if self.num_features == 0:
             loaded = next(iter(self.state_dict().values()), None)

@@ -89,7 +89,6 @@ class More(NamedTuple):
     mask: Tensor | None = None
     lengths: Tensor | None = None
     padding_value: float = 0.0
-    residual: Tensor | None = None
 
 
 NOTHING = More()

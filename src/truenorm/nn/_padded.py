@@ -39,9 +39,6 @@ class Padded(Configurable):
         x = input.unsqueeze(0) if unbatched else input
         _checks.check_channel_axis_fits(axis, x.dim())
         more = more._replace(mask=_mask(x, axis, more, unbatched), lengths=None)
-        if more.residual is not None and axis != 1:
-            r = more.residual.unsqueeze(0) if unbatched else more.residual
-            more = more._replace(residual=r.movedim(axis, 1) if r.dim() == x.dim() else r)
         # a view: channels_last memory, to the kernels
         y = self._validated(x.movedim(axis, 1), more).movedim(1, axis)
         return y.squeeze(0) if unbatched else y
@@ -136,6 +133,8 @@ class PaddedRows(Configurable):
     normalized_shape: tuple[int, ...]
 
     def _long_way(self, input: Tensor, more: More) -> Tensor:
+        if isinstance(input, Tensor) and input.is_nested:
+            return self._nested(input, more)
         if more.mask is None and more.lengths is None:
             return self._validated(input, more)
         _checks.check_tensor("input", input)
@@ -152,6 +151,17 @@ class PaddedRows(Configurable):
         valid = mask.reshape(*mask.shape, *(1 for _ in self.normalized_shape))
         y = self._validated(torch.where(valid, input, 0.0), more._replace(mask=None))
         return torch.where(valid, y, more.padding_value)
+
+    def _nested(self, input: Tensor, more: More) -> Tensor:
+        """A jagged tensor: its rows are those of the values that it holds one after the other."""
+        nested: Any = input
+        _checks.check_nested_rows(
+            nested, self.normalized_shape, more.mask is not None or more.lengths is not None
+        )
+        y = self._validated(nested.values(), more)
+        return torch.nested.nested_tensor_from_jagged(
+            y, nested.offsets(), nested.lengths(), jagged_dim=nested._ragged_idx
+        )
 
     def _by_elements(self, input: Tensor, mask: Tensor, more: More) -> Tensor:
         """Statistics of each row's valid elements."""
