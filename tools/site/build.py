@@ -9,6 +9,7 @@ verify runs first.
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ NAVIGATION = {
     "How to": ["howto/*"],
     "Numbers": ["measured", "performance", "where-torch-differs", "scale"],
     "Inside": ["formula-to-kernel", "architecture", "contributing", "changelog"],
+    "Examples": ["examples/*"],
     "API": ["api/layers", "api/functions", "api/models"],
     "中文": ["zh/index", "zh/layers/*"],
 }
@@ -52,9 +54,17 @@ def _page(text: str, depth: int) -> str:
     up = "../" * depth
     text = _TABLE.sub(lambda asked: tables.table(asked[1]), text)
     text = text.replace(f"](../{up}benchmarks/results/)", f"]({up}measured.md)")
+    text = re.sub(rf"\]\(\.\./{re.escape(up)}examples/(\w+)\.py\)", rf"]({up}examples/\1.md)", text)
     for name, page in OUTSIDE.items():
         text = text.replace(f"](../{up}{name}", f"]({up}{page}")
     return text
+
+
+def _example(source: Path) -> str:
+    """A page that shows a script: its first docstring line is the title."""
+    code = source.read_text(encoding="utf-8")
+    summary = (ast.get_docstring(ast.parse(code)) or source.stem).splitlines()[0].rstrip(".")
+    return f"# {summary}\n\n`examples/{source.name}`\n\n```python\n{code}```\n"
 
 
 def stage(docs: Path, to: Path) -> None:
@@ -70,12 +80,22 @@ def stage(docs: Path, to: Path) -> None:
     for page, text in api.pages().items():
         (to / page).parent.mkdir(exist_ok=True)
         (to / page).write_text(text, encoding="utf-8")
+    (to / "examples").mkdir()
+    for script in sorted((ROOT / "examples").glob("*.py")):
+        (to / "examples" / f"{script.stem}.md").write_text(_example(script), encoding="utf-8")
     shutil.copytree(ROOT / "benchmarks" / "results", to / "results")
     (to / "pictures").mkdir()
     for name, picture in pictures.make(ROOT / "build" / "pictures").items():
         shutil.copy(picture, to / "pictures" / name)
     with (to / "index.md").open("a", encoding="utf-8") as index:
         index.write(_navigation(to))
+
+
+def measure(to: Path, *options: str) -> None:
+    """Have `truenorm verify` write its numbers, over those of the last build."""
+    command = [sys.executable, "-m", "truenorm.cli", "verify", "--quick", *options]
+    command += ["--json", str(to), "--force"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def main() -> int:
@@ -87,9 +107,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.verified is None:
         args.verified = ROOT / "build" / "verified.json"
-        command = [sys.executable, "-m", "truenorm.cli", "verify", "--quick"]
         print("Measuring the accuracy (half a minute) ...", flush=True)
-        subprocess.run([*command, "--json", args.verified], check=True, stdout=subprocess.DEVNULL)
+        measure(args.verified)
     tables.verified = args.verified
     stage(args.docs, args.staged)
     # a link that leads nowhere, a page that stands in no list: each is a warning, and that an error
