@@ -17,15 +17,44 @@ import torch
 
 import truenorm
 from truenorm import distributed, functional, nn, reference
+from truenorm.nn._options import More
 
 _INTRODUCTION = {
     "layers": (
         "Layers",
-        "Each is a subclass of the layer of the same name in `torch.nn`. "
+        "Each is a subclass of the layer of the same name in `torch.nn`, with torch's arguments; "
         "`truenorm.BatchNorm2d` and `truenorm.nn.BatchNorm2d` are one.",
     ),
-    "functions": ("Functions", ""),
-    "models": ("Models and tools", ""),
+    "functions": (
+        "Functions",
+        "The layers without state (`truenorm.functional`), what several processes need beyond "
+        "them (`truenorm.distributed`), and the formulas in float64 (`truenorm.reference`).",
+    ),
+    "models": ("Models and tools", "What works on whole models, and on this machine."),
+}
+# what the layers take beyond torch's arguments, and where it is told; when they are built ...
+_OPTIONS = {
+    "frozen": "the running statistics normalize in training too, and stay as they are "
+    "([frozen statistics](../howto/statistics.md#fine-tuning-with-frozen-statistics))",
+    "on_single": "what one value per channel does in training "
+    "([one value](../howto/statistics.md#one-value-per-channel))",
+    "skip_nonfinite": "a batch with NaN or Inf moves no running statistics "
+    "([NaN and Inf](../howto/statistics.md#nan-and-inf))",
+    "virtual_batch_size": "samples that are normalized together in training "
+    "([ghost batches](../howto/small-batches.md#ghost-batches))",
+    "renorm": "Batch Renormalization ([small batches](../howto/small-batches.md))",
+    "rmax": "its bound of the factor r",
+    "dmax": "its bound of the shift d",
+    "process_group": "the processes that share statistics "
+    "([several processes](../howto/distributed.md))",
+    "channel_axis": "the dimension of the channels "
+    "([channels in another place](../howto/channel-axis.md))",
+}
+# ... and when they are called
+_CALL = {
+    "mask": "which values count ([padded data](../howto/masks.md))",
+    "lengths": "how many leading positions of each sample count",
+    "padding_value": "what the output holds elsewhere",
 }
 
 
@@ -33,7 +62,7 @@ def _escaped(line: str) -> str:
     """A docstring's line as Markdown: stars are stars, and code stays code."""
     parts = re.split(r"(`[^`]*`)", line)
     parts[::2] = [re.sub(r"([*<_\[\]$])", r"\\\1", part) for part in parts[::2]]
-    return "".join(parts)
+    return re.sub(r"https://[\w./-]*\w", r"<\g<0>>", "".join(parts))
 
 
 def _docstring(thing: Any, names: set[str]) -> str:
@@ -109,6 +138,32 @@ def _returned() -> Iterator[tuple[str, Any]]:
                 yield name, thing
 
 
+def _beyond_torch(layers: list[tuple[str, Any]]) -> str:
+    """Tables of the layers' own options and of forward's; one that is told nowhere is an error."""
+    found: dict[str, dict[str, list[str]]] = {"built": {}, "called": {}}
+    for name, layer in layers:
+        keywords = inspect.signature(layer.forward).parameters.values()
+        called = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY}
+        if any(p.kind is p.VAR_KEYWORD for p in keywords):  # RMSNorm hands all of them on
+            called |= More._field_defaults
+        options = {option: held.default for option, held in layer._options.items()}
+        for table, having in (("built", options), ("called", called)):
+            for option, default in having.items():
+                takers = found[table].setdefault(f"{option}={default!r}", [])
+                family = re.sub(r"[123]d$", "", name.rpartition(".")[2])
+                takers += [] if family in takers or family.startswith("Lazy") else [family]
+    parts = []
+    for table, told in (("built", _OPTIONS), ("called", _CALL)):
+        missing = {option.partition("=")[0] for option in found[table]} - told.keys()
+        if missing:
+            raise LookupError(f"{__file__}: say what {', '.join(sorted(missing))} is for")
+        parts += [f"| when {table} | for | meaning |", "| --- | --- | --- |"]
+        for option, takers in found[table].items():
+            parts.append(f"| `{option}` | {', '.join(takers)} | {told[option.partition('=')[0]]} |")
+        parts.append("")
+    return "## Beyond torch's arguments\n\n" + "\n".join(parts) + "\n"
+
+
 def pages() -> dict[str, str]:
     """Each page's path and Markdown."""
     layers = [(n.replace("nn.", ""), t) for n, t in _public(nn)]
@@ -122,7 +177,8 @@ def pages() -> dict[str, str]:
     for page, things in {"layers": layers, "functions": functions, "models": others}.items():
         title, introduction = _INTRODUCTION[page]
         body = "\n".join(entry(name, thing) for name, thing in things)
-        made[f"api/{page}.md"] = f"# {title}\n\n{introduction}\n\n{body}"
+        beyond = _beyond_torch(layers) if page == "layers" else ""
+        made[f"api/{page}.md"] = f"# {title}\n\n{introduction}\n\n{beyond}{body}"
     returned = "\n".join(entry(name, thing) for name, thing in dict(_returned()).items())
     made["api/models.md"] += f"\n## What they return\n\n{returned}" * bool(returned)
     return made

@@ -23,18 +23,23 @@ import tables
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
-# the order of pages; a page that is added to one of the folders needs no line here
+# the order of pages; one that is added to a folder with a * needs no line here
 NAVIGATION = {
-    "Layers": ["layers/*"],
-    "How to": ["howto/*"],
+    "Layers": ["layers/index", "layers/*"],
+    "How to": ["howto/index", "howto/*"],
     "Numbers": ["measured", "performance", "where-torch-differs", "scale"],
     "Inside": ["formula-to-kernel", "architecture", "contributing", "changelog"],
     "Examples": ["examples/*"],
     "API": ["api/layers", "api/functions", "api/models"],
-    "中文": ["zh/index", "zh/layers/*"],
+    "中文": ["zh/index", "zh/layers/index", "zh/layers/*"],
 }
 # pages that stand at the repository's root, where people look for them first
 OUTSIDE = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+# Chinese needs no space where a line ends, and HTML would put one there
+_CHINESE = "[\u3000-\u9fff\uff00-\uffef]"
+_LINE_END = re.compile(
+    rf"(?<={_CHINESE})\n *(?={_CHINESE})|(?<=[，。：；、）])\n *(?![-*#|!\n ]|```|\$\$)"
+)
 _TABLE = re.compile(r"<!-- made by the build: (.*?) -->")
 
 
@@ -57,7 +62,7 @@ def _page(text: str, depth: int) -> str:
     text = re.sub(rf"\]\(\.\./{re.escape(up)}examples/(\w+)\.py\)", rf"]({up}examples/\1.md)", text)
     for name, page in OUTSIDE.items():
         text = text.replace(f"](../{up}{name}", f"]({up}{page}")
-    return text
+    return _LINE_END.sub("", text)
 
 
 def _example(source: Path) -> str:

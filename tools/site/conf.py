@@ -15,8 +15,8 @@ project = "truenorm"
 author = "the authors of truenorm"
 copyright = "the authors of truenorm"
 version = release = truenorm.__version__
-extensions = ["myst_parser", "mathml"]
-html_math_renderer = "mathml"
+extensions = ["myst_parser", "formulas"]
+html_math_renderer = "outlines"
 myst_enable_extensions = ["dollarmath", "attrs_block", "html_image"]
 myst_heading_anchors = 4
 myst_dmath_allow_labels = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,29 @@ def _families(measured: dict[str, Any]) -> str:
     return _markdown(head, body, left=2)
 
 
+def _largest() -> dict[str, Any]:
+    """The run with the most cases."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in results()]
+    found: dict[str, Any] = max(runs, key=lambda run: len(run.get("results", ())))
+    return found
+
+
+def speed_in_short(
+    head: Sequence[str] = ("", "forward", "forward + backward", "worst case"),
+) -> str:
+    """The largest run's families, on all of its threads: the two means, and the worst case."""
+    measured = _largest()
+    body = [
+        [row["family"], *(times(row[key]) for key in ("forward", "both", "worst"))]
+        for row in measured["families"]
+        if (row["threads"], row["dtype"]) == (max(measured["threads"]), "float32")
+    ]
+    return _markdown(head, body)
+
+
 def slowest(count: int = 12) -> str:
     """The cases of the largest run in which truenorm gains least, or loses."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in results()]
-    measured = max(runs, key=lambda run: len(run.get("results", ())))
+    measured = _largest()
     found = [
         (case[direction]["torch_over_truenorm"], case["case"], direction)
         for case in measured["results"]
@@ -72,6 +92,14 @@ def _check(stored: dict[str, Any]) -> Check:
     return Check(spec=spec, **{**fields, "shape": tuple(fields["shape"])})
 
 
+def _title(measured: dict[str, Any]) -> str:
+    """What tells one run from another: "bfloat16, quick cases"."""
+    dtypes = dict.fromkeys(row["dtype"] for row in measured["families"])
+    compiled = any(row["compile"] is not None for row in measured["families"])
+    cases = "quick cases" if measured["quick"] else "every case"
+    return f"{' and '.join(dtypes)}{' and torch.compile' * compiled}, {cases}"
+
+
 def speed() -> str:
     """One part for each file of results, the newest first."""
     parts = []
@@ -80,12 +108,12 @@ def speed() -> str:
         if "families" not in measured or not measured["families"]:
             continue
         threads = " and ".join(map(str, measured["threads"]))
+        threads += " thread" + "s" * (threads != "1")
         parts.append(
-            f"### {path.stem}\n\n[Every number](results/{path.name}). {measured['processor']}, "
-            f"{measured['cores']} cores, {measured['instruction_set']}, "
-            f"{threads} threads, truenorm {measured['truenorm']}, torch {measured['torch']}, "
-            f"{measured['date']}{', the quick cases' if measured['quick'] else ''}.\n\n"
-            + _families(measured)
+            f"### {_title(measured)}\n\n[Every number](results/{path.name}). "
+            f"{measured['processor']}, {measured['cores']} cores, {measured['instruction_set']}, "
+            f"{threads}, truenorm {measured['truenorm']}, torch {measured['torch']}, "
+            f"{measured['date']}.\n\n" + _families(measured)
         )
     if not parts:
         raise LookupError("benchmarks/results/ holds no results: `make bench` writes them")
@@ -107,12 +135,20 @@ def accuracy() -> str:
         checks = [_check(c) for c in measured["checks"] if c["section"] == section.key]
         if not checks:
             continue
-        title = section.title.rstrip(".")
-        parts += [f"### {title}", _markdown(header(section), rows(section, checks), left=2)]
+        # "what (unit)" and "what: in full": the heading is what comes first
+        title, rest = re.match(r"([^:(]*)[:(]? ?(.*?)[).]*$", section.title).groups()
+        parts += [f"### {title.strip()}", *([f"{rest[:1].upper()}{rest[1:]}."] * bool(rest))]
+        parts += [_markdown(header(section), rows(section, checks), left=2)]
     return "\n\n".join(parts)
 
 
-TABLES = {"speed": speed, "slowest": slowest, "accuracy": accuracy}
+TABLES = {
+    "speed": speed,
+    "speed in short": speed_in_short,
+    "speed in short, in Chinese": lambda: speed_in_short(["", "前向", "前向 + 反向", "最差情形"]),
+    "slowest": slowest,
+    "accuracy": accuracy,
+}
 
 
 def table(name: str) -> str:
