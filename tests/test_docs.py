@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import importlib
 import io
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -108,14 +111,24 @@ def test_where_torch_differs_has_blocks() -> None:
 
 
 @pytest.fixture(scope="module")
-def verified(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small part of what `truenorm verify` measures: enough for every kind of table."""
-    path = tmp_path_factory.mktemp("verified") / "verified.json"
-    command = ["verify", "--quick", "--layer", "GroupNorm", "--dtype", "float32", "--json"]
-    from truenorm.cli import main
+def builder() -> Iterator[ModuleType]:
+    """tools/site/build.py as a module."""
+    pytest.importorskip("sphinx", reason="no sphinx: pip install '.[docs]'")
+    pytest.importorskip("matplotlib", reason="no matplotlib: pip install '.[docs]'")
+    names = {path.stem for path in (ROOT / "tools/site").glob("*.py")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tools/site"))
+        yield importlib.import_module("build")
+    for name in names:
+        sys.modules.pop(name, None)
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert main([*command, str(path)]) == 0
+
+@pytest.fixture(scope="module")
+def verified(builder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small part of what `truenorm verify` measures: enough for every kind of table."""
+    path: Path = tmp_path_factory.mktemp("verified") / "verified.json"
+    path.write_text("what the last build left")
+    builder.measure(path, "--layer", "GroupNorm", "--dtype", "float32")
     return path
 
 
@@ -127,8 +140,6 @@ def build(verified: Path, to: Path, docs: Path) -> subprocess.CompletedProcess[s
 
 
 def test_the_site_is_built(verified: Path, tmp_path: Path) -> None:
-    pytest.importorskip("sphinx", reason="no sphinx: pip install '.[docs]'")
-    pytest.importorskip("matplotlib", reason="no matplotlib: pip install '.[docs]'")
     done = build(verified, tmp_path, ROOT / "docs")
     assert done.returncode == 0, done.stdout + done.stderr
     site = tmp_path / "site"
@@ -149,14 +160,19 @@ def test_the_site_is_built(verified: Path, tmp_path: Path) -> None:
         assert not re.search(r"(?:src|srcset)=\"(?:https?:)?//", text), name
         assert not re.search(r"<link[^>]*href=\"(?:https?:)?//", text), name
         assert "MathJax" not in text, name
-    assert "<math" in (site / "formula-to-kernel.html").read_text(encoding="utf-8")
+    kernel = (site / "formula-to-kernel.html").read_text(encoding="utf-8")
+    assert re.search(r'<svg role="img"[^>]*><title>\\delta = [^<]*</title><path [^>]*d="M', kernel)
+    # every page is in every page's menu
+    changelog = (site / "changelog.html").read_text(encoding="utf-8")
+    menu = changelog[changelog.index("sidebar-tree") : changelog.index("<article")]
+    for name in made - {"index.html", "changelog.html", "search.html", "genindex.html"}:
+        assert f'href="{name}"' in menu, name
     api = (site / "api/layers.html").read_text(encoding="utf-8")
     assert "process_group" in api
     assert "Ulyanov" in api
 
 
 def test_a_broken_link_is_an_error(verified: Path, tmp_path: Path) -> None:
-    pytest.importorskip("sphinx", reason="no sphinx: pip install '.[docs]'")
     docs = tmp_path / "docs"
     docs.mkdir()
     broken = "[x](nowhere.md)\n\n[x](scale.md#gone)\n\n![](no.png)\n\n[x](scale.md#there)\n"
@@ -168,6 +184,91 @@ def test_a_broken_link_is_an_error(verified: Path, tmp_path: Path) -> None:
     assert len(warned) == 3
     for said in ("nowhere.md", "gone", "no.png"):
         assert any("WARNING" in line and said in line for line in warned), done.stderr
+
+
+def test_an_option_that_is_told_nowhere_is_an_error(
+    builder: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(builder.api._OPTIONS, "frozen")
+    with pytest.raises(LookupError, match=r"api\.py: say what frozen is for"):
+        builder.api.pages()
+
+
+def test_a_table_that_nobody_makes_is_an_error(builder: ModuleType) -> None:
+    with pytest.raises(LookupError, match="no table 'sped'; there are speed, "):
+        builder._page("<!-- made by the build: sped -->", 0)
+
+
+def test_chinese_lines_are_joined_and_blocks_are_not(builder: ModuleType) -> None:
+    code = "```python\nx = 1  # 一\n```\n"
+    text = "均值和\n方差，\n`x`，以及\nE[x]：\n\n- 一，\n  [二](b.md)。\n- 三\n\n" + code
+    joined = "均值和方差，`x`，以及\nE[x]：\n\n- 一，[二](b.md)。\n- 三\n\n" + code
+    assert builder._page(text, 1) == joined
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor, as GitHub and MyST make it."""
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+def lost_links(page: Path) -> list[str]:
+    """The links of a page, read where it stands in the repository, that lead to nothing."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    lost = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if path.startswith("https:") or {"api", "pictures"} & set(Path(path).parts):
+            continue  # elsewhere; what the build makes, which Sphinx checks
+        headings = re.findall(r"^#+ (.*)", target.read_text("utf-8"), re.M) if anchor else []
+        if not target.exists() or (anchor and anchor not in map(slug, headings)):
+            lost.append(link)
+    return lost
+
+
+REPOSITORY = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("page", REPOSITORY, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    assert lost_links(page) == []
+
+
+def test_a_lost_link_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "a.md"
+    page.write_text("# A `b`, c\n\n[x](a.md#a-b-c) [x](#gone) [x](b.md)\n![](no.png)\n", "utf-8")
+    assert lost_links(page) == ["#gone", "b.md", "no.png"]
+
+
+def test_tour_and_layers_are_there_in_both_languages() -> None:
+    docs = ROOT / "docs"
+    pages = [docs / "index.md", *sorted((docs / "layers").glob("*.md"))]
+    assert {p.relative_to(docs / "zh") for p in (docs / "zh").rglob("*.md")} == {
+        p.relative_to(docs) for p in pages
+    }
+    for page in pages:
+        name = page.relative_to(docs)
+        up = "../" * (len(name.parts) - 1)
+        chinese = docs / "zh" / name
+        assert f"[中文]({up}zh/{name})" in page.read_text("utf-8")
+        assert f"[English](../{up}{name})" in chinese.read_text("utf-8")
+        # the same code with the same output, but for comments; as many sections
+        codes = [
+            [(re.sub(r" *#.*", "", b.code), b.shown) for b in blocks(p.read_text("utf-8"))]
+            for p in (page, chinese)
+        ]
+        assert codes[0] == codes[1], name
+        sections = [len(re.findall(r"^#+ ", p.read_text("utf-8"), re.M)) for p in (page, chinese)]
+        assert sections[0] == sections[1], name
+
+
+@pytest.mark.parametrize("name", [p.stem for p in sorted((ROOT / "docs/layers").glob("*-*.md"))])
+def test_a_layers_page_has_what_a_reader_looks_for(name: str) -> None:
+    text = (ROOT / "docs/layers" / f"{name}.md").read_text("utf-8")
+    assert re.findall(r"^## (.*)", text, re.M) == ["By hand", "When to use it", "Pitfalls"]
+    assert re.search(r"^\$\$", text, re.M)
+    assert "](../pictures/" in text
 
 
 def test_urls_are_well_formed() -> None:

@@ -34,8 +34,9 @@ def svg(tex: str) -> str:
     box = outline.get_extents()
     sizes = f"width: {box.width / _SIZE:.2f}em; vertical-align: {box.ymin / _SIZE:.2f}em"
     return (
-        f'<svg role="img" viewBox="{box.xmin:.0f} {-box.ymax:.0f} {box.width:.0f} {box.height:.0f}" '
-        f'style="{sizes}"><title>{html.escape(tex)}</title>'
+        f'<svg role="img" style="{sizes}" '
+        f'viewBox="{box.xmin:.0f} {-box.ymax:.0f} {box.width:.0f} {box.height:.0f}">'
+        f"<title>{html.escape(tex)}</title>"
         f'<path fill="currentColor" d="{"".join(steps)}"/></svg>'
     )
 
