@@ -16,7 +16,7 @@ SUBJECTS = {
     "group-norm.png": (nn.GroupNorm(2, 4), (2, 4, 4, 5)),
     "layer-norm.png": (nn.LayerNorm(5), (2, 3, 5)),
     "rms-norm.png": (nn.RMSNorm(5), (2, 3, 5)),
-    "local-response-norm.png": (nn.LocalResponseNorm(3), (2, 6, 4, 5)),
+    "local-response-norm.png": (nn.LocalResponseNorm(3, alpha=0.5), (2, 4, 4, 5)),
 }
 
 
