@@ -89,7 +89,11 @@ def _signature(name: str, thing: Any) -> tuple[str, set[str]]:
     except (TypeError, ValueError):
         return "", set()
     plain = signature.replace(
-        parameters=[p.replace(annotation=p.empty) for p in signature.parameters.values()],
+        parameters=[
+            p.replace(annotation=p.empty)
+            for p in signature.parameters.values()
+            if p.name not in ("self", "cls")  # a method's, which a caller does not write
+        ],
         return_annotation=inspect.Signature.empty,
     )
     text = f"{name}{plain}"
