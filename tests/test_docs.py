@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+from browser import browser, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -139,10 +140,15 @@ def build(verified: Path, to: Path, docs: Path) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_the_site_is_built(verified: Path, tmp_path: Path) -> None:
-    done = build(verified, tmp_path, ROOT / "docs")
+@pytest.fixture(scope="module")
+def site(verified: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    to: Path = tmp_path_factory.mktemp("built")
+    done = build(verified, to, ROOT / "docs")
     assert done.returncode == 0, done.stdout + done.stderr
-    site = tmp_path / "site"
+    return to / "site"
+
+
+def test_the_site_is_built(site: Path, verified: Path) -> None:
     made = {str(path.relative_to(site)) for path in site.rglob("*.html")}
     sources = (ROOT / "docs").rglob("*.md")
     assert made >= {str(p.relative_to(ROOT / "docs").with_suffix(".html")) for p in sources}
@@ -170,6 +176,22 @@ def test_the_site_is_built(verified: Path, tmp_path: Path) -> None:
     api = (site / "api/layers.html").read_text(encoding="utf-8")
     assert "process_group" in api
     assert "Ulyanov" in api
+
+
+def test_in_a_browser(site: Path) -> None:
+    names = ["index", "layers/sync-batch-norm", "api/layers", "measured", "zh/layers/index"]
+    wider = "return document.documentElement.scrollWidth - window.innerWidth"
+    unseen = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).length"
+    with browser(390, 844, mobile=True) as driver:
+        for name in names:
+            driver.get((site / f"{name}.html").as_uri())
+            assert driver.execute_script(wider) <= 0, name
+            assert driver.execute_script(unseen) == 0, name
+        # the search works from the disk, in both languages
+        for words, found in (("momentum", "layers/batch-norm"), ("运行统计量", "zh/layers/")):
+            driver.get((site / "search.html").as_uri() + f"?q={words}")
+            wait_for(driver, f"document.querySelector('#search-results li a[href*=\"{found}\"]')")
+        assert driver.get_log("browser") == []
 
 
 def test_a_broken_link_is_an_error(verified: Path, tmp_path: Path) -> None:

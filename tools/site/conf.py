@@ -5,16 +5,15 @@ screens, and neither asks another host for anything: the site opens from the dis
 """
 
 import sys
+from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import truenorm
-
 project = "truenorm"
 author = "the authors of truenorm"
 copyright = "the authors of truenorm"
-version = release = truenorm.__version__
+version = release = metadata.version("truenorm")
 extensions = ["myst_parser", "formulas"]
 html_math_renderer = "outlines"
 myst_enable_extensions = ["dollarmath", "attrs_block", "html_image"]
