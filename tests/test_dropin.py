@@ -37,6 +37,7 @@ OWN_ARGUMENTS = {
     "rmax": 3.0,
     "dmax": 5.0,
     "activation": None,
+    "inplace": False,
     # each is of one activation, and without it nothing asks for it
     "negative_slope": 0.01,
     "alpha": 1.0,

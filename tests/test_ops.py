@@ -157,12 +157,46 @@ def test_local_response_norm(dtype: torch.dtype, layout: str) -> None:
     opcheck(OPS.local_response_norm_backward.default, (grad, x, *spec), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("axes", AXES)
+def test_forward_with_an_activation(axes: str) -> None:
+    spec, shape, size = AXES[axes]
+    place = list(AXES).index(axes)
+    x, residual = placed(shape, "channels_last"), placed(shape, "contiguous")
+    after = place + 1, 0.2
+    args = (x, tensor(size), tensor(size), None if place % 2 else residual, *spec, 1e-5, *after)
+    opcheck(OPS.forward_act.default, args, **AUTOGRAD_TOLERANCES)
+    detached = [a.detach() if isinstance(a, Tensor) else a for a in args]
+    opcheck(OPS.forward_act_.default, detached)
+
+
+@pytest.mark.parametrize("act", [0, 2, 6])
+def test_apply_with_an_activation(act: int) -> None:
+    mean, var = tensor(4, grad=False), tensor(4, grad=False).abs() + 0.5
+    x, residual = placed((3, 4, 5, 2), "sliced"), tensor((3, 4, 5, 2))
+    args = (x, mean, var, tensor(4), tensor(4), residual, 1e-5, act, 0.2)
+    opcheck(OPS.apply_act.default, args, **AUTOGRAD_TOLERANCES)
+    detached = [a.detach() if isinstance(a, Tensor) else a for a in args]
+    opcheck(OPS.apply_act_.default, detached)
+
+
+@pytest.mark.parametrize(("act", "needs"), [(3, 15), (4, 1), (5, 14), (2, 31), (1, 25)])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_backward_with_an_activation(fixed: bool, act: int, needs: int) -> None:
+    spec, shape, size = AXES["batch"]
+    x = tensor(shape)
+    mean, var = statistics(x, spec)
+    tensors = (tensor(shape), x, mean, var, tensor(size), tensor(size), tensor(shape))
+    args = (*tensors, *spec, 1e-5, fixed, act, 0.2 if act == 2 else 0.0, needs)
+    opcheck(OPS.backward_act.default, args, **AUTOGRAD_TOLERANCES)
+
+
 def test_every_operator_is_here() -> None:
     tested = {"forward", "apply", "backward", "update_running_", "track_"}
     tested |= {"moments", "backward_of_part"}
     # by test_mask.py
     tested |= {"masked_forward", "masked_backward"}
     tested |= {"local_response_norm", "local_response_norm_backward"}
+    tested |= {"forward_act", "forward_act_", "apply_act", "apply_act_", "backward_act"}
     # by test_eager.py
     tested |= {"eager_forward", "eager_forward_running", "eager_apply", "eager_backward"}
     registered = {

@@ -19,6 +19,7 @@ from .freeze import freeze, unfreeze
 from .moments import Moments
 from .nn import *  # noqa: F403
 from .nn import __all__ as _layers
+from .quantize import fuse_config
 from .recalibrate import recalibrate
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "freeze",
     "functional",
     "fuse",
+    "fuse_config",
     "info",
     "inspect",
     "nn",

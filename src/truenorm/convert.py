@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from . import _checks, nn
 from ._exchange import WORLD
+from ._fuse import unfuse
 from .nn._activation import Activated
 from .nn._batch import BatchForward
 from .nn._policy import SmallBatches
@@ -169,7 +170,8 @@ def revert(model: M, *, sync: bool | None = None, dims: int | None = None) -> M:
     A layer whose parameters are in half precision has its running statistics cast to their dtype:
     truenorm keeps those in float32, and torch refuses the mixture.
 
-    Options that torch's layers do not have (`on_single`, `renorm`, …) are dropped.
+    Options that torch's layers do not have (`on_single`, `renorm`, …) are dropped, and what `fuse`
+    has changed is unfused.
 
     sync: None gives each layer torch's class of the same name; a `process_group` stays with
         SyncBatchNorm, the others of torch have none. True makes every BatchNorm of truenorm's
@@ -191,6 +193,7 @@ def revert(model: M, *, sync: bool | None = None, dims: int | None = None) -> M:
     _checks.check_not_frozen([n for n, m in model.named_modules() if getattr(m, "frozen", False)])
     moved = [n for n, m in model.named_modules() if getattr(m, "channel_axis", 1) != 1]
     _checks.check_channels_where_torch_has_them(moved)
+    unfuse(model)
     if sync is False:
         _unsynchronize(model, dims)
     classes = dict(_TO_TORCH)

@@ -17,10 +17,11 @@ from torch.nn.utils import parametrize
 
 from .. import _checks
 from .. import nn as ours
-from .._model.layers import BATCH, INSTANCE, kind_of, norms_of, uses_running
-from .._model.running import Call, check_model, run, tensors, untouched
+from .._fuse import unfuse
+from .._model.layers import BATCH, INSTANCE, has_hooks, kind_of, norms_of, uses_running
+from .._model.running import Call, check_model, is_batch, run, tensors, untouched
 from . import arithmetic
-from .graph import LINEAR, Order, find_order, has_hooks, passes
+from .graph import LINEAR, Order, find_order, passes
 from .measure import pair_errors, share_of_largest
 
 _NORM_FORWARDS = {
@@ -327,7 +328,7 @@ def fold(
 
     A layer is folded only where the output of the one goes to the other alone, as torch.fx reads
     the forwards of the model or of its parts, or as the order of a Sequential says. What cannot be
-    folded exactly is kept, with the reason.
+    folded exactly is kept, with the reason. What `fuse` has changed is unfused first.
 
     batch: measure the output's error on it, and raise where folding changed the output; a tensor, a
         dictionary (passed by keywords), or a tuple or list whose first item is the input.
@@ -336,9 +337,9 @@ def fold(
 
     Returns a `Folding`: the model, what was folded with its error against float64, what was kept.
 
-    Errors: TypeError where `model` is no module; ValueError for a model in training mode, compiled,
-    without normalization layers, or that fails on the batch; RuntimeError where the output changed.
-    The model is unchanged then.
+    Errors: TypeError where `model` is no module or `batch` no batch; ValueError for a model in
+    training mode, compiled, without normalization layers, or that fails on the batch; RuntimeError
+    where the output changed. The model is unchanged then.
     """
     check_model("model", model)
     _checks.check_foldable(model)
@@ -346,8 +347,10 @@ def fold(
         _checks.fail_no_norms("model", model)
     exact = own = None
     if batch is not None:
+        if call is None and not is_batch(batch):
+            _checks.fail_batch("batch", batch)
         exact, own = _exact(model, batch, call)
-    target = model if inplace else _copied(model)
+    target = unfuse(model if inplace else _copied(model))
     plan = _Plan(target)
     kept = []
     found = [(name, m, kind_of(m)) for name, m in norms_of(target)]

@@ -12,19 +12,10 @@ import torch
 from torch.fx import Graph, Node, Tracer
 from torch.nn import Module
 
-from .._model.layers import kind_of
+from .._model.layers import has_hooks, kind_of
 
 LINEAR = (torch.nn.modules.conv._ConvNd, torch.nn.Linear)
 _PASSING = (torch.nn.Identity, torch.nn.modules.dropout._DropoutNd)
-
-
-def has_hooks(module: Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def passes(module: Module) -> bool:

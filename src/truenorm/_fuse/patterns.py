@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 from torch.nn import Module
 
-from .._fold.graph import has_hooks
+from .._model.layers import has_hooks
 from .._ops import activated
 from ..nn._activation import Activated
 

@@ -129,3 +129,12 @@ def uses_running(module: Module, kind: str) -> bool:
     if kind == INSTANCE:
         return not module.training and bool(getattr(module, "track_running_stats", True))
     return not module.training
+
+
+def has_hooks(module: Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
