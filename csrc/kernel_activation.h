@@ -47,8 +47,8 @@ template <class V>
 struct Smooth {
   Activation act;
 
-  TN_FLAT V value(V z) const { return smooth<false>(z, act); }
-  TN_FLAT V gradient(V grad, V z) const { return grad * smooth<true>(z, act); }
+  TN_FLAT V value(V z) const { return smooth<false, V>(z, act); }
+  TN_FLAT V gradient(V grad, V z) const { return grad * smooth<true, V>(z, act); }
 };
 
 // body(what makes the values, whether it is the gradient, whether there is a residual)
@@ -179,11 +179,11 @@ void act(const ActInputs<T>& in, T* out, int64_t runs, int64_t len, const Affine
         of[3] = splat<V>(by[r].scale_rest);
         of[4] = splat<V>(by[r].shift_rest);
       }
-      act_run<P, G::value, R::value>(in.from(r * len), out + r * len, len, stream, made,
-                                     [&](const P& x, const P* residual, int64_t) TN_FLAT {
-                                       return affine_sum<T>(
-                                           x, residual, act, [&](int j, int) TN_FLAT { return of[j]; });
-                                     });
+      act_run<P, G::value, R::value>(
+          in.from(r * len), out + r * len, len, stream, made,
+          [&](const P& x, const P* residual, int64_t) TN_FLAT {
+            return affine_sum<T>(x, residual, act, [&](int j, int) TN_FLAT { return of[j]; });
+          });
     }
   });
 }
@@ -197,9 +197,10 @@ void act_each(const ActInputs<T>& in, T* out, int64_t rows, int64_t cols, int64_
     for (int64_t r = 0; r < rows; ++r)
       act_run<P, G::value, R::value>(in.from(r * ld), out + r * ld, cols, stream, made,
                                      [&](const P& x, const P* residual, int64_t i) TN_FLAT {
-                                       return affine_sum<T>(x, residual, act, [&](int j, int k) TN_FLAT {
-                                         return load_raw<V>(by.of[j] + i + k * P::lanes);
-                                       });
+                                       return affine_sum<T>(
+                                           x, residual, act, [&](int j, int k) TN_FLAT {
+                                             return load_raw<V>(by.of[j] + i + k * P::lanes);
+                                           });
                                      });
   });
 }
