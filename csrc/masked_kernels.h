@@ -1,0 +1,63 @@
+// Inner loops over what a mask says: a table of its own beside kernels.h's, for each instruction
+// set.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace truenorm {
+
+template <class T>
+struct MaskedKernels {
+  // The values where `valid`, side by side; up to kPastPacked more may be written. Returns how
+  // many.
+  int64_t (*pack)(const T* from, const bool* valid, int64_t len, T* to);
+  // `fill` for what is not valid
+  void (*clear)(T* values, const bool* valid, int64_t len, T fill);
+};
+constexpr int64_t kPastPacked = 16;
+
+struct MaskedSet {
+  MaskedKernels<double> f64;
+  MaskedKernels<float> f32;
+  MaskedKernels<bf16> bf;
+  MaskedKernels<f16> hf;
+};
+
+// of the instruction set in use
+const MaskedSet& masked_set();
+
+template <class T>
+const MaskedKernels<T>& masked_table() {
+  if constexpr (std::is_same_v<T, double>)
+    return masked_set().f64;
+  else if constexpr (std::is_same_v<T, float>)
+    return masked_set().f32;
+  else if constexpr (std::is_same_v<T, bf16>)
+    return masked_set().bf;
+  else
+    return masked_set().hf;
+}
+
+#if defined(TRUENORM_X86)
+namespace avx2 {
+extern const MaskedSet masked_set;
+}
+namespace avx512 {
+extern const MaskedSet masked_set;
+}
+namespace baseline {
+extern const MaskedSet masked_set;
+}
+#elif defined(__aarch64__)
+namespace neon {
+extern const MaskedSet masked_set;
+}
+#else
+namespace baseline {
+extern const MaskedSet masked_set;
+}
+#endif
+
+}  // namespace truenorm
