@@ -30,9 +30,10 @@ TN_INLINE void pack_block(const T* from, __mmask16 keep, T* to) {
   } else if constexpr (sizeof(T) == 4) {
     _mm512_storeu_ps(to, _mm512_maskz_compress_ps(keep, _mm512_maskz_loadu_ps(keep, from)));
   } else {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, from));
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(keep, _mm256_maskz_loadu_epi16(keep, from));
     const __m512i packed = _mm512_maskz_compress_epi32(keep, wide);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(packed));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_maskz_cvtepi32_epi16(0xffff, packed));
   }
 }
 

@@ -58,6 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
     const Values<compute_t<T>> w(weight), b(bias);
     const MaskedForward<T> f{g,
                              valid,
+                             table<T>(kernels()),
                              eps,
                              static_cast<const T*>(dense.const_data_ptr()),
                              static_cast<T*>(y.mutable_data_ptr()),
@@ -89,6 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     const Values<compute_t<T>> w(weight);
     const MaskedBackward<T> b{g,
                               valid,
+                              table<T>(kernels()),
                               eps,
                               static_cast<const T*>(dense_grad.const_data_ptr()),
                               static_cast<const T*>(dense_x.const_data_ptr()),

@@ -56,7 +56,7 @@ class Valid {
       s.count += mask[i];
       ends += mask[i] != mask[i + 1];
     }
-    s.scattered = ends / 2 * kShort > s.count;
+    s.scattered = ends > 2 && ends / 2 * kShort > s.count;
     if (s.scattered && !all_runs) return;
     s.runs.resize(size_t(ends / 2));
     if (s.scattered) return read_short(mask, s.runs.data());
@@ -95,6 +95,7 @@ template <class T>
 struct MaskedForward {
   const Geometry& geometry;
   const Valid& valid;
+  const Kernels<T>& kernels;
   double eps;
   const T* x;
   T* y;
@@ -110,6 +111,7 @@ template <class T>
 struct MaskedBackward {
   const Geometry& geometry;
   const Valid& valid;
+  const Kernels<T>& kernels;
   double eps;
   const T* grad;
   const T* x;

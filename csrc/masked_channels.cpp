@@ -178,7 +178,7 @@ void write_outputs(const MaskedForward<T>& f, const Matrices& of, int64_t m, int
   const ForwardRow<T> row(f, fold, mean, var);
   write(of, f.valid.runs(m), m, fold, f.y, f.padding,
         [&](int64_t offset, int64_t rows, int64_t len) {
-          table<T>(kernels()).apply_each(f.x + offset, f.y + offset, rows, len, row.all, false);
+          f.kernels.apply_each(f.x + offset, f.y + offset, rows, len, row.all, false);
         });
 }
 
@@ -187,8 +187,8 @@ void write_gradients(const MaskedBackward<T>& b, const Matrices& of, int64_t m, 
                      const BackwardRow<compute_t<T>>& row) {
   write(of, b.valid.runs(m), m, fold, b.grad_x, T{},
         [&](int64_t offset, int64_t rows, int64_t len) {
-          table<T>(kernels()).grad_apply_each(b.grad + offset, b.x + offset, b.grad_x + offset,
-                                              rows, len, row.all, false);
+          b.kernels.grad_apply_each(b.grad + offset, b.x + offset, b.grad_x + offset, rows, len,
+                                    row.all, false);
         });
 }
 
@@ -213,8 +213,8 @@ void forward_samples(const MaskedForward<T>& f) {
     const Geometry packed = of_rows(g, rows);
     const std::array<const T*, 1> from{f.x + n * of.values()};
     side_by_side<T, 1>(from, f.valid.runs(n), g.c, [&](const auto& x, int64_t) {
-      forward_channels(Forward<T>{packed, table<T>(kernels()), f.eps, x[0], nullptr, f.weight,
-                                  f.bias, f.mean + first, f.var + first, false, false});
+      forward_channels(Forward<T>{packed, f.kernels, f.eps, x[0], nullptr, f.weight, f.bias,
+                                  f.mean + first, f.var + first, false, false});
     });
     write_outputs(f, of, n, Cut(packed).fold, f.mean + first, f.var + first);
   });
@@ -240,9 +240,9 @@ void backward_samples(const MaskedBackward<T>& b) {
     const Geometry packed = of_rows(g, rows);
     const std::array<const T*, 2> from{b.grad + n * of.values(), b.x + n * of.values()};
     side_by_side<T, 2>(from, b.valid.runs(n), g.c, [&](const auto& values, int64_t) {
-      backward_channels(Backward<T>{packed, table<T>(kernels()), b.eps, values[0], values[1],
-                                    nullptr, b.weight, b.mean + first, b.var + first, of_weight,
-                                    of_bias, false, false});
+      backward_channels(Backward<T>{packed, b.kernels, b.eps, values[0], values[1], nullptr,
+                                    b.weight, b.mean + first, b.var + first, of_weight, of_bias,
+                                    false, false});
     });
     // one value is its own mean: its gradient is zero, not the rounding of what cancels
     if (count == 1.0) return zeros();
@@ -281,9 +281,8 @@ void forward_batch(const MaskedForward<T>& f) {
   parallel(count, whole.rows_per_piece * whole.cols, [&](int64_t u) {
     side_by_side<T, 1>({f.x}, units[u], g.c, [&](const auto& x, int64_t rows) {
       const Geometry packed = of_rows(g, rows);
-      forward_channels(Forward<T>{packed, table<T>(kernels()), f.eps, x[0], nullptr, nullptr,
-                                  nullptr, mean.get() + u * g.c, var.get() + u * g.c, false,
-                                  false});
+      forward_channels(Forward<T>{packed, f.kernels, f.eps, x[0], nullptr, nullptr, nullptr,
+                                  mean.get() + u * g.c, var.get() + u * g.c, false, false});
     });
   });
   // Moments::merge, for many channels side by side
@@ -321,8 +320,8 @@ void backward_batch(const MaskedBackward<T>& b) {
   parallel(count, 2 * whole.rows_per_piece * whole.cols, [&](int64_t u) {
     side_by_side<T, 2>({b.grad, b.x}, units[u], g.c, [&](const auto& values, int64_t rows) {
       const Geometry packed = of_rows(g, rows);
-      backward_channels(Backward<T>{packed, table<T>(kernels()), b.eps, values[0], values[1],
-                                    nullptr, nullptr, b.mean, b.var, weights.get() + u * g.c,
+      backward_channels(Backward<T>{packed, b.kernels, b.eps, values[0], values[1], nullptr,
+                                    nullptr, b.mean, b.var, weights.get() + u * g.c,
                                     biases.get() + u * g.c, false, false});
     });
   });

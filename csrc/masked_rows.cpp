@@ -13,10 +13,11 @@ namespace {
 constexpr int64_t kShortRow = 256;  // of positions: it costs less to compute all of them
 constexpr int64_t kLongRun = 64;    // of valid values: it costs less not to pack them
 constexpr int64_t kInL1 = 4096;     // values
+constexpr int64_t kTask = 1024;     // values: reading and writing take turns that often
 
 // The valid values of one channel of one sample, side by side.
 template <class T>
-void pack_row(const Valid& valid, int64_t n, const T* row, T* to) {
+void packernelsrow(const Valid& valid, int64_t n, const T* row, T* to) {
   if (valid.scattered(n)) {
     masked_table<T>().pack(row, valid.mask(n), valid.positions(), to);
     return;
@@ -43,7 +44,11 @@ class Gathered {
   template <class Body>
   void of_sample(int64_t n, int64_t first, int64_t channels, const Body& body) const {
     const Valid::Run* const run = channels == 1 ? valid_.only_run(n) : nullptr;
-    if (run) return pieces(at((n * g_.c + first) * g_.s + run->begin), run->count, body);
+    if (run) {
+      // the next channel's run: what lies apart is no stream that the processor foresees
+      if (first + 1 < g_.c) foresee((n * g_.c + first + 1) * g_.s + run->begin, run->count);
+      return pieces(at((n * g_.c + first) * g_.s + run->begin), run->count, body);
+    }
     for (int64_t c = 0; c < channels; ++c) pack(n, first + c, c * valid_.count(n));
     pieces(packed(), channels * valid_.count(n), body);
   }
@@ -55,6 +60,10 @@ class Gathered {
     for (int64_t n = begin; n < end; ++n) {
       const auto& runs = valid_.runs(n);
       if (!valid_.scattered(n) && valid_.count(n) >= kLongRun * int64_t(runs.size())) {
+        if (n + 1 < end && !valid_.runs(n + 1).empty()) {
+          const Valid::Run& next = valid_.runs(n + 1)[0];
+          foresee(((n + 1) * g_.c + channel) * g_.s + next.begin, next.count);
+        }
         for (const Valid::Run& run : runs)
           pieces(at((n * g_.c + channel) * g_.s + run.begin), run.count, body);
       } else {
@@ -81,7 +90,13 @@ class Gathered {
   void pack(int64_t n, int64_t channel, int64_t to) const {
     const Values rows = at((n * g_.c + channel) * g_.s);
     for (size_t k = 0; k < In; ++k)
-      pack_row(valid_, n, rows[k], memory_.get() + int64_t(k) * capacity_ + to);
+      packernelsrow(valid_, n, rows[k], memory_.get() + int64_t(k) * capacity_ + to);
+  }
+  void foresee(int64_t offset, int64_t count) const {
+    constexpr int64_t kMost = 1024 / int64_t(sizeof(T)), kLine = 64 / int64_t(sizeof(T));
+    for (const T* each : from_)
+      for (int64_t i = 0; i < std::min(count, kMost); i += kLine)
+        __builtin_prefetch(each + offset + i);
   }
   template <class Body>
   static void pieces(Values values, int64_t count, const Body& body) {
@@ -99,16 +114,16 @@ class Gathered {
 };
 
 template <class T>
-auto moments_into(Moments& m, bool centred) {
-  return [&m, centred](const std::array<const T*, 1>& x, int64_t count) {
-    m.merge(table<T>(kernels()).moments(x[0], 1, count, 0, centred));
+auto moments_into(const Kernels<T>& kernels, Moments& m, bool centred) {
+  return [&, centred](const std::array<const T*, 1>& x, int64_t count) {
+    m.merge(kernels.moments(x[0], 1, count, 0, centred));
   };
 }
 
 template <class T>
-auto sums_into(GradSums& sums, double mean, double rstd) {
-  return [&sums, mean, rstd](const std::array<const T*, 2>& of, int64_t count) {
-    sums.add(table<T>(kernels()).grad_sums(of[0], of[1], 1, count, 0, mean, rstd));
+auto sums_into(const Kernels<T>& kernels, GradSums& sums, double mean, double rstd) {
+  return [&, mean, rstd](const std::array<const T*, 2>& of, int64_t count) {
+    sums.add(kernels.grad_sums(of[0], of[1], 1, count, 0, mean, rstd));
   };
 }
 
@@ -155,7 +170,7 @@ void write(const Geometry& g, const Valid& valid, int64_t n, int64_t first, int6
 template <class Body>
 void over_groups(const Geometry& g, const Body& body) {
   const int64_t len = g.values_per_statistic();
-  const int64_t per_task = std::clamp<int64_t>(kInL1 / len, 1, g.groups());
+  const int64_t per_task = std::clamp<int64_t>(kTask / len, 1, g.groups());
   const int64_t tasks = ceil_div(g.groups(), per_task);
   parallel(g.n * tasks, per_task * len, [&](int64_t i) {
     // shortest and longest in turn, where samples are sorted by length: equal work for all threads
@@ -167,15 +182,17 @@ void over_groups(const Geometry& g, const Body& body) {
 template <class T>
 void forward_groups(const MaskedForward<T>& f) {
   const Geometry& g = f.geometry;
+  const Kernels<T>& kernels = f.kernels;
   const int64_t per_group = g.channels_per_group();
   over_groups(g, [&](int64_t n, int64_t first, int64_t groups) {
     const Gathered<T, 1> gathered(g, f.valid, {f.x}, per_group * f.valid.count(n));
-    const auto affine = scratch<Affine<T>>(groups * per_group);
+    Room<Affine<T>> room;
+    Affine<T>* const affine = room.of(groups * per_group);
     const int64_t first_channel = first * per_group;
     for (int64_t k = 0; k < groups; ++k) {
       const int64_t statistic = n * g.groups() + first + k, channel = first_channel + k * per_group;
       Moments m;
-      gathered.of_sample(n, channel, per_group, moments_into<T>(m, g.centred));
+      gathered.of_sample(n, channel, per_group, moments_into(kernels, m, g.centred));
       f.count[statistic] = m.count;
       f.mean[statistic] = m.mean;
       f.var[statistic] = m.count > 0.0 ? m.m2 / m.count : 0.0;
@@ -185,8 +202,8 @@ void forward_groups(const MaskedForward<T>& f) {
     }
     write(g, f.valid, n, first_channel, groups * per_group, f.y, f.padding,
           [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
-            table<T>(kernels()).apply(f.x + offset, f.y + offset, runs, len,
-                                      affine.get() + channel - first_channel, false);
+            kernels.apply(f.x + offset, f.y + offset, runs, len, affine + channel - first_channel,
+                          false);
           });
   });
 }
@@ -195,11 +212,13 @@ template <class T>
 void backward_groups(const MaskedBackward<T>& b) {
   using A = compute_t<T>;
   const Geometry& g = b.geometry;
+  const Kernels<T>& kernels = b.kernels;
   const int64_t per_group = g.channels_per_group();
   const auto sums = scratch<GradSums>(g.n * g.c);
   over_groups(g, [&](int64_t n, int64_t first, int64_t groups) {
     const Gathered<T, 2> gathered(g, b.valid, {b.grad, b.x}, b.valid.count(n));
-    const auto affine = scratch<GradAffine<A>>(groups * per_group);
+    Room<GradAffine<A>> room;
+    GradAffine<A>* const affine = room.of(groups * per_group);
     const int64_t first_channel = first * per_group;
     const double count = double(per_group * b.valid.count(n));
     for (int64_t k = 0; k < groups; ++k) {
@@ -209,7 +228,7 @@ void backward_groups(const MaskedBackward<T>& b) {
       GradSums total;
       for (int64_t c = channel; c < channel + per_group; ++c) {
         GradSums& of_channel = sums[n * g.c + c];
-        gathered.of_sample(n, c, 1, sums_into<T>(of_channel, mean, rstd));
+        gathered.of_sample(n, c, 1, sums_into(kernels, of_channel, mean, rstd));
         total.grad += weight(c) * of_channel.grad;
         total.grad_x_hat += weight(c) * of_channel.grad_x_hat;
       }
@@ -224,8 +243,8 @@ void backward_groups(const MaskedBackward<T>& b) {
       return fill_values(b.grad_x + (n * g.c + first_channel) * g.s, groups * per_group * g.s, T{});
     write(g, b.valid, n, first_channel, groups * per_group, b.grad_x, T{},
           [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
-            table<T>(kernels()).grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, runs,
-                                           len, affine.get() + channel - first_channel, false);
+            kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, runs, len,
+                               affine + channel - first_channel, false);
           });
   });
   for (int64_t n = 0; n < g.n; ++n)
@@ -284,11 +303,12 @@ int64_t unit_capacity(const Geometry& g) { return std::min(g.n * g.s, std::max(k
 template <class T>
 void forward_batch(const MaskedForward<T>& f) {
   const Geometry& g = f.geometry;
+  const Kernels<T>& kernels = f.kernels;
   const auto affine = scratch<Affine<T>>(g.c);
   const auto of_unit = [&](int64_t channel, int64_t begin, int64_t end) {
     const Gathered<T, 1> gathered(g, f.valid, {f.x}, unit_capacity(g));
     Moments m;
-    gathered.of_batch(begin, end, channel, moments_into<T>(m, true));
+    gathered.of_batch(begin, end, channel, moments_into(kernels, m, true));
     return m;
   };
   const auto total = [&](int64_t c, int64_t units, const auto& of) {
@@ -299,28 +319,29 @@ void forward_batch(const MaskedForward<T>& f) {
     f.var[c] = m.count > 0.0 ? m.m2 / m.count : 0.0;
     affine[c] = Affine<T>(f.mean[c], inverse_std(f.var[c], f.eps), f.weight, f.bias, c);
   };
-  over_batch<T, Moments>(g, f.valid, 1, true, of_unit, total,
-                         [&](int64_t n, int64_t first, int64_t channels) {
-                           write(g, f.valid, n, first, channels, f.y, f.padding,
-                                 [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
-                                   table<T>(kernels()).apply(f.x + offset, f.y + offset, runs, len,
-                                                             affine.get() + channel, false);
-                                 });
-                         });
+  over_batch<T, Moments>(
+      g, f.valid, 1, true, of_unit, total, [&](int64_t n, int64_t first, int64_t channels) {
+        write(g, f.valid, n, first, channels, f.y, f.padding,
+              [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
+                kernels.apply(f.x + offset, f.y + offset, runs, len, affine.get() + channel, false);
+              });
+      });
 }
 
 template <class T>
 void backward_batch(const MaskedBackward<T>& b) {
   using A = compute_t<T>;
   const Geometry& g = b.geometry;
+  const Kernels<T>& kernels = b.kernels;
   const auto affine = scratch<GradAffine<A>>(g.c);
   int64_t count = 0;
   for (int64_t n = 0; n < g.n; ++n) count += b.valid.count(n);
   const auto of_unit = [&](int64_t channel, int64_t begin, int64_t end) {
     const Gathered<T, 2> gathered(g, b.valid, {b.grad, b.x}, unit_capacity(g));
     GradSums sums;
-    gathered.of_batch(begin, end, channel,
-                      sums_into<T>(sums, b.mean[channel], inverse_std(b.var[channel], b.eps)));
+    gathered.of_batch(
+        begin, end, channel,
+        sums_into(kernels, sums, b.mean[channel], inverse_std(b.var[channel], b.eps)));
     return sums;
   };
   const auto total = [&](int64_t c, int64_t units, const auto& of) {
@@ -340,8 +361,8 @@ void backward_batch(const MaskedBackward<T>& b) {
           return fill_values(b.grad_x + (n * g.c + first) * g.s, channels * g.s, T{});
         write(g, b.valid, n, first, channels, b.grad_x, T{},
               [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
-                table<T>(kernels()).grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset,
-                                               runs, len, affine.get() + channel, false);
+                kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, runs, len,
+                                   affine.get() + channel, false);
               });
       });
 }

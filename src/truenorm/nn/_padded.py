@@ -60,7 +60,7 @@ class Padded(Configurable):
             x, mask, layer.weight, layer.bias, axes, layer.eps, more.padding_value
         )
         if running is not None:
-            masked.track(running, x, made)
+            masked.track(running, x, made, per_channel=mask.dim() == x.dim())
         return made.y
 
     def _nested(self, input: Tensor, more: More) -> Tensor:
