@@ -96,6 +96,7 @@ struct MaskedForward {
   const Geometry& geometry;
   const Valid& valid;
   const Kernels<T>& kernels;
+  const MaskedKernels<T>& masked;
   double eps;
   const T* x;
   T* y;
@@ -112,6 +113,7 @@ struct MaskedBackward {
   const Geometry& geometry;
   const Valid& valid;
   const Kernels<T>& kernels;
+  const MaskedKernels<T>& masked;
   double eps;
   const T* grad;
   const T* x;

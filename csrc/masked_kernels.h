@@ -13,8 +13,20 @@ struct MaskedKernels {
   // The values where `valid`, side by side; up to kPastPacked more may be written. Returns how
   // many.
   int64_t (*pack)(const T* from, const bool* valid, int64_t len, T* to);
-  // `fill` for what is not valid
-  void (*clear)(T* values, const bool* valid, int64_t len, T fill);
+
+  // `apply` and `grad_apply` of kernels.h on runs that follow one another and share a mask; `fill`,
+  // or zero, for what is not valid.
+  void (*apply)(const T* x, T* y, const bool* valid, int64_t runs, int64_t len, const Affine<T>* by,
+                T fill);
+  void (*grad_apply)(const T* grad, const T* x, T* grad_x, const bool* valid, int64_t runs,
+                     int64_t len, const GradAffine<compute_t<T>>* by);
+
+  // Mean and m2 of what is valid of `runs` runs, whose masks follow one another, of which count is
+  // known. False where sums about zero do not serve: then they are to be packed.
+  bool (*moments)(const T* x, const bool* valid, int64_t runs, int64_t len, int64_t stride,
+                  Moments* found);
+  GradSums (*grad_sums)(const T* grad, const T* x, const bool* valid, int64_t runs, int64_t len,
+                        int64_t stride, double mean, double rstd);
 };
 constexpr int64_t kPastPacked = 16;
 

@@ -17,9 +17,9 @@ constexpr int64_t kTask = 1024;     // values: reading and writing take turns th
 
 // The valid values of one channel of one sample, side by side.
 template <class T>
-void packernelsrow(const Valid& valid, int64_t n, const T* row, T* to) {
-  if (valid.scattered(n)) {
-    masked_table<T>().pack(row, valid.mask(n), valid.positions(), to);
+void pack_row(const MaskedKernels<T>& masked, const Valid& valid, int64_t n, const T* row, T* to) {
+  if (valid.scattered(n) || valid.positions() < kShortRow) {
+    masked.pack(row, valid.mask(n), valid.positions(), to);
     return;
   }
   for (const Valid::Run& run : valid.runs(n)) {
@@ -36,6 +36,7 @@ class Gathered {
            int64_t capacity)
       : g_(g),
         valid_(valid),
+        masked_(masked_table<T>()),
         from_(from),
         capacity_(capacity + kPastPacked),
         memory_(int64_t(In) * capacity_) {}
@@ -53,30 +54,43 @@ class Gathered {
     pieces(packed(), channels * valid_.count(n), body);
   }
 
-  // The same of a channel over some samples, in as many parts as are read fast.
-  template <class Body>
-  void of_batch(int64_t begin, int64_t end, int64_t channel, const Body& body) const {
-    int64_t count = 0;
-    for (int64_t n = begin; n < end; ++n) {
-      const auto& runs = valid_.runs(n);
-      if (!valid_.scattered(n) && valid_.count(n) >= kLongRun * int64_t(runs.size())) {
-        if (n + 1 < end && !valid_.runs(n + 1).empty()) {
-          const Valid::Run& next = valid_.runs(n + 1)[0];
-          foresee(((n + 1) * g_.c + channel) * g_.s + next.begin, next.count);
-        }
-        for (const Valid::Run& run : runs)
-          pieces(at((n * g_.c + channel) * g_.s + run.begin), run.count, body);
-      } else {
-        pack(n, channel, count);
-        count += valid_.count(n);
+  // The same of a channel over some samples, in as many parts as are read fast. Samples in a row
+  // without long runs go to masked(values of each tensor, mask, samples, count) first, and are
+  // packed where that is false.
+  template <class Body, class Masked>
+  void of_batch(int64_t begin, int64_t end, int64_t channel, const Body& body,
+                const Masked& masked) const {
+    for (int64_t n = begin; n < end;) {
+      if (has_long_runs(n)) {
+        of_runs(n, channel, n + 1 < end, body);
+        ++n;
+        continue;
       }
+      const int64_t first = n;
+      int64_t count = 0;
+      for (; n < end && !has_long_runs(n); ++n) count += valid_.count(n);
+      const Values rows = at((first * g_.c + channel) * g_.s);
+      if (masked(rows, valid_.mask(first), n - first, count)) continue;
+      for (int64_t k = first, to = 0; k < n; to += valid_.count(k++)) pack(k, channel, to);
+      pieces(packed(), count, body);
     }
-    pieces(packed(), count, body);
   }
 
  private:
   using Values = std::array<const T*, In>;
 
+  bool has_long_runs(int64_t n) const {
+    return !valid_.scattered(n) && valid_.count(n) >= kLongRun * int64_t(valid_.runs(n).size());
+  }
+  template <class Body>
+  void of_runs(int64_t n, int64_t channel, bool foreseeing, const Body& body) const {
+    if (foreseeing && !valid_.runs(n + 1).empty()) {
+      const Valid::Run& next = valid_.runs(n + 1)[0];
+      foresee(((n + 1) * g_.c + channel) * g_.s + next.begin, next.count);
+    }
+    for (const Valid::Run& run : valid_.runs(n))
+      pieces(at((n * g_.c + channel) * g_.s + run.begin), run.count, body);
+  }
   Values at(int64_t offset) const {
     Values values = from_;
     for (auto& each : values) each += offset;
@@ -90,7 +104,7 @@ class Gathered {
   void pack(int64_t n, int64_t channel, int64_t to) const {
     const Values rows = at((n * g_.c + channel) * g_.s);
     for (size_t k = 0; k < In; ++k)
-      packernelsrow(valid_, n, rows[k], memory_.get() + int64_t(k) * capacity_ + to);
+      pack_row(masked_, valid_, n, rows[k], memory_.get() + int64_t(k) * capacity_ + to);
   }
   void foresee(int64_t offset, int64_t count) const {
     constexpr int64_t kMost = 1024 / int64_t(sizeof(T)), kLine = 64 / int64_t(sizeof(T));
@@ -108,6 +122,7 @@ class Gathered {
 
   const Geometry& g_;
   const Valid& valid_;
+  const MaskedKernels<T>& masked_;
   Values from_;
   int64_t capacity_;
   PackedMemory<T> memory_;
@@ -127,43 +142,56 @@ auto sums_into(const Kernels<T>& kernels, GradSums& sums, double mean, double rs
   };
 }
 
-// Writes neighbouring channels of a sample: apply(channel, offset, runs, len) where something is
-// valid, `fill` elsewhere.
-template <class T, class Apply>
+// Writes neighbouring channels of a sample, each by coefficients of its own: run(channel, offset,
+// runs, len) where all is valid, masked(channel, offset, mask, runs, len) where not, `fill` in
+// gaps.
+template <class T, class Run, class Masked>
 void write(const Geometry& g, const Valid& valid, int64_t n, int64_t first, int64_t channels, T* to,
-           T fill, const Apply& apply) {
+           T fill, const Run& run, const Masked& masked) {
   const auto offset = [&](int64_t c) { return (n * g.c + c) * g.s; };
-  const int64_t last = first + channels;
   if (valid.count(n) == 0) return fill_values(to + offset(first), channels * g.s, fill);
-  if (valid.count(n) == g.s) return apply(first, offset(first), channels, g.s);
-  const bool scattered = valid.scattered(n);
-  const auto fill_gaps = [&](int64_t c) {
+  if (valid.count(n) == g.s) return run(first, offset(first), channels, g.s);
+  if (g.s < kShortRow) return masked(first, offset(first), valid.mask(n), channels, g.s);
+  for (int64_t c = first; c < first + channels; ++c) {
+    if (valid.scattered(n)) {
+      for (int64_t at = 0; at < g.s; at += kInL1)
+        masked(c, offset(c) + at, valid.mask(n) + at, 1, std::min(kInL1, g.s - at));
+      continue;
+    }
+    for (const Valid::Run& each : valid.runs(n)) run(c, offset(c) + each.begin, 1, each.count);
     over_gaps(valid.runs(n), g.s, [&](int64_t begin, int64_t count) {
       fill_values(to + offset(c) + begin, count, fill);
     });
-  };
-  if (!scattered && g.s >= kShortRow) {
-    for (int64_t c = first; c < last; ++c) {
-      for (const Valid::Run& run : valid.runs(n)) apply(c, offset(c) + run.begin, 1, run.count);
-      fill_gaps(c);
-    }
-    return;
   }
-  if (g.s >= kShortRow) {
-    for (int64_t c = first; c < last; ++c)
-      for (int64_t at = 0; at < g.s; at += kInL1) {
-        const int64_t count = std::min(kInL1, g.s - at);
-        apply(c, offset(c) + at, 1, count);
-        masked_table<T>().clear(to + offset(c) + at, valid.mask(n) + at, count, fill);
-      }
-    return;
-  }
-  apply(first, offset(first), channels, g.s);
-  for (int64_t c = first; c < last; ++c)
-    if (scattered)
-      masked_table<T>().clear(to + offset(c), valid.mask(n), g.s, fill);
-    else
-      fill_gaps(c);
+}
+
+// affine: the first channel's coefficients
+template <class T>
+void write_outputs(const MaskedForward<T>& f, int64_t n, int64_t first, int64_t channels,
+                   const Affine<T>* affine) {
+  write(
+      f.geometry, f.valid, n, first, channels, f.y, f.padding,
+      [&](int64_t c, int64_t offset, int64_t runs, int64_t len) {
+        f.kernels.apply(f.x + offset, f.y + offset, runs, len, affine + c - first, false);
+      },
+      [&](int64_t c, int64_t offset, const bool* mask, int64_t runs, int64_t len) {
+        f.masked.apply(f.x + offset, f.y + offset, mask, runs, len, affine + c - first, f.padding);
+      });
+}
+
+template <class T>
+void write_gradients(const MaskedBackward<T>& b, int64_t n, int64_t first, int64_t channels,
+                     const GradAffine<compute_t<T>>* affine) {
+  write(
+      b.geometry, b.valid, n, first, channels, b.grad_x, T{},
+      [&](int64_t c, int64_t offset, int64_t runs, int64_t len) {
+        b.kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, runs, len,
+                             affine + c - first, false);
+      },
+      [&](int64_t c, int64_t offset, const bool* mask, int64_t runs, int64_t len) {
+        b.masked.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, mask, runs, len,
+                            affine + c - first);
+      });
 }
 
 // body(sample, first group, groups): neighbouring groups of a sample that are one task.
@@ -200,11 +228,7 @@ void forward_groups(const MaskedForward<T>& f) {
       for (int64_t c = channel; c < channel + per_group; ++c)
         affine[c - first_channel] = Affine<T>(m.mean, rstd, f.weight, f.bias, c);
     }
-    write(g, f.valid, n, first_channel, groups * per_group, f.y, f.padding,
-          [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
-            kernels.apply(f.x + offset, f.y + offset, runs, len, affine + channel - first_channel,
-                          false);
-          });
+    write_outputs(f, n, first_channel, groups * per_group, affine);
   });
 }
 
@@ -241,11 +265,7 @@ void backward_groups(const MaskedBackward<T>& b) {
     // one value is its own mean: its gradient is zero, not the rounding of what cancels
     if (count == 1.0)
       return fill_values(b.grad_x + (n * g.c + first_channel) * g.s, groups * per_group * g.s, T{});
-    write(g, b.valid, n, first_channel, groups * per_group, b.grad_x, T{},
-          [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
-            kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, runs, len,
-                               affine + channel - first_channel, false);
-          });
+    write_gradients(b, n, first_channel, groups * per_group, affine);
   });
   for (int64_t n = 0; n < g.n; ++n)
     for (int64_t c = 0; c < g.c; ++c) {
@@ -308,7 +328,14 @@ void forward_batch(const MaskedForward<T>& f) {
   const auto of_unit = [&](int64_t channel, int64_t begin, int64_t end) {
     const Gathered<T, 1> gathered(g, f.valid, {f.x}, unit_capacity(g));
     Moments m;
-    gathered.of_batch(begin, end, channel, moments_into(kernels, m, true));
+    gathered.of_batch(begin, end, channel, moments_into(kernels, m, true),
+                      [&](const auto& x, const bool* mask, int64_t samples, int64_t count) {
+                        Moments some{double(count), 0.0, 0.0};
+                        const bool found =
+                            f.masked.moments(x[0], mask, samples, g.s, g.c * g.s, &some);
+                        if (found) m.merge(some);
+                        return found;
+                      });
     return m;
   };
   const auto total = [&](int64_t c, int64_t units, const auto& of) {
@@ -319,13 +346,10 @@ void forward_batch(const MaskedForward<T>& f) {
     f.var[c] = m.count > 0.0 ? m.m2 / m.count : 0.0;
     affine[c] = Affine<T>(f.mean[c], inverse_std(f.var[c], f.eps), f.weight, f.bias, c);
   };
-  over_batch<T, Moments>(
-      g, f.valid, 1, true, of_unit, total, [&](int64_t n, int64_t first, int64_t channels) {
-        write(g, f.valid, n, first, channels, f.y, f.padding,
-              [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
-                kernels.apply(f.x + offset, f.y + offset, runs, len, affine.get() + channel, false);
-              });
-      });
+  over_batch<T, Moments>(g, f.valid, 1, true, of_unit, total,
+                         [&](int64_t n, int64_t first, int64_t channels) {
+                           write_outputs(f, n, first, channels, affine.get() + first);
+                         });
 }
 
 template <class T>
@@ -339,9 +363,13 @@ void backward_batch(const MaskedBackward<T>& b) {
   const auto of_unit = [&](int64_t channel, int64_t begin, int64_t end) {
     const Gathered<T, 2> gathered(g, b.valid, {b.grad, b.x}, unit_capacity(g));
     GradSums sums;
+    const double mean = b.mean[channel], rstd = inverse_std(b.var[channel], b.eps);
     gathered.of_batch(
-        begin, end, channel,
-        sums_into(kernels, sums, b.mean[channel], inverse_std(b.var[channel], b.eps)));
+        begin, end, channel, sums_into(kernels, sums, mean, rstd),
+        [&](const auto& of, const bool* mask, int64_t samples, int64_t) {
+          sums.add(b.masked.grad_sums(of[0], of[1], mask, samples, g.s, g.c * g.s, mean, rstd));
+          return true;
+        });
     return sums;
   };
   const auto total = [&](int64_t c, int64_t units, const auto& of) {
@@ -354,17 +382,13 @@ void backward_batch(const MaskedBackward<T>& b) {
         GradAffine<A>(b.mean[c], inverse_std(b.var[c], b.eps), weight,
                       weight * sums.grad / double(count), weight * sums.grad_x_hat / double(count));
   };
-  over_batch<T, GradSums>(
-      g, b.valid, 2, b.grad_x != nullptr, of_unit, total,
-      [&](int64_t n, int64_t first, int64_t channels) {
-        if (count == 1)  // one value is its own mean
-          return fill_values(b.grad_x + (n * g.c + first) * g.s, channels * g.s, T{});
-        write(g, b.valid, n, first, channels, b.grad_x, T{},
-              [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
-                kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, runs, len,
-                                   affine.get() + channel, false);
-              });
-      });
+  over_batch<T, GradSums>(g, b.valid, 2, b.grad_x != nullptr, of_unit, total,
+                          [&](int64_t n, int64_t first, int64_t channels) {
+                            if (count == 1)  // one value is its own mean
+                              return fill_values(b.grad_x + (n * g.c + first) * g.s, channels * g.s,
+                                                 T{});
+                            write_gradients(b, n, first, channels, affine.get() + first);
+                          });
 }
 
 }  // namespace
