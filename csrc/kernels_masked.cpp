@@ -16,18 +16,21 @@ namespace {
 
 constexpr int64_t kBlock = 16;
 
+// keep: what is valid of 16 values, `there` what may be read of them
 template <class T>
-TN_INLINE void pack_block(const T* from, __mmask16 keep, T* to) {
+TN_INLINE void pack_block(const T* from, __mmask16 keep, __mmask16 there, T* to) {
   // a register is compressed and stored whole: compressing to memory is slow on some processors
   if constexpr (sizeof(T) == 8) {
     const auto low = __mmask8(keep), high = __mmask8(keep >> 8);
-    _mm512_storeu_pd(to, _mm512_maskz_compress_pd(low, _mm512_maskz_loadu_pd(low, from)));
-    to += __builtin_popcount(low);
-    _mm512_storeu_pd(to, _mm512_maskz_compress_pd(high, _mm512_maskz_loadu_pd(high, from + 8)));
+    const __m512d first = _mm512_maskz_loadu_pd(__mmask8(there), from);
+    const __m512d second = _mm512_maskz_loadu_pd(__mmask8(there >> 8), from + 8);
+    _mm512_storeu_pd(to, _mm512_maskz_compress_pd(low, first));
+    _mm512_storeu_pd(to + __builtin_popcount(low), _mm512_maskz_compress_pd(high, second));
   } else if constexpr (sizeof(T) == 4) {
-    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(keep, _mm512_maskz_loadu_ps(keep, from)));
+    const __m512 values = _mm512_maskz_loadu_ps(there, from);
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(keep, values));
   } else {
-    const __m512i wide = _mm512_maskz_cvtepu16_epi32(keep, _mm256_maskz_loadu_epi16(keep, from));
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(there, _mm256_maskz_loadu_epi16(there, from));
     const __m512i packed = _mm512_maskz_compress_epi32(keep, wide);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                         _mm512_maskz_cvtepi32_epi16(0xffff, packed));
@@ -66,8 +69,8 @@ TN_INLINE void over_blocks(const bool* valid, int64_t len, const Body& body) {
 template <class T>
 int64_t pack(const T* from, const bool* valid, int64_t len, T* to) {
   const T* const begin = to;
-  over_blocks(valid, len, [&](int64_t i, __mmask16 keep, __mmask16) TN_FLAT {
-    pack_block(from + i, keep, to);
+  over_blocks(valid, len, [&](int64_t i, __mmask16 keep, __mmask16 there) TN_FLAT {
+    pack_block(from + i, keep, there, to);
     to += __builtin_popcount(keep);
   });
   return to - begin;

@@ -59,7 +59,7 @@ class Valid {
     s.scattered = ends > 2 && ends / 2 * kShort > s.count;
     if (s.scattered && !all_runs) return;
     s.runs.resize(size_t(ends / 2));
-    if (s.scattered) return read_short(mask, s.runs.data());
+    if (s.scattered) return read_short(mask, s.runs);
     const bool *at = mask, *const end = mask + positions_;
     for (Run& run : s.runs) {
       at = static_cast<const bool*>(std::memchr(at, 1, size_t(end - at)));
@@ -71,18 +71,20 @@ class Valid {
   }
 
   // without a branch: where a run ends is not foreseen
-  void read_short(const bool* mask, Run* runs) const {
-    std::vector<int64_t> begins(size_t(positions_) + 1), ends(size_t(positions_) + 1);
-    int64_t b = 0, e = 0;
+  void read_short(const bool* mask, std::vector<Run>& runs) const {
+    const size_t found = runs.size();
+    runs.resize(found + 1);  // what is written past the last run
+    size_t begun = 0, ended = 0;
     bool before = false;
     for (int64_t i = 0; i < positions_; ++i) {
-      begins[b] = ends[e] = i;
-      b += mask[i] && !before;
-      e += before && !mask[i];
+      runs[begun].begin = runs[ended].count = i;
+      begun += mask[i] && !before;
+      ended += before && !mask[i];
       before = mask[i];
     }
-    ends[e] = positions_;
-    for (int64_t k = 0; k < b; ++k) runs[k] = {begins[k], ends[k] - begins[k]};
+    runs[ended].count = positions_;
+    runs.resize(found);
+    for (Run& run : runs) run.count -= run.begin;
   }
 
   const bool* mask_;
