@@ -59,16 +59,6 @@ bool streams(const Geometry& g) {
   return g.numel() * int64_t(sizeof(T)) >= kStreamFrom;
 }
 
-// Half precision takes its parameters in float, which holds all but float64's: with those, x is
-// computed in float64.
-bool needs_double(const Tensor& x, const std::optional<Tensor>& weight,
-                  const std::optional<Tensor>& bias) {
-  const auto is_double = [](const std::optional<Tensor>& p) {
-    return p && p->scalar_type() == ScalarType::Double;
-  };
-  return x.element_size() == 2 && (is_double(weight) || is_double(bias));
-}
-
 void store(const double* values, const Tensor& to) {
   with_type(to, [&]<class T>(T) {
     table<T>(kernels()).narrow(values, static_cast<T*>(to.mutable_data_ptr()), to.numel());

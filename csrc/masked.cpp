@@ -43,17 +43,20 @@ T element(double value) {
   return narrow;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& mask,
-                                                   std::optional<Tensor> weight,
-                                                   std::optional<Tensor> bias, int64_t num_groups,
-                                                   double eps, double padding_value) {
-  const Geometry g = geometry_of(x, {num_groups, 0, true});
-  const Valid valid = valid_of(mask, g);
-  const Tensor dense = laid_out(x, g), y = new_result(g, x.scalar_type());
-  const int64_t statistics = g.num_statistics();
-  const Tensor mean = empty(statistics, ScalarType::Double),
-               var = empty(statistics, ScalarType::Double),
-               count = empty(statistics, ScalarType::Double);
+// y and three statistics of x, as forward_into() of tensors.h.
+void masked_forward_into(const Tensor& x, const Valid& valid, const std::optional<Tensor>& weight,
+                         const std::optional<Tensor>& bias, const Geometry& g, double eps,
+                         double padding_value, const Tensor& y, double* mean, double* var,
+                         double* count) {
+  if (needs_double(x, weight, bias)) {
+    Tensor wide = empty_strided(g.sizes, g.strides, ScalarType::Double), rounded = y;
+    const Tensor result = empty_strided(g.sizes, g.strides, ScalarType::Double);
+    torch::stable::copy_(wide, x);
+    masked_forward_into(wide, valid, weight, bias, g, eps, padding_value, result, mean, var, count);
+    torch::stable::copy_(rounded, result);
+    return;
+  }
+  const Tensor dense = laid_out(x, g);
   with_type(x, [&]<class T>(T) {
     const Values<compute_t<T>> w(weight), b(bias);
     const MaskedForward<T> f{g,
@@ -65,12 +68,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
                              static_cast<T*>(y.mutable_data_ptr()),
                              w.get(),
                              b.get(),
-                             doubles(mean),
-                             doubles(var),
-                             doubles(count),
+                             mean,
+                             var,
+                             count,
                              element<T>(padding_value)};
     g.memory == Memory::rows ? masked_forward_rows(f) : masked_forward_channels(f);
   });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& mask,
+                                                   std::optional<Tensor> weight,
+                                                   std::optional<Tensor> bias, int64_t num_groups,
+                                                   double eps, double padding_value) {
+  const Geometry g = geometry_of(x, {num_groups, 0, true});
+  const Tensor y = new_result(g, x.scalar_type());
+  const int64_t statistics = g.num_statistics();
+  const Tensor mean = empty(statistics, ScalarType::Double),
+               var = empty(statistics, ScalarType::Double),
+               count = empty(statistics, ScalarType::Double);
+  masked_forward_into(x, valid_of(mask, g), weight, bias, g, eps, padding_value, y, doubles(mean),
+                      doubles(var), doubles(count));
   return {y, mean, var, count};
 }
 

@@ -280,7 +280,7 @@ def normalize(
 
 
 def _can_ask(x: Tensor) -> bool:
-    """Whether a tensor's value can be looked at for nothing, and does not become part of a graph."""
+    """Whether a value can be looked at for nothing, and does not become part of a graph."""
     return (
         x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)

@@ -62,6 +62,8 @@ class Direct(Traceable, Configurable):
         padding_value: float = 0.0,
     ) -> Tensor:
         plain = mask is None and lengths is None
+        if plain and type(padding_value) is not float:
+            _checks.check_padding_value(padding_value)
         if plain and self._direct and type(input) is Tensor and not is_compiling():
             direct = self._directly(input)
             if direct is not None:

@@ -65,7 +65,8 @@ class Padded(Configurable):
 
     def _nested(self, input: Tensor, more: More) -> Tensor:
         """A jagged tensor, padded and cut again: each component is a sample."""
-        _checks.check_nested(input, more.mask is not None or more.lengths is not None)
+        given = more.mask is not None or more.lengths is not None
+        _checks.check_nested(input, given, self.channel_axis)
         offsets: Any = input.offsets()  # type: ignore[attr-defined]
         lengths = offsets.diff()
         padded = torch.nested.to_padded_tensor(input, 0.0)
