@@ -41,14 +41,18 @@ class Gathered {
         capacity_(capacity + kPastPacked),
         memory_(int64_t(In) * capacity_) {}
 
-  // body(values of each tensor, count), once for all of what neighbouring channels of a sample hold
+  // body(values of each tensor, count) for what neighbouring channels of a sample hold: one channel
+  // as if it had no padding, several in as many parts as are read fast.
   template <class Body>
   void of_sample(int64_t n, int64_t first, int64_t channels, const Body& body) const {
-    const Valid::Run* const run = channels == 1 ? valid_.only_run(n) : nullptr;
-    if (run) {
-      // the next channel's run: what lies apart is no stream that the processor foresees
-      if (first + 1 < g_.c) foresee((n * g_.c + first + 1) * g_.s + run->begin, run->count);
-      return pieces(at((n * g_.c + first) * g_.s + run->begin), run->count, body);
+    const Valid::Run* const run = valid_.only_run(n);
+    if (run && (channels == 1 || run->count >= kLongRun)) {
+      for (int64_t c = first; c < first + channels; ++c) {
+        // the next channel's run: what lies apart is no stream that the processor foresees
+        if (c + 1 < g_.c) foresee((n * g_.c + c + 1) * g_.s + run->begin, run->count);
+        pieces(at((n * g_.c + c) * g_.s + run->begin), run->count, body);
+      }
+      return;
     }
     for (int64_t c = 0; c < channels; ++c) pack(n, first + c, c * valid_.count(n));
     pieces(packed(), channels * valid_.count(n), body);

@@ -129,8 +129,8 @@ def check_nested(input: Tensor, masked: bool, channel_axis: int) -> None:
         )
     if channel_axis % input.dim() == 1:
         raise ValueError(
-            f"`channel_axis` is {channel_axis}, but `input` is a nested tensor whose dimension 1 is "
-            "the ragged one, of positions: build the layer with channel_axis=-1"
+            f"`channel_axis` is {channel_axis}, but dimension 1 of a nested tensor `input` is the "
+            "ragged one, of positions: build the layer with channel_axis=-1"
         )
 
 
