@@ -88,10 +88,11 @@ def main() -> None:
                 times: list[list[float]] = [[], [], []]
                 with torch.set_grad_enabled(wanted is not None):
                     for i in range(rounds + 2):
-                        for each, call in zip(times, calls, strict=True):
-                            took = seconds(call, wanted, x)
+                        # each of them after each other one: what ran before leaves its traces
+                        for k in ((0, 1, 2), (1, 0, 2), (2, 1, 0), (0, 2, 1))[i % 4]:
+                            took = seconds(calls[k], wanted, x)
                             if i >= 2:
-                                each.append(took)
+                                times[k].append(took)
                 masked, unmasked, torchs = times
                 pairs = [
                     statistics.median(o / m for o, m in zip(other, masked, strict=True))
