@@ -18,7 +18,7 @@ BUILT_FROM := $(CPP) CMakeLists.txt pyproject.toml build_backend/truenorm_build.
 export TRUENORM_WERROR ?= ON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types format wheel verify bench bench-quick bench-cuda sanitize mutate neon \
+.PHONY: help run test lint types format docs wheel verify bench bench-quick bench-cuda sanitize mutate neon \
 	clean
 
 help:  ## list the targets
@@ -43,6 +43,9 @@ format: $(VENV)/dev  ## put the Python and the C++ in style
 	@$(BIN)/ruff check --quiet --fix-only .
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/clang-format -i $(CPP)
+
+docs: $(VENV)/docs  ## build the documentation: build/site/index.html
+	@$(BIN)/python tools/site/build.py
 
 wheel: $(VENV)/tools  ## build dist/*.whl, native core included
 	@rm -rf dist
@@ -127,8 +130,11 @@ endef
 $(VENV)/demo: $(VENV)/tools $(BUILT_FROM)
 	$(call install,demo,$(VENV)/demo)
 
+$(VENV)/docs: $(VENV)/tools $(BUILT_FROM)
+	$(call install,docs,$(VENV)/docs)
+
 $(VENV)/dev: $(VENV)/tools $(BUILT_FROM)
-	$(call install,dev,$(VENV)/demo $(VENV)/dev)
+	$(call install,dev,$(VENV)/demo $(VENV)/docs $(VENV)/dev)
 
 build/sanitize/_native.so: $(VENV)/dev
 	@$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \

@@ -161,19 +161,3 @@ def test_aot_inductor_without_truenorm(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert done.stdout.strip() == "done", done.stderr
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_torch_ao_fuses_the_reverted_model(training: bool) -> None:
-    fusing = pytest.importorskip("torch.ao.quantization")
-    layers = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
-    model = truenorm.convert(randomize(layers)).train(training)
-    x = torch.randn(2, 3, 9, 9)
-    y = model(x)
-    fuse = fusing.fuse_modules_qat if training else fusing.fuse_modules
-    with warnings.catch_warnings():
-        # torch.ao.quantization moves to another package
-        warnings.simplefilter("ignore")
-        fused = fuse(truenorm.revert(copy.deepcopy(model)), ["0", "1", "2"])
-    assert [type(m) for m in fused][1:] == [nn.Identity, nn.Identity]
-    assert relative(fused(x), y) < FLOAT32_BETWEEN

@@ -350,6 +350,8 @@ def test_bad_input() -> None:
         fold(conv().eval())
     with pytest.raises(ValueError, match=r"failed on a batch of shape \(2, 4, 5, 5\).*channels"):
         fold(model, torch.randn(2, 4, 5, 5))
+    with pytest.raises(TypeError, match=r"`batch` must be a batch .* but got list_iterator"):
+        fold(model, iter([torch.randn(2, 3, 5, 5)]))
     with pytest.raises(ValueError, match=r"compiled .*fold the model first"):
         fold(torch.compile(model))
     with pytest.raises(ValueError, match=r"lazy '1.weight' has no shape"):

@@ -207,6 +207,13 @@ def test_nothing_is_left_behind(training: bool) -> None:
     assert unchanged(model, before)
 
 
+@pytest.mark.parametrize("data", [torch.randn(2, 3, 8, 8).numpy(), "abc"], ids=["array", "text"])
+def test_data_without_a_tensor(data: Any) -> None:
+    with pytest.raises(ValueError, match=r"without a tensor \((ndarray|str)\).* — pass") as raised:
+        inspect(Model(), iter([data]))
+    assert "\n" not in str(raised.value)
+
+
 def _interrupt(count: int) -> None:
     raise KeyboardInterrupt
 

@@ -288,6 +288,8 @@ def test_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
             ValueError,
             r"`batches` must be a whole number of at least 1, .* 0",
         ),
+        (nn.BatchNorm1d(3), 5, {}, TypeError, r"`loader` must be an iterable of batches, .* int"),
+        (nn.BatchNorm1d(3), torch.randn(4, 3), {}, TypeError, r"got Tensor: of one batch pass \["),
         (nn.LazyBatchNorm1d(), [], {}, ValueError, r"lazy layer, '', .*call the model once before"),
     ],
 )

@@ -223,16 +223,68 @@ def test_dark_narrow_and_on_paper(pages: dict[str, Path]) -> None:
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
         open_page(driver, pages["UNet"])
         assert driver.execute_script("return " + background) == "rgb(20, 23, 29)"
+        # of layers that have no room for their names, each has one of its own
+        assert driver.execute_script(
+            "const texts = [...document.querySelectorAll('#heat .ytick text')]"
+            ".map((t) => t.textContent); return new Set(texts).size === texts.length"
+        )
         # nothing is wider than the phone
         assert driver.execute_script("return document.documentElement.scrollWidth") == 390
         driver.find_element("id", "theme").click()
         assert driver.execute_script("return " + background) == "rgb(252, 252, 250)"
         driver.find_element("id", "theme").click()
+        closed = "document.querySelectorAll('details:not([open])').length"
+        before = driver.execute_script(
+            f"addEventListener('beforeprint', () => {{ window.left = {closed}; }}); return {closed}"
+        )
         pdf = driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"]
         assert b64decode(pdf)[:5] == b"%PDF-"
+        # what is folded on the screen is open on paper
+        assert before > 0
+        assert driver.execute_script("return window.left") == 0
+        assert driver.execute_script("return " + closed) == before
         # and it is dark again
         assert driver.execute_script("return " + background) == "rgb(20, 23, 29)"
         assert errors(driver) == []
+
+
+class Deep(nn.Module):
+    """A hundred layers, as deep networks name them, of as many channels as ResNet-101's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def stage() -> nn.ModuleDict:
+            kinds = ("normalization_first", "normalization_second")
+            blocks = [nn.ModuleDict({k: nn.BatchNorm2d(512) for k in kinds}) for _ in range(10)]
+            return nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+
+        self.encoder = nn.ModuleDict({"stages": nn.ModuleList(stage() for _ in range(5))})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                x = module(x) + 0.1
+        return x
+
+
+def test_the_page_of_a_hundred_layers(tmp_path: Path) -> None:
+    path = tmp_path / "deep.html"
+    torch.manual_seed(20)
+    truenorm.inspect(randomize(Deep()).eval(), torch.randn(4, 512, 3, 3)).save(path)
+    assert path.stat().st_size < 5_000_000
+    with browser(1280, 900) as driver:
+        open_page(driver, path)
+        # how fast is measured by tools/measure_page.py
+        assert driver.execute_script("return document.querySelectorAll('#layers li').length") == 100
+        assert errors(driver) == []
+    with browser(390, 800, mobile=True) as driver:
+        open_page(driver, path)
+        labels = driver.execute_script(
+            "return document.getElementById('heat').layout.yaxis.ticktext"
+        )
+        assert len(set(labels)) == len(labels) > 40
+        assert labels[-1] == "e.s.4.l.9.nor…irst"
 
 
 FACTORY = """

@@ -17,6 +17,7 @@ from .freeze import freeze, unfreeze
 from .moments import Moments
 from .nn import *  # noqa: F403
 from .nn import __all__ as _layers
+from .quantize import fuse_config
 from .recalibrate import recalibrate
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "fold",
     "freeze",
     "functional",
+    "fuse_config",
     "info",
     "inspect",
     "nn",

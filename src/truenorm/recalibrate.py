@@ -64,15 +64,17 @@ def recalibrate(
     A model in DistributedDataParallel is taken out of it; one under fully_shard works as a whole,
     so that every process must have as many batches.
 
-    Errors: TypeError where `model` is no module; ValueError where it has nothing to recalibrate,
-    where there is no batch or a layer saw one value at most, and where `resume` is another model's
-    file; RuntimeError where the pass has failed in another process.
+    Errors: TypeError where `model` is no module or `loader` no iterable of batches; ValueError
+    where there is nothing to recalibrate, no batch, or a layer that saw one value at most, and
+    where `resume` is another model's file; RuntimeError where the pass has failed in another
+    process.
 
     Source: Wu and Johnson 2021, https://arxiv.org/abs/2105.07576 (precise BatchNorm).
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
     layers = _tracking(model)
+    _checks.check_loader(loader)
     if batches is not None:
         _checks.check_positive("batches", batches)
     _checks.check_positive("save_every", save_every)

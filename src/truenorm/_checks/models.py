@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._pytree import tree_leaves
 
 from .layers import _shape
 
@@ -50,6 +51,14 @@ def check_initialized(name: str, lazy: bool) -> None:
         raise ValueError(
             f"`model` has a lazy layer, {name!r}, that does not know its num_features yet: call "
             "the model once before"
+        )
+
+
+def check_loader(loader: Any) -> None:
+    if isinstance(loader, (Tensor, str)) or not isinstance(loader, Iterable):
+        raise TypeError(
+            f"`loader` must be an iterable of batches, but got {type(loader).__name__}: of one "
+            "batch pass [batch]"
         )
 
 
@@ -110,10 +119,17 @@ def _shapes(value: Any) -> str:
 
 
 def fail_forward(name: str, batch: Any, error: Exception) -> NoReturn:
+    # torch goes on to list every form that it takes
+    said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(batch)):
+        raise ValueError(
+            f"`{name}` failed on a batch without a tensor ({type(batch).__name__}) with {said} — "
+            "pass tensors, of NumPy arrays torch.as_tensor(array), or say how the model is called: "
+            "call=lambda model, batch: model(…)"
+        ) from error
     raise ValueError(
-        f"`{name}` failed on a batch of shape {_shapes(batch)} with {type(error).__name__}: "
-        f"{error} — pass data that the model takes, or say how it is called: "
-        "call=lambda model, batch: model(…)"
+        f"`{name}` failed on a batch of shape {_shapes(batch)} with {said} — pass data that the "
+        "model takes, or say how it is called: call=lambda model, batch: model(…)"
     ) from error
 
 

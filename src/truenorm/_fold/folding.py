@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from .. import _checks
 from .. import nn as ours
 from .._model.layers import BATCH, INSTANCE, kind_of, norms_of, uses_running
-from .._model.running import Call, check_model, run, tensors, untouched
+from .._model.running import Call, check_model, is_batch, run, tensors, untouched
 from . import arithmetic
 from .graph import LINEAR, Order, find_order, has_hooks, passes
 from .measure import pair_errors, share_of_largest
@@ -334,9 +334,9 @@ def fold(
 
     Returns a `Folding`: the model, what was folded with its error against float64, what was kept.
 
-    Errors: TypeError where `model` is no module; ValueError for a model in training mode, compiled,
-    without normalization layers, or that fails on the batch; RuntimeError where the output changed.
-    The model is unchanged then.
+    Errors: TypeError where `model` is no module or `batch` no batch; ValueError for a model in
+    training mode, compiled, without normalization layers, or that fails on the batch; RuntimeError
+    where the output changed. The model is unchanged then.
     """
     check_model("model", model)
     _checks.check_foldable(model)
@@ -344,6 +344,8 @@ def fold(
         _checks.fail_no_norms("model", model)
     exact = own = None
     if batch is not None:
+        if call is None and not is_batch(batch):
+            _checks.fail_batch("batch", batch)
         exact, own = _exact(model, batch, call)
     target = model if inplace else _copied(model)
     plan = _Plan(target)

@@ -116,18 +116,29 @@
     return scale === "log" ? Math.log10(Math.max(v, 1e-12)) : v;
   }
   // what all names end in says nothing
-  const ends = new Set(layers.map((l) => l.name.split(".").pop()));
-  const ending = ends.size === 1 && layers.length > 1 && layers.every((l) => l.name.includes("."))
-    ? "." + [...ends][0] : "";
+  const paths = layers.map((l) => l.name.split("."));
+  let common = 0;
+  while (paths.length > 1 && paths.every((p) => p.length > common + 1 && p.at(-1 - common) === paths[0].at(-1 - common))) common++;
   function short(name) {
-    if (ending) name = name.slice(0, -ending.length);
-    const most = narrow() ? 14 : 34;
-    return name.length > most ? "…" + name.slice(1 - most) : name || "(the model)";
+    const parts = (common ? name.split(".").slice(0, -common).join(".") : name).split(".");
+    const most = narrow() ? 18 : 34;
+    // initials for the outermost modules: numbers stay, so that layers are told apart
+    for (let i = 0; i < parts.length - 1 && parts.join(".").length > most; i++) {
+      if (!/^\d+$/.test(parts[i])) parts[i] = parts[i].slice(0, 1);
+    }
+    const last = parts.pop(), outer = parts.map((part) => part + ".").join("");
+    const room = Math.max(most - outer.length, 8), head = room >> 1;
+    const cut = last.length > room ? last.slice(0, head - 1) + "…" + last.slice(head - room) : last;
+    return outer + cut || "(the model)";
   }
+  // names break after a dot, not within a word
+  const breakable = (name) => (name || "(the model)").split(/(?<=\.)/)
+    .flatMap((part, i) => i ? [document.createElement("wbr"), part] : [part]);
   function drawHeat() {
     const key = $("measure").value, m = MEASURES[key];
     if (!m) { $("heat").hidden = true; return; }
     $("meaning").textContent = m.meaning;
+    $("measured").textContent = m.name + ". ";
     const rows = layers.map((_, i) => i)
       .filter((i) => layers[i].channels[key] && (visible === null || visible.has(i)));
     const columns = Math.max(1, ...rows.map((i) => layers[i].channels[key].length));
@@ -183,7 +194,7 @@
   // --- one layer ----------------------------------------------------------------------------------
   function drawLayer() {
     const l = layers[chosen];
-    $("name").textContent = l.name || "(the model)";
+    $("name").replaceChildren(...breakable(l.name));
     $("what").textContent = `${l.kind} of input (${l.shape.join(", ")}), ${l.dtype}${l.channelsLast ? ", channels_last" : ""}; normalizes by ${l.usesRunning ? "its running statistics" : "each input's own statistics"}`;
     const numbers = [
       ["channels", l.numChannels], ["values per statistic", l.values || null], ["eps", l.eps],
@@ -213,7 +224,7 @@
     plotly.react("distributions", [
       bars(l.before, "", color("--quiet"), "before"), bars(l.after, "2", color("--accent"), "after"),
     ].filter(Boolean), layout({
-      grid, height: stacked ? 380 : 230, margin: { l: 12, r: 12, t: 8, b: 40 }, bargap: 0,
+      grid: { ...grid, ygap: 0.45 }, height: stacked ? 400 : 230, margin: { l: 12, r: 12, t: 8, b: 40 }, bargap: 0,
       xaxis: { title: { text: "value before" } }, yaxis: y,
       xaxis2: { title: { text: "value after" } }, yaxis2: y,
     }), CONFIG);
@@ -245,7 +256,7 @@
   const items = layers.map((l, i) => {
     const item = document.createElement("li"), button = document.createElement("button"), kind = document.createElement("small");
     button.type = "button";
-    button.append(l.name || "(the model)", " ");
+    button.append(...breakable(l.name), " ");
     kind.textContent = l.kind;
     button.append(kind);
     if (worst[i] < 3) {
@@ -287,6 +298,7 @@
   });
   $("measure").addEventListener("change", drawHeat);
   for (const link of document.querySelectorAll("a.where")) {
+    link.replaceChildren(...breakable(link.textContent.trim()));
     link.addEventListener("click", (e) => {
       e.preventDefault();
       if (MEASURES[link.dataset.measure] && has(link.dataset.measure)) {
@@ -302,9 +314,19 @@
     drawAll();
   });
   dark.addEventListener("change", () => { setTheme(dark.matches ? "dark" : "light"); drawAll(); });
-  let before;
-  addEventListener("beforeprint", () => { before = root.dataset.theme; setTheme("light"); drawAll(); });
-  addEventListener("afterprint", () => { setTheme(before); drawAll(); });
+  let before, folded;
+  addEventListener("beforeprint", () => {
+    before = root.dataset.theme;
+    folded = [...document.querySelectorAll("details:not([open])")];
+    for (const one of folded) one.open = true; // nobody opens them on paper
+    setTheme("light");
+    drawAll();
+  });
+  addEventListener("afterprint", () => {
+    for (const one of folded) one.open = false;
+    setTheme(before);
+    drawAll();
+  });
   let width = innerWidth;
   addEventListener("resize", () => {
     // other than by a few pixels: labels and grids change with it
