@@ -1,4 +1,5 @@
-// Which positions of a tensor count, and how their values are taken out and put back.
+// Which positions of a tensor count, and what masked_*.cpp offer to masked.cpp: forward and
+// backward of a whole tensor whose statistics span valid values alone.
 #pragma once
 
 #include <algorithm>
@@ -6,119 +7,176 @@
 #include <cstring>
 #include <vector>
 
+#include "geometry.h"
+#include "masked_kernels.h"
 #include "parallel.h"
 
 namespace truenorm {
 
-// The valid positions of each sample, from a mask [N, S]: as runs where these are long (lengths),
-// else one by one.
+// The valid positions of each sample, from a mask [N, S].
 class Valid {
  public:
   struct Run {
     int64_t begin, count;
   };
 
-  Valid(const bool* mask, int64_t samples, int64_t positions)
-      : positions_(positions), samples_(size_t(samples)), before_(size_t(samples) + 1, 0) {
-    parallel(samples, positions, [&](int64_t n) { read(mask + n * positions, samples_[n]); });
-    for (int64_t n = 0; n < samples; ++n) {
-      before_[n + 1] = before_[n] + samples_[n].count;
-      most_ = std::max(most_, samples_[n].count);
-    }
+  // all_runs: also those of samples whose runs are short
+  Valid(const bool* mask, int64_t samples, int64_t positions, bool all_runs)
+      : mask_(mask), positions_(positions), samples_(size_t(samples)) {
+    parallel(samples, positions,
+             [&](int64_t n) { read(mask + n * positions, samples_[n], all_runs); });
   }
 
   int64_t samples() const { return int64_t(samples_.size()); }
+  int64_t positions() const { return positions_; }
   int64_t count(int64_t n) const { return samples_[n].count; }
-  // valid positions of the samples before this one
-  int64_t before(int64_t n) const { return before_[n]; }
-  int64_t most() const { return most_; }
+  const bool* mask(int64_t n) const { return mask_ + n * positions_; }
+  // whether runs are so short that what goes by runs is better done place by place
+  bool scattered(int64_t n) const { return samples_[n].scattered; }
+  const std::vector<Run>& runs(int64_t n) const { return samples_[n].runs; }
   // all that is valid of a sample, if it lies side by side
   const Run* only_run(int64_t n) const {
-    const Sample& s = samples_[n];
-    return s.places.empty() && s.runs.size() == 1 ? s.runs.data() : nullptr;
-  }
-
-  // The valid positions' values side by side, `width` neighbouring values to a position.
-  template <class T>
-  void pack(int64_t n, const T* from, T* to, int64_t width) const {
-    const Sample& s = samples_[n];
-    if (width == 1) {
-      for (size_t k = 0; k < s.places.size(); ++k) to[k] = from[s.places[k]];
-    } else {
-      for (const int32_t place : s.places) to = copy(from + place * width, width, to);
-    }
-    if (!s.places.empty()) return;
-    for (const Run& run : s.runs) to = copy(from + run.begin * width, run.count * width, to);
-  }
-
-  // Their inverse; all other positions become `fill`.
-  template <class T>
-  void unpack(int64_t n, const T* from, T* to, int64_t width, T fill) const {
-    const Sample& s = samples_[n];
-    if (!s.places.empty()) {
-      std::fill(to, to + positions_ * width, fill);
-      if (width == 1)
-        for (size_t k = 0; k < s.places.size(); ++k) to[s.places[k]] = from[k];
-      else
-        for (size_t k = 0; k < s.places.size(); ++k)
-          copy(from + int64_t(k) * width, width, to + s.places[k] * width);
-      return;
-    }
-    fill_gaps(n, to, width, fill);
-    for (const Run& run : s.runs) {
-      copy(from, run.count * width, to + run.begin * width);
-      from += run.count * width;
-    }
-  }
-
-  // `fill` for what is not valid of a sample that has runs.
-  template <class T>
-  void fill_gaps(int64_t n, T* to, int64_t width, T fill) const {
-    int64_t at = 0;
-    for (const Run& run : samples_[n].runs) {
-      std::fill(to + at * width, to + run.begin * width, fill);
-      at = run.begin + run.count;
-    }
-    std::fill(to + at * width, to + positions_ * width, fill);
+    return samples_[n].runs.size() == 1 ? samples_[n].runs.data() : nullptr;
   }
 
  private:
-  static constexpr int64_t kShort = 16;  // a mean run below it is read place by place
+  static constexpr int64_t kShort = 16;  // of a mean run
 
   struct Sample {
     std::vector<Run> runs;
-    std::vector<int32_t> places;
     int64_t count = 0;
+    bool scattered = false;
   };
 
-  void read(const bool* mask, Sample& s) const {
+  void read(const bool* mask, Sample& s, bool all_runs) const {
+    // every run has two ends
+    int64_t ends = int64_t(mask[0]) + mask[positions_ - 1];
+    s.count = mask[positions_ - 1];
+    for (int64_t i = 0; i + 1 < positions_; ++i) {
+      s.count += mask[i];
+      ends += mask[i] != mask[i + 1];
+    }
+    s.scattered = ends > 2 && ends / 2 * kShort > s.count;
+    if (s.scattered && !all_runs) return;
+    s.runs.resize(size_t(ends / 2));
+    if (s.scattered) return read_short(mask, s.runs);
     const bool *at = mask, *const end = mask + positions_;
-    while (at < end) {
+    for (Run& run : s.runs) {
       at = static_cast<const bool*>(std::memchr(at, 1, size_t(end - at)));
-      if (at == nullptr) break;
-      const void* stop = std::memchr(at, 0, size_t(end - at));
+      const void* const stop = std::memchr(at, 0, size_t(end - at));
       const bool* const last = stop ? static_cast<const bool*>(stop) : end;
-      s.runs.push_back({at - mask, last - at});
-      s.count += last - at;
+      run = {at - mask, last - at};
       at = last;
     }
-    if (int64_t(s.runs.size()) * kShort <= s.count || positions_ > INT32_MAX) return;
-    s.places.reserve(size_t(s.count));
-    for (const Run& run : s.runs)
-      for (int64_t i = 0; i < run.count; ++i) s.places.push_back(int32_t(run.begin + i));
-    s.runs.clear();
   }
 
-  template <class T>
-  static T* copy(const T* from, int64_t count, T* to) {
-    std::memcpy(to, from, size_t(count) * sizeof(T));
-    return to + count;
+  // without a branch: where a run ends is not foreseen
+  void read_short(const bool* mask, std::vector<Run>& runs) const {
+    const size_t found = runs.size();
+    runs.resize(found + 1);  // what is written past the last run
+    size_t begun = 0, ended = 0;
+    bool before = false;
+    for (int64_t i = 0; i < positions_; ++i) {
+      runs[begun].begin = runs[ended].count = i;
+      begun += mask[i] && !before;
+      ended += before && !mask[i];
+      before = mask[i];
+    }
+    runs[ended].count = positions_;
+    runs.resize(found);
+    for (Run& run : runs) run.count -= run.begin;
   }
 
+  const bool* mask_;
   int64_t positions_;
   std::vector<Sample> samples_;
-  std::vector<int64_t> before_;
-  int64_t most_ = 0;
+};
+
+// as Forward and Backward of layers.h
+template <class T>
+struct MaskedForward {
+  const Geometry& geometry;
+  const Valid& valid;
+  const Kernels<T>& kernels;
+  const MaskedKernels<T>& masked;
+  double eps;
+  const T* x;
+  T* y;
+  const compute_t<T>* weight;
+  const compute_t<T>* bias;
+  double* mean;  // per statistic, as those below
+  double* var;
+  double* count;
+  T padding;  // what y holds where nothing is valid
+};
+
+template <class T>
+struct MaskedBackward {
+  const Geometry& geometry;
+  const Valid& valid;
+  const Kernels<T>& kernels;
+  const MaskedKernels<T>& masked;
+  double eps;
+  const T* grad;
+  const T* x;
+  T* grad_x;  // or null
+  const compute_t<T>* weight;
+  const double* mean;
+  const double* var;
+  double* grad_weight;  // per channel
+  double* grad_bias;
+};
+
+template <class T>
+void masked_forward_rows(const MaskedForward<T>& f);
+template <class T>
+void masked_backward_rows(const MaskedBackward<T>& b);
+template <class T>
+void masked_forward_channels(const MaskedForward<T>& f);
+template <class T>
+void masked_backward_channels(const MaskedBackward<T>& b);
+
+template <class T>
+inline void fill_values(T* to, int64_t count, T fill) {
+  static constexpr T zero{};
+  if (std::memcmp(&fill, &zero, sizeof(T)) == 0)
+    std::memset(to, 0, size_t(count) * sizeof(T));
+  else
+    std::fill_n(to, count, fill);
+}
+
+// body(first, count) for the gaps between runs
+template <class Body>
+void over_gaps(const std::vector<Valid::Run>& runs, int64_t positions, const Body& body) {
+  int64_t at = 0;
+  for (const Valid::Run& run : runs) {
+    if (run.begin > at) body(at, run.begin - at);
+    at = run.begin + run.count;
+  }
+  if (positions > at) body(at, positions - at);
+}
+
+// A thread's memory for packed values, kept while it is small.
+template <class T>
+class PackedMemory {
+ public:
+  explicit PackedMemory(int64_t values) {
+    const size_t bytes = size_t(values + kPastPacked) * sizeof(T);
+    if (bytes <= kKept) {
+      static thread_local std::unique_ptr<std::byte[]> kept(new std::byte[kKept]);
+      data_ = kept.get();
+    } else {
+      own_.reset(new std::byte[bytes]);  // not made zero
+      data_ = own_.get();
+    }
+  }
+  T* get() const { return reinterpret_cast<T*>(data_); }
+
+ private:
+  static constexpr size_t kKept = size_t{1} << 20;
+
+  std::unique_ptr<std::byte[]> own_;
+  std::byte* data_;
 };
 
 }  // namespace truenorm

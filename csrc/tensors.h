@@ -162,6 +162,16 @@ class Values {
   return static_cast<double*>(t.mutable_data_ptr());
 }
 
+// Half precision takes its parameters in float, which holds all but float64's: with those, x is
+// computed in float64.
+[[maybe_unused]] bool needs_double(const Tensor& x, const std::optional<Tensor>& weight,
+                                   const std::optional<Tensor>& bias) {
+  const auto is_double = [](const std::optional<Tensor>& p) {
+    return p && p->scalar_type() == ScalarType::Double;
+  };
+  return x.element_size() == 2 && (is_double(weight) || is_double(bias));
+}
+
 // Gradients of weight and bias: shaped like the channels of x, in weight's dtype, or where there is
 // none in the one that x is computed in. _ops/operators.py states the same rule.
 struct Params {
@@ -198,16 +208,6 @@ template <class T>
 template <class T>
 [[maybe_unused]] bool streams(const Geometry& g) {
   return g.numel() * int64_t(sizeof(T)) >= kStreamFrom;
-}
-
-// Half precision takes its parameters in float, which holds all but float64's: with those, x is
-// computed in float64.
-[[maybe_unused]] bool needs_double(const Tensor& x, const std::optional<Tensor>& weight,
-                                   const std::optional<Tensor>& bias) {
-  const auto is_double = [](const std::optional<Tensor>& p) {
-    return p && p->scalar_type() == ScalarType::Double;
-  };
-  return x.element_size() == 2 && (is_double(weight) || is_double(bias));
 }
 
 [[maybe_unused]] void store(const double* values, const Tensor& to) {

@@ -8,6 +8,7 @@ import torch
 from promises import CASES, bits, layouts
 
 import truenorm
+from truenorm._ops.masked import masked_backward, masked_forward
 
 torch.manual_seed(3)
 digest = hashlib.sha256()
@@ -24,4 +25,19 @@ layer = truenorm.LocalResponseNorm(5, alpha=0.3)
 x = torch.randn(2, 19, 301) * 10.0 ** torch.empty(2, 19, 301).uniform_(-30, 30)
 for part in bits(layer, x, torch.randn(2, 19, 301)):
     digest.update(part.numpy().tobytes())
+# lengths, random positions, and runs of a few, in short rows and long ones
+for shape in ((3, 5, 37), (4, 3, 5000), (3, 70, 23, 31)):
+    size = torch.Size(shape[2:]).numel()
+    lengths = torch.arange(size) < torch.tensor([size, 5, size // 2, 0])[: shape[0], None]
+    few = (torch.arange(size) // 20 % 3 == 1).repeat(shape[0], 1)
+    for mask in (lengths, torch.rand(shape[0], size) < 0.5, few):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            for groups in (0, 1, shape[1]):
+                for offset in (0.0, 30.0):
+                    for place in layouts(shape).values():
+                        x = place((torch.randn(shape) + offset).to(dtype))
+                        made = masked_forward(x, mask, None, None, groups, 1e-5, 1.5)
+                        found = masked_backward(x, x, mask, *made[1:3], None, groups, 1e-5, 7)
+                        for part in (*made, *found):
+                            digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
 print(digest.hexdigest())

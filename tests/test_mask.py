@@ -128,6 +128,20 @@ def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["InstanceNorm1d", "BatchNorm2d"])
+def test_parameters_that_float32_does_not_hold(name: str) -> None:
+    layer, shape = make(name, torch.float64), shape_of(name)
+    with torch.no_grad():
+        layer.weight.mul_(1e60)
+    mask = masks(shape)["random"]
+    x = torch.randn(shape).to(torch.bfloat16) * 1e-30
+    y = layer(x, mask=mask)
+    expected = by_hand(x.double(), mask, layer)
+    assert expected.abs().max() > 1e30
+    assert y.dtype == x.dtype
+    torch.testing.assert_close(y, expected.to(x.dtype), rtol=1e-2, atol=1e20)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("kind", ["lengths", "random", "runs"])
 def test_instance_norm_has_the_bits_of_the_unpadded_sample(kind: str, channels_last: bool) -> None:
@@ -395,6 +409,11 @@ def test_nested_tensors_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="ragged in none of the dimensions of normalized_shape"):
         truenorm.LayerNorm(4)(jagged)
     rows = torch.nested.nested_tensor([torch.randn(4, 5), torch.randn(3, 5)], layout=torch.jagged)
+    for layer in (truenorm.BatchNorm1d(5), truenorm.InstanceNorm1d(4, channel_axis=-2)):
+        with pytest.raises(
+            ValueError, match=r"`channel_axis` is .*build the layer with channel_axis=-1"
+        ):
+            layer(rows)
     with pytest.raises(ValueError, match="leave `mask` and `lengths` out"):
         truenorm.RMSNorm(5)(rows, mask=torch.ones(2, 4, dtype=torch.bool))
 
@@ -458,6 +477,7 @@ ONE = torch.ones(3, 9, dtype=torch.bool)
         ({"lengths": torch.tensor([1.0, 2, 3])}, TypeError, r"`lengths` must be integers.*long"),
         ({"lengths": torch.ones(3).long(), "mask": ONE}, ValueError, r"`mask` and `lengths` were"),
         ({"mask": ONE, "padding_value": "0"}, TypeError, r"`padding_value` must be a number.*'0'"),
+        ({"padding_value": "0"}, TypeError, r"`padding_value` must be a number.*'0'"),
     ],
 )
 def test_bad_input_changes_nothing(

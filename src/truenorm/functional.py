@@ -7,12 +7,13 @@ out in `truenorm.reference`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _axes, _checks, _ops, _standard
+from . import _axes, _checks, _ops, _padding, _standard
 from ._ops.activated import Epilogue
 from .moments import Moments
 
@@ -35,6 +36,10 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    padding_value: float = 0.0,
 ) -> Tensor:
     """Normalize each channel by its mean and variance over the whole batch.
 
@@ -45,6 +50,8 @@ def batch_norm(
     running = (1 − momentum) · running + momentum · observed. The biased variance normalizes, the
     unbiased one is stored. Without `training` the running statistics are used.
 
+    `mask`, `lengths` and `padding_value`, by name: which values count, as in the layers.
+
     Shapes: input (N, C, *); running_mean, running_var, weight, bias (C,); output like input, in its
     memory format.
 
@@ -54,6 +61,7 @@ def batch_norm(
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
+    more = _more(mask, lengths, padding_value)
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return handle_torch_function(
             batch_norm,
@@ -66,7 +74,14 @@ def batch_norm(
             training=training,
             momentum=momentum,
             eps=eps,
+            **more,
         )
+    if more:
+        check_batch_norm(input, running_mean, running_var, weight, bias, training, eps)
+        if not training:
+            _checks.check_running_given(running_mean, "training=False")
+        running = _running(running_mean, running_var, momentum)
+        return _masked(input, running, not training, weight, bias, _axes.BATCH, eps, more)
     return batch_norm_tracked(
         input, running_mean, running_var, None, weight, bias, training, momentum, eps
     )
@@ -166,6 +181,10 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    padding_value: float = 0.0,
 ) -> Tensor:
     """Normalize each channel of each sample by its own mean and variance over the positions.
 
@@ -174,6 +193,8 @@ def instance_norm(
     With `use_input_stats` the statistics are the sample's own, and the running ones, where given,
     move in place towards their average over the batch (unbiased variance); without it the running
     statistics are used.
+
+    `mask`, `lengths` and `padding_value`, by name: which values count, as in the layers.
 
     Shapes: input (N, C, *positions); running_mean, running_var, weight, bias (C,); output like
     input, in its memory format.
@@ -184,6 +205,7 @@ def instance_norm(
 
     Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022.
     """
+    more = _more(mask, lengths, padding_value)
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return handle_torch_function(
             instance_norm,
@@ -196,7 +218,15 @@ def instance_norm(
             use_input_stats=use_input_stats,
             momentum=momentum,
             eps=eps,
+            **more,
         )
+    if more:
+        check_instance_norm(input, running_mean, running_var, weight, bias)
+        if not use_input_stats:
+            _checks.check_running_given(running_mean, "use_input_stats=False")
+        running = _running(running_mean, running_var, momentum)
+        axes = _axes.instance(input.shape[1])
+        return _masked(input, running, not use_input_stats, weight, bias, axes, eps, more)
     return instance_norm_then(
         None, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
     )
@@ -255,11 +285,17 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    padding_value: float = 0.0,
 ) -> Tensor:
     """Normalize each group of channels of each sample by its own mean and variance.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias, over the C / num_groups channels of a group
     and all positions. The same in training and evaluation.
+
+    `mask`, `lengths` and `padding_value`, by name: which values count, as in the layers.
 
     Shapes: input (N, C, *); weight, bias (C,); output like input, in its memory format.
 
@@ -269,6 +305,7 @@ def group_norm(
 
     Source: Wu and He 2018, https://arxiv.org/abs/1803.08494.
     """
+    more = _more(mask, lengths, padding_value)
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(
             group_norm,
@@ -278,7 +315,11 @@ def group_norm(
             weight=weight,
             bias=bias,
             eps=eps,
+            **more,
         )
+    if more:
+        check_group_norm(input, num_groups, weight, bias)
+        return _masked(input, None, False, weight, bias, _axes.group(num_groups), eps, more)
     return group_norm_then(None, input, num_groups, weight, bias, eps)
 
 
@@ -308,6 +349,38 @@ def check_group_norm(
     _checks.check_groups(input, num_groups)
     _checks.check_per_channel("weight", weight, input)
     _checks.check_per_channel("bias", bias, input)
+
+
+def _more(mask: Tensor | None, lengths: Tensor | None, padding_value: float) -> dict[str, Any]:
+    """What a call is given beyond torch's arguments; nothing where nothing is masked."""
+    if mask is None and lengths is None:
+        if type(padding_value) is not float:
+            _checks.check_padding_value(padding_value)
+        return {}
+    return {"mask": mask, "lengths": lengths, "padding_value": padding_value}
+
+
+def _running(mean: Tensor | None, var: Tensor | None, momentum: float) -> _ops.Running | None:
+    return None if mean is None or var is None else _ops.Running(mean, var, None, momentum)
+
+
+def _masked(
+    input: Tensor,
+    running: _ops.Running | None,
+    fixed: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    axes: _axes.Axes,
+    eps: float,
+    more: dict[str, Any],
+) -> Tensor:
+    """By the statistics of what is valid, or where `fixed` by the running ones."""
+    mask = _padding.mask_of(input, 1, **more)
+    assert mask is not None
+    value = more["padding_value"]
+    if fixed and running is not None:
+        return _padding.fixed(input, mask, running.mean, running.var, weight, bias, eps, value)
+    return _padding.normalize(input, mask, weight, bias, axes, eps, value, running)
 
 
 def layer_norm(

@@ -120,12 +120,17 @@ def _check_alone(masked: bool) -> None:
         )
 
 
-def check_nested(input: Tensor, masked: bool) -> None:
+def check_nested(input: Tensor, masked: bool, channel_axis: int) -> None:
     _check_alone(masked)
     if input.layout != torch.jagged or input.dim() < 3 or getattr(input, "_ragged_idx", 1) != 1:
         raise ValueError(
             "`input` is a nested tensor, which must be of layout torch.jagged and of shape "
             f"(N, ragged, …, C), but has layout {input.layout} and {input.dim()} dimensions"
+        )
+    if channel_axis % input.dim() == 1:
+        raise ValueError(
+            f"`channel_axis` is {channel_axis}, but dimension 1 of a nested tensor `input` is the "
+            "ragged one, of positions: build the layer with channel_axis=-1"
         )
 
 

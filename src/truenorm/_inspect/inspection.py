@@ -95,7 +95,7 @@ def _run_all(
 def _hook(observer: Observer, order: list[Observer], stack: ExitStack) -> None:
     def before(module: Module, args: Any, kwargs: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
-        observer.see_input(x)
+        observer.see_input(x, kwargs)
         if observer.calls == 1 and observer not in order:
             order.append(observer)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,12 +12,15 @@ from torch import Tensor
 from torch.nn import Module
 
 from .._model import moments
-from .._model.layers import GROUP, INSTANCE, LAYER, RESPONSE, RMS, eps_of, trailing, view
+from .._model.layers import GROUP, INSTANCE, LAYER, RESPONSE, RMS, View, eps_of, trailing, view
+from . import valid
 from .histograms import sample
 from .kernels import kernel_errors
 
 # layers over (C, H, W), say: more features than a table can show
 MAX_FEATURES = 2**15
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Merged:
@@ -91,19 +96,30 @@ class Observer:
         self.before: Tensor | None = None
         self.after: Tensor | None = None
 
-    def see_input(self, x: Any) -> None:
+    def see_input(self, x: Any, given: Mapping[str, Any] = NOTHING) -> None:
+        """given: what the call was given by name; of padding nothing is seen."""
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.numel()):
             return
         seen = view(self.module, self.kind, x.detach())
         if seen is None:
             return
+        parts = valid.parts(self.module, self.kind, x, seen.x, given) if given else [seen.x]
+        if not parts:
+            return
         first = not self.calls
         self.calls += 1
-        values = seen.values_per_statistic
         if first:
             self.shape, self.dtype = tuple(x.shape), x.dtype
             self.channels_last = x.dim() in (4, 5) and not x.is_contiguous() and x.stride(1) == 1
-            self.before = sample(x)
+            whole = parts[0] is seen.x
+            self.before = sample(x if whole else torch.cat([p.flatten() for p in parts]))
+        for part in parts:
+            self._see_part(View(part, seen.axes), first)
+            first = False
+
+    def _see_part(self, seen: View, first: bool) -> None:
+        values = seen.values_per_statistic
+        if first:
             self.values_per_statistic = values
         self.values_per_statistic = min(self.values_per_statistic, values)
         own = self._see(seen.x)

@@ -279,11 +279,23 @@ def normalize(
     return Masked(*cast(Any, _Normalize.apply(*args)))  # type: ignore[no-untyped-call]
 
 
-def track(running: autograd.Running, x: Tensor, made: Masked) -> None:
+def _can_ask(x: Tensor) -> bool:
+    """Whether a value can be looked at for nothing, and does not become part of a graph."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def track(running: autograd.Running, x: Tensor, made: Masked, per_channel: bool) -> None:
     """Move running statistics towards those of the valid values, averaged over samples.
 
     What spans fewer than two values has no unbiased variance, and is left out; nothing moves where
-    nothing is left.
+    nothing is left. per_channel: each channel has a mask of its own.
     """
     features = running.mean.numel()
     mean, var, count = (t.reshape(-1, features) for t in (made.mean, made.var, made.values))
@@ -292,6 +304,13 @@ def track(running: autograd.Running, x: Tensor, made: Masked) -> None:
         same = made.values[:1]
         autograd.track(running, x, made.mean, made.var, torch.where(same > 1, same, 0.0))
         return
+    if len(count) == 1 and not per_channel and _can_ask(x) and not running.skip_nonfinite:
+        values, assumed = count[0, 0].item(), x.numel() // features
+        if values > 1:
+            # one step, which takes the variance of as many values as x holds
+            scale = values / (values - 1) * ((assumed - 1) / assumed)
+            autograd.track(running, x, made.mean, made.var * scale)
+            return
     share = (count > 1).to(mean.dtype)
     samples = share.sum(0)
     some = samples.clamp(min=1.0)

@@ -66,6 +66,8 @@ class Direct(Traceable, Configurable):
         _then: tuple[int, float] | None = None,
     ) -> Tensor:
         plain = mask is None and lengths is None and residual is None and _then is None
+        if plain and type(padding_value) is not float:
+            _checks.check_padding_value(padding_value)
         if (
             plain
             and self._direct

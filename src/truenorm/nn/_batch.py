@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, functional
+from .. import _checks, _padding, functional
 from .._axes import BATCH
 from .._ops import eager, synchronized
 from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
 from ._options import More, with_options
-from ._padded import Padded, fixed
+from ._padded import Padded
 from ._policy import SmallBatches
 
 
@@ -103,7 +103,9 @@ class BatchForward(Activated, Padded, FixedRank, Spanning, SmallBatches, Running
         own = self._statistics_are_own()
         functional.check_batch_norm(input, mean, var, weight, bias, own, self.eps)
         if not own and mean is not None and var is not None:
-            return fixed(input, mask, mean, var, weight, bias, self.eps, more.padding_value)
+            return _padding.fixed(
+                input, mask, mean, var, weight, bias, self.eps, more.padding_value
+            )
         return self._by_valid(input, mask, BATCH, self._running(True) if own else None, more)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, functional
+from .. import _checks, _padding, functional
 from .._axes import instance
 from .._ops import Running, eager, synchronized
 from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
 from ._options import More, with_options
-from ._padded import Padded, fixed
+from ._padded import Padded
 from ._policy import Policed
 
 
@@ -83,7 +83,7 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
         functional.check_instance_norm(x, mean, var, weight, bias)
         own = self._statistics_are_own() or not self.track_running_stats
         if not own and mean is not None and var is not None:
-            return fixed(x, mask, mean, var, weight, bias, self.eps, more.padding_value)
+            return _padding.fixed(x, mask, mean, var, weight, bias, self.eps, more.padding_value)
         running = self._running(False) if own else None
         return self._by_valid(x, mask, instance(self.num_features), running, more)
 

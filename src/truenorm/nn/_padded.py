@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import _checks, _ops
+from .. import _checks, _padding
 from .._axes import Axes
 from .._ops import Running, masked
 from ._options import Configurable, More, Option
@@ -38,7 +38,7 @@ class Padded(Configurable):
         unbatched = self._is_unbatched(input)
         x = input.unsqueeze(0) if unbatched else input
         _checks.check_channel_axis_fits(axis, x.dim())
-        more = more._replace(mask=_mask(x, axis, more, unbatched), lengths=None)
+        more = more._replace(mask=_padding.mask_of(x, axis, *more[:3], unbatched), lengths=None)
         # a view: channels_last memory, to the kernels
         y = self._validated(x.movedim(axis, 1), more).movedim(1, axis)
         return y.squeeze(0) if unbatched else y
@@ -48,9 +48,9 @@ class Padded(Configurable):
         unbatched = self._is_unbatched(input)
         x = input.unsqueeze(0) if unbatched else input
         axis = self.channel_axis
-        mask = _mask(x, axis, more, unbatched)
+        mask = _padding.mask_of(x, axis, *more[:3], unbatched)
         assert mask is not None
-        valid = against(mask, x).movedim(1, axis)
+        valid = _padding.against(mask, x).movedim(1, axis)
         return valid.squeeze(0) if unbatched else valid
 
     def _by_valid(
@@ -64,77 +64,20 @@ class Padded(Configurable):
         if running is not None and running.gathered is not None and mask.dim() == x.dim():
             others.append("accumulate and a mask per channel")
         _checks.check_no_mask_with(type(self).__name__, others)
-        if x.dim() > 3 and not _in_order(x):
-            x = x.contiguous()
-        made = masked.normalize(
-            x, mask, layer.weight, layer.bias, axes, layer.eps, more.padding_value
+        return _padding.normalize(
+            x, mask, layer.weight, layer.bias, axes, layer.eps, more.padding_value, running
         )
-        if running is not None:
-            masked.track(running, x, made)
-        return made.y
 
     def _nested(self, input: Tensor, more: More) -> Tensor:
         """A jagged tensor, padded and cut again: each component is a sample."""
-        _checks.check_nested(input, more.mask is not None or more.lengths is not None)
+        given = more.mask is not None or more.lengths is not None
+        _checks.check_nested(input, given, self.channel_axis)
         offsets: Any = input.offsets()  # type: ignore[attr-defined]
         lengths = offsets.diff()
         padded = torch.nested.to_padded_tensor(input, 0.0)
         y = Padded._long_way(self, padded, more._replace(lengths=lengths))
         inside = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
         return torch.nested.nested_tensor_from_jagged(y[inside], offsets)
-
-
-def _in_order(x: Tensor) -> bool:
-    """Whether positions lie in memory as the dimensions say, as those of a mask do."""
-    steps = [stride for stride, size in zip(x.stride()[2:], x.shape[2:], strict=True) if size != 1]
-    return steps == sorted(steps, reverse=True)
-
-
-def _mask(x: Tensor, axis: int, more: More, unbatched: bool) -> Tensor | None:
-    """True where a value counts: (N, *positions), or (N, C, *positions) for a mask per channel."""
-    mask, lengths = more.mask, more.lengths
-    _checks.check_one_of_mask_and_lengths(mask, lengths)
-    _checks.check_padding_value(more.padding_value)
-    if lengths is not None:
-        lengths = lengths[None] if unbatched and isinstance(lengths, Tensor) else lengths
-        _checks.check_lengths(lengths, x, axis)
-        (size,) = (s for d, s in enumerate(x.shape) if d not in (0, axis % x.dim()))
-        return torch.arange(size, device=x.device) < lengths[:, None]
-    if mask is None:
-        return None
-    if unbatched and isinstance(mask, Tensor):
-        mask = mask[None]
-    full = tuple(x.shape)
-    positions = full[: axis % x.dim()] + full[axis % x.dim() + 1 :]
-    _checks.check_mask(mask, [positions, full], x)
-    if mask.dim() == len(full):
-        mask = mask.movedim(axis, 1)
-        if mask.shape[1] == 1:
-            mask = mask[:, 0]
-        else:
-            return mask.expand(x.movedim(axis, 1).shape)
-    return mask.expand(positions).contiguous()
-
-
-def fixed(
-    x: Tensor,
-    mask: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    padding_value: float,
-) -> Tensor:
-    """x by given statistics, padding_value where nothing is valid: nothing there is read."""
-    valid = against(mask, x)
-    y = _ops.normalize_fixed(torch.where(valid, x, 0.0), mean, var, weight, bias, eps)
-    return torch.where(valid, y, padding_value)
-
-
-def against(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask against x (N, C, *positions)."""
-    return mask if mask.dim() == x.dim() else mask.unsqueeze(1)
 
 
 class PaddedRows(Configurable):

@@ -1,0 +1,369 @@
+// Memory [M, P, C]: M matrices of P positions by C channels, of whose rows those count that lie at
+// valid positions. Sums go down the rows where these lie side by side, else down a packed copy;
+// outputs go from the input to their place.
+#include <array>
+
+#include "channels.h"
+#include "masked.h"
+#include "tensors.h"
+
+namespace truenorm {
+namespace {
+
+using Runs = std::vector<Valid::Run>;
+
+// Batch statistics see one matrix of all samples' positions, the others one matrix per sample; so
+// does the mask, see masked.cpp.
+struct Matrices {
+  int64_t count, positions, channels;
+
+  explicit Matrices(const Geometry& g)
+      : count(g.over_batch() ? 1 : g.n),
+        positions(g.over_batch() ? g.n * g.s : g.s),
+        channels(g.c) {}
+
+  int64_t values() const { return positions * channels; }
+};
+
+// The geometry of some rows that lie side by side.
+Geometry of_rows(const Geometry& g, int64_t rows) {
+  if (g.over_batch()) return {rows, g.c, 1, g.memory, {}, {}, true, 0, g.centred};
+  return {1, g.c, rows, g.memory, {}, {}, true, g.num_groups, g.centred};
+}
+
+template <class T>
+T* pack_rows(const T* from, const Runs& runs, int64_t channels, T* to) {
+  for (const Valid::Run& run : runs) {
+    std::memcpy(to, from + run.begin * channels, size_t(run.count * channels) * sizeof(T));
+    to += run.count * channels;
+  }
+  return to;
+}
+
+// The parts of a matrix's runs that lie in [begin, end).
+Runs within(const Runs& runs, int64_t begin, int64_t end) {
+  Runs found;
+  auto run = std::partition_point(runs.begin(), runs.end(),
+                                  [&](const Valid::Run& r) { return r.begin + r.count <= begin; });
+  for (; run != runs.end() && run->begin < end; ++run) {
+    const int64_t first = std::max(begin, run->begin);
+    found.push_back({first, std::min(end, run->begin + run->count) - first});
+  }
+  return found;
+}
+
+// Cuts the valid rows, in order, into units of about kPiece values: by mask and shape alone, so
+// that the bits do not depend on the number of threads.
+std::vector<Runs> units_of(const Runs& runs, const Cut& cut) {
+  const int64_t rows = cut.rows_per_piece * cut.fold;
+  std::vector<Runs> units;
+  int64_t room = 0;
+  for (Valid::Run run : runs)
+    while (run.count > 0) {
+      if (room == 0) units.emplace_back(), room = rows;
+      const int64_t some = std::min(room, run.count);
+      units.back().push_back({run.begin, some});
+      run = {run.begin + some, run.count - some};
+      room -= some;
+    }
+  return units;
+}
+
+int64_t rows_of(const Runs& unit) {
+  int64_t rows = 0;
+  for (const Valid::Run& run : unit) rows += run.count;
+  return rows;
+}
+
+// body(values of each tensor, rows) of a unit: where they lie, or packed
+template <class T, size_t In, class Body>
+void side_by_side(const std::array<const T*, In>& from, const Runs& unit, int64_t channels,
+                  const Body& body) {
+  std::array<const T*, In> values = from;
+  const int64_t rows = rows_of(unit);
+  if (unit.size() == 1) {
+    for (auto& each : values) each += unit[0].begin * channels;
+    return body(values, rows);
+  }
+  const PackedMemory<T> memory(rows * channels * int64_t{In});
+  T* to = memory.get();
+  for (size_t k = 0; k < In; ++k) {
+    values[k] = to;
+    to = pack_rows(from[k], unit, channels, to);
+  }
+  body(values, rows);
+}
+
+// Writes one matrix: apply(offset, rows, values of a row) where rows are valid, `fill` elsewhere.
+// Rows of few values are folded, and all of them written, if runs are short.
+template <class T, class Apply>
+void write(const Matrices& of, const Runs& runs, int64_t m, int64_t fold, T* to, T fill,
+           const Apply& apply) {
+  const int64_t channels = of.channels, offset = m * of.values();
+  const int64_t per_task = std::max<int64_t>(1, kPiece / (fold * channels)) * fold;
+  const int64_t tasks = ceil_div(of.positions, per_task);
+  const auto rows = [&](int64_t begin, int64_t count) {
+    const int64_t at = offset + begin * channels, whole = count / fold;
+    if (whole > 0) apply(at, whole, fold * channels);
+    if (count % fold > 0) apply(at + whole * fold * channels, 1, count % fold * channels);
+  };
+  // what was read last is still nearest
+  parallel<true>(tasks, per_task * channels, [&](int64_t i) {
+    const int64_t begin = i * per_task, end = std::min(of.positions, begin + per_task);
+    const Runs here = within(runs, begin, end);
+    const bool all = rows_of(here) < 2 * fold * int64_t(here.size());
+    if (all) {
+      rows(begin, end - begin);
+    } else {
+      for (const Valid::Run& run : here) rows(run.begin, run.count);
+    }
+    int64_t at = begin;
+    const auto gap = [&](int64_t first, int64_t last) {
+      if (last > first)
+        fill_values(to + offset + first * channels, (last - first) * channels, fill);
+    };
+    for (const Valid::Run& run : here) {
+      gap(at, run.begin);
+      at = run.begin + run.count;
+    }
+    gap(at, end);
+  });
+}
+
+// Coefficients of one row, or of `fold` of them.
+template <class T>
+struct ForwardRow {
+  Arrays<compute_t<T>> values;
+  Affines<T> all;
+
+  ForwardRow(const MaskedForward<T>& f, int64_t fold, const double* mean, const double* var)
+      : values(Affines<T>::kArrays, fold * f.geometry.c) {
+    const int64_t channels = f.geometry.c, per_group = f.geometry.channels_per_group();
+    for (int64_t i = 0; i < Affines<T>::kArrays; ++i) all.of[i] = values[i];
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t i = c / per_group;
+      const Affine<T> a(mean[i], inverse_std(var[i], f.eps), f.weight, f.bias, c);
+      for (int64_t to = c; to < fold * channels; to += channels) all.set(to, a);
+    }
+  }
+};
+
+template <class A>
+struct BackwardRow {
+  Arrays<A> values;
+  GradAffines<A> all;
+
+  BackwardRow(int64_t fold, int64_t channels)
+      : values(5, fold * channels),
+        all{values[0], values[1], values[2], values[3], values[4]},
+        size_(fold * channels),
+        channels_(channels) {}
+  void set(int64_t c, const GradAffine<A>& a) {
+    for (int64_t to = c; to < size_; to += channels_) {
+      all.scale[to] = a.scale;
+      all.hi[to] = a.hi;
+      all.rstd[to] = a.rstd;
+      all.slope[to] = a.slope;
+      all.shift[to] = a.shift;
+    }
+  }
+
+ private:
+  int64_t size_, channels_;
+};
+
+template <class T>
+void write_outputs(const MaskedForward<T>& f, const Matrices& of, int64_t m, int64_t fold,
+                   const double* mean, const double* var) {
+  const ForwardRow<T> row(f, fold, mean, var);
+  write(of, f.valid.runs(m), m, fold, f.y, f.padding,
+        [&](int64_t offset, int64_t rows, int64_t len) {
+          f.kernels.apply_each(f.x + offset, f.y + offset, rows, len, row.all, false);
+        });
+}
+
+template <class T>
+void write_gradients(const MaskedBackward<T>& b, const Matrices& of, int64_t m, int64_t fold,
+                     const BackwardRow<compute_t<T>>& row) {
+  write(of, b.valid.runs(m), m, fold, b.grad_x, T{},
+        [&](int64_t offset, int64_t rows, int64_t len) {
+          b.kernels.grad_apply_each(b.grad + offset, b.x + offset, b.grad_x + offset, rows, len,
+                                    row.all, false);
+        });
+}
+
+// body(sample), shortest and longest in turn, where samples are sorted by length
+template <class Body>
+void over_samples(const Geometry& g, const Body& body) {
+  parallel(g.n, g.c * g.s, [&](int64_t k) { body(k % 2 ? g.n - 1 - k / 2 : k / 2); });
+}
+
+template <class T>
+void forward_samples(const MaskedForward<T>& f) {
+  const Geometry& g = f.geometry;
+  const Matrices of(g);
+  over_samples(g, [&](int64_t n) {
+    const int64_t first = n * g.groups(), rows = f.valid.count(n);
+    std::fill_n(f.count + first, g.groups(), double(rows * g.channels_per_group()));
+    if (rows == 0) {
+      std::fill_n(f.mean + first, g.groups(), 0.0);
+      std::fill_n(f.var + first, g.groups(), 0.0);
+      return fill_values(f.y + n * of.values(), of.values(), f.padding);
+    }
+    const Geometry packed = of_rows(g, rows);
+    const std::array<const T*, 1> from{f.x + n * of.values()};
+    side_by_side<T, 1>(from, f.valid.runs(n), g.c, [&](const auto& x, int64_t) {
+      forward_channels(Forward<T>{packed, f.kernels, f.eps, x[0], nullptr, f.weight, f.bias,
+                                  f.mean + first, f.var + first, false, false});
+    });
+    write_outputs(f, of, n, Cut(packed).fold, f.mean + first, f.var + first);
+  });
+}
+
+template <class T>
+void backward_samples(const MaskedBackward<T>& b) {
+  using A = compute_t<T>;
+  const Geometry& g = b.geometry;
+  const Matrices of(g);
+  const int64_t per_group = g.channels_per_group();
+  const auto weights = scratch<double>(g.n * g.c), biases = scratch<double>(g.n * g.c);
+  over_samples(g, [&](int64_t n) {
+    const int64_t first = n * g.groups(), rows = b.valid.count(n);
+    double *const of_weight = weights.get() + n * g.c, *const of_bias = biases.get() + n * g.c;
+    std::fill_n(of_weight, g.c, 0.0);
+    std::fill_n(of_bias, g.c, 0.0);
+    const double count = double(rows * per_group);
+    const auto zeros = [&] {
+      if (b.grad_x) fill_values(b.grad_x + n * of.values(), of.values(), T{});
+    };
+    if (rows == 0) return zeros();
+    const Geometry packed = of_rows(g, rows);
+    const std::array<const T*, 2> from{b.grad + n * of.values(), b.x + n * of.values()};
+    side_by_side<T, 2>(from, b.valid.runs(n), g.c, [&](const auto& values, int64_t) {
+      backward_channels(Backward<T>{packed, b.kernels, b.eps, values[0], values[1], nullptr,
+                                    b.weight, b.mean + first, b.var + first, of_weight, of_bias,
+                                    false, false});
+    });
+    // one value is its own mean: its gradient is zero, not the rounding of what cancels
+    if (count == 1.0) return zeros();
+    if (!b.grad_x) return;
+    const int64_t fold = Cut(packed).fold;
+    BackwardRow<A> row(fold, g.c);
+    for (int64_t i = 0; i < g.groups(); ++i) {
+      const auto weight = [&](int64_t c) { return b.weight ? double(b.weight[c]) : 1.0; };
+      GradSums mean;
+      for (int64_t c = i * per_group; c < (i + 1) * per_group; ++c) {
+        mean.grad += weight(c) * of_bias[c] / count;
+        mean.grad_x_hat += weight(c) * of_weight[c] / count;
+      }
+      const double rstd = inverse_std(b.var[first + i], b.eps);
+      for (int64_t c = i * per_group; c < (i + 1) * per_group; ++c)
+        row.set(c, GradAffine<A>(b.mean[first + i], rstd, weight(c), mean.grad, mean.grad_x_hat));
+    }
+    write_gradients(b, of, n, fold, row);
+  });
+  for (int64_t c = 0; c < g.c; ++c) b.grad_weight[c] = b.grad_bias[c] = 0.0;
+  for (int64_t n = 0; n < g.n; ++n)
+    for (int64_t c = 0; c < g.c; ++c) {
+      b.grad_weight[c] += weights[n * g.c + c];
+      b.grad_bias[c] += biases[n * g.c + c];
+    }
+}
+
+template <class T>
+void forward_batch(const MaskedForward<T>& f) {
+  const Geometry& g = f.geometry;
+  const Matrices of(g);
+  const Cut whole(g);
+  const std::vector<Runs> units = units_of(f.valid.runs(0), whole);
+  const int64_t count = int64_t(units.size());
+  const auto mean = scratch<double>(count * g.c), var = scratch<double>(count * g.c);
+  parallel(count, whole.rows_per_piece * whole.cols, [&](int64_t u) {
+    side_by_side<T, 1>({f.x}, units[u], g.c, [&](const auto& x, int64_t rows) {
+      const Geometry packed = of_rows(g, rows);
+      forward_channels(Forward<T>{packed, f.kernels, f.eps, x[0], nullptr, nullptr, nullptr,
+                                  mean.get() + u * g.c, var.get() + u * g.c, false, false});
+    });
+  });
+  // Moments::merge, for many channels side by side
+  std::fill_n(f.mean, g.c, 0.0);
+  std::fill_n(f.var, g.c, 0.0);
+  double rows = 0.0;
+  for (int64_t u = 0; u < count; ++u) {
+    const double some = double(rows_of(units[u])), total = rows + some, share = some / total;
+    for (int64_t c = 0; c < g.c; ++c) {
+      const double delta = mean[u * g.c + c] - f.mean[c];
+      // the first unit as it is, so that nothing is lost of it
+      f.mean[c] = u ? f.mean[c] + delta * share : mean[c];
+      const double between = u ? delta * delta * rows * share : 0.0;
+      f.var[c] += var[u * g.c + c] * some + between;
+    }
+    rows = total;
+  }
+  for (int64_t c = 0; c < g.c; ++c) {
+    f.var[c] = rows > 0.0 ? f.var[c] / rows : 0.0;
+    f.count[c] = rows;
+  }
+  if (rows == 0.0) return fill_values(f.y, of.values(), f.padding);
+  write_outputs(f, of, 0, whole.fold, f.mean, f.var);
+}
+
+template <class T>
+void backward_batch(const MaskedBackward<T>& b) {
+  using A = compute_t<T>;
+  const Geometry& g = b.geometry;
+  const Matrices of(g);
+  const Cut whole(g);
+  const std::vector<Runs> units = units_of(b.valid.runs(0), whole);
+  const int64_t count = int64_t(units.size());
+  const auto weights = scratch<double>(count * g.c), biases = scratch<double>(count * g.c);
+  parallel(count, 2 * whole.rows_per_piece * whole.cols, [&](int64_t u) {
+    side_by_side<T, 2>({b.grad, b.x}, units[u], g.c, [&](const auto& values, int64_t rows) {
+      const Geometry packed = of_rows(g, rows);
+      backward_channels(Backward<T>{packed, b.kernels, b.eps, values[0], values[1], nullptr,
+                                    nullptr, b.mean, b.var, weights.get() + u * g.c,
+                                    biases.get() + u * g.c, false, false});
+    });
+  });
+  std::fill_n(b.grad_weight, g.c, 0.0);
+  std::fill_n(b.grad_bias, g.c, 0.0);
+  for (int64_t u = 0; u < count; ++u)
+    for (int64_t c = 0; c < g.c; ++c) {
+      b.grad_weight[c] += weights[u * g.c + c];
+      b.grad_bias[c] += biases[u * g.c + c];
+    }
+  if (!b.grad_x) return;
+  const double rows = double(b.valid.count(0));
+  // one value is its own mean: its gradient is zero, not the rounding of what cancels
+  if (rows <= 1.0) return fill_values(b.grad_x, of.values(), T{});
+  BackwardRow<A> row(whole.fold, g.c);
+  for (int64_t c = 0; c < g.c; ++c) {
+    const double weight = b.weight ? double(b.weight[c]) : 1.0;
+    row.set(c, GradAffine<A>(b.mean[c], inverse_std(b.var[c], b.eps), weight,
+                             weight * b.grad_bias[c] / rows, weight * b.grad_weight[c] / rows));
+  }
+  write_gradients(b, of, 0, whole.fold, row);
+}
+
+}  // namespace
+
+template <class T>
+void masked_forward_channels(const MaskedForward<T>& f) {
+  f.geometry.over_batch() ? forward_batch(f) : forward_samples(f);
+}
+
+template <class T>
+void masked_backward_channels(const MaskedBackward<T>& b) {
+  b.geometry.over_batch() ? backward_batch(b) : backward_samples(b);
+}
+
+template void masked_forward_channels<double>(const MaskedForward<double>&);
+template void masked_forward_channels<float>(const MaskedForward<float>&);
+template void masked_forward_channels<bf16>(const MaskedForward<bf16>&);
+template void masked_forward_channels<f16>(const MaskedForward<f16>&);
+template void masked_backward_channels<double>(const MaskedBackward<double>&);
+template void masked_backward_channels<float>(const MaskedBackward<float>&);
+template void masked_backward_channels<bf16>(const MaskedBackward<bf16>&);
+template void masked_backward_channels<f16>(const MaskedBackward<f16>&);
+
+}  // namespace truenorm
