@@ -133,11 +133,14 @@ def test_every_activation_over_its_range(options: dict[str, Any]) -> None:
         wide = x.detach().double().requires_grad_()
         y, expected = layer.to(dtype)(x), exact(wide, options)
         unit = torch.finfo(dtype).eps
-        tiny = torch.finfo(dtype).tiny
-        error = (y.double() - expected).abs() / (expected.abs() + tiny)
-        # beyond, the tails of the exponential functions are below all that float64 adds up
-        inside = wide.detach().abs() < 12
-        assert error[inside].max() < (2 * unit if dtype == torch.float32 else 1e-12)
+        error = (y.double() - expected).abs() / (expected.abs() + 1e-30)
+        # in gelu's tail the rounding of the exponent grows as the exponent does; beyond, the
+        # reference has no such small numbers
+        bound = 3 * unit if dtype == torch.float32 else 64 * unit
+        allowed, inside = bound + 0 * error, wide.detach().abs() < 12
+        if options.get("activation") == "gelu":
+            allowed = allowed + unit * wide.detach().abs() ** 3 / 8
+        assert bool((error <= allowed)[inside].all())
         assert (y.double() - expected).abs().max() < 1e-6 * expected.abs().max()
         (got,) = torch.autograd.grad(y, x, torch.ones_like(y))
         (want,) = torch.autograd.grad(expected, wide, torch.ones_like(expected))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 from typing import Any, TypeVar
 
 import torch
-from torch.fx import Graph, GraphModule, Tracer
+from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
 from torch.nn import Module
 
 from .. import _checks
@@ -18,8 +19,28 @@ M = TypeVar("M", bound=Module)
 _ORIGINAL = "_truenorm_unfused"  # the class that a fused one stands for
 
 
+def _in_place(name: str) -> Any:
+    operation = getattr(operator, name)
+
+    def traced(self: Proxy, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return traced
+
+
+class _Proxy(Proxy):
+    """Python's x += y as what it is: torch.fx takes it for x = x + y."""
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ipow"):
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
 class _OneLevel(Tracer):
     """A module's own forward: what it calls stays a call."""
+
+    def proxy(self, node: Node) -> Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
         return True

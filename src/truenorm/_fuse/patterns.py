@@ -16,6 +16,7 @@ from ..nn._activation import Activated
 
 Act = tuple[int, float]
 _ADDS = {operator.add, operator.iadd, torch.add}
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow}
 _FUNCTIONS = {
     F.relu: activated.RELU,
     torch.relu: activated.RELU,
@@ -132,6 +133,25 @@ def _is_norm(root: Module, node: Node) -> bool:
     )
 
 
+def _overwrites(root: Module, node: Node) -> bool:
+    """Whether a node may write over its first tensor."""
+    if (module := _module(root, node)) is not None:
+        return bool(getattr(module, "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or bool(node.kwargs.get("inplace")) or node.target in _IN_PLACE
+
+
+def _input_lasts(root: Module, norm: Node, last: Node) -> bool:
+    """Whether the layer's input is the same where its call is moved to."""
+    node = norm.next
+    while node is not last:
+        if node.args and node.args[0] is norm.args[0] and _overwrites(root, node):
+            return False
+        node = node.next
+    return True
+
+
 def find(root: Module, graph: Graph) -> list[Found]:
     """Each layer's call that one pass can go on from."""
     found: list[Found] = []
@@ -140,12 +160,13 @@ def find(root: Module, graph: Graph) -> list[Found]:
         user = _only_user(norm)
         if user is None or user in taken or not _is_norm(root, norm):
             continue
-        if (act := _activation(root, user)) is not None:
+        if (act := _activation(root, user)) is not None and _input_lasts(root, norm, user):
             found.append(Found(norm, None, user, act))
         elif (
             _residual(norm, user) is not None
             and (last := _only_user(user)) is not None
             and (act := _activation(root, last)) is not None
+            and _input_lasts(root, norm, last)
         ):
             found.append(Found(norm, user, last, act))
             taken.add(user)

@@ -1,0 +1,360 @@
+"""fuse and unfuse: what is found, what is left, and that a model stays what it was."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import randomize
+from tolerances import FLOAT32_BETWEEN, relative
+from torch import Tensor, nn
+
+import truenorm
+
+
+class Residual(nn.Module):
+    """Blocks as they are written in the wild; `how` picks the way of adding and activating."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv1, self.bn1 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.down = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
+        self.act: nn.Module = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Any:
+        out = self.conv1(x)
+        if self.how == "module":
+            out = self.bn2(self.conv2(self.act(self.bn1(out))))
+            out += self.down(x)
+            return self.act(out)
+        if self.how == "function":
+            out = self.bn2(self.conv2(F.leaky_relu(self.bn1(out), 0.2)))
+            return F.gelu(torch.add(x, out), approximate="tanh")
+        if self.how == "method":
+            out = self.bn2(self.conv2(self.bn1(out).relu_()))
+            return out.add_(x).relu()
+        if self.how == "two norms":
+            return F.silu(self.bn1(out) + self.bn2(self.conv2(x)))
+        return F.elu(self.bn2(self.conv2(F.hardswish(self.bn1(out)))) + x, 0.5)
+
+
+FOUND = {"module": 2, "function": 2, "method": 2, "two norms": 1, "elu": 2}
+
+
+def pair(model: nn.Module) -> tuple[Any, Any]:
+    """The model with truenorm's layers, and the same one fused."""
+    theirs = truenorm.convert(randomize(model))
+    ours = copy.deepcopy(theirs)
+    assert truenorm.fuse(ours) is ours
+    return theirs, ours
+
+
+def calls(model: nn.Module, x: Tensor) -> int:
+    """How many layers' calls did more than the norm."""
+    count = 0
+    layer = truenorm.nn._activation.Activated
+    original: Any = layer._long_way
+
+    def counted(self: Any, input: Tensor, more: Any) -> Tensor:
+        nonlocal count
+        count += more.then is not None
+        return original(self, input, more)  # type: ignore[no-any-return]
+
+    layer._long_way = counted  # type: ignore[method-assign]
+    try:
+        model(x)
+    finally:
+        layer._long_way = original  # type: ignore[method-assign]
+    return count
+
+
+def same(one: nn.Module, other: nn.Module, x: Tensor) -> None:
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [m(i) for m, i in zip((one, other), inputs, strict=True)]
+    assert relative(outputs[1], outputs[0]) < FLOAT32_BETWEEN
+    grad = torch.randn_like(outputs[0])
+    for output in outputs:
+        output.backward(grad)
+    assert relative(inputs[1].grad, inputs[0].grad) < FLOAT32_BETWEEN
+    for left, right in zip(one.parameters(), other.parameters(), strict=True):
+        assert (left.grad is None) == (right.grad is None)
+        if left.grad is None or right.grad is None:
+            continue
+        # a bias before a norm has no gradient but rounding
+        scale = right.grad.norm() + grad.norm()
+        assert (left.grad - right.grad).norm() < FLOAT32_BETWEEN * scale
+    for left, right in zip(one.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("how", FOUND)
+def test_blocks(how: str, training: bool) -> None:
+    as_it_was, fused = pair(Residual(how))
+    x = torch.randn(2, 6, 9, 7)
+    as_it_was.train(training), fused.train(training)
+    assert calls(copy.deepcopy(fused), x) == FOUND[how]
+    assert type(fused).__name__ == "FusedResidual"
+    assert isinstance(fused, Residual)
+    assert list(fused.state_dict()) == list(as_it_was.state_dict())
+    same(as_it_was, fused, x)
+    assert truenorm.unfuse(fused) is fused
+    assert type(fused) is Residual
+    assert calls(copy.deepcopy(fused), x) == 0
+    same(as_it_was, fused, x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        nn.ReLU, lambda: nn.LeakyReLU(0.3), lambda: nn.ELU(0.5), nn.GELU,
+        lambda: nn.GELU("tanh"), nn.SiLU, nn.Hardswish,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d, lambda c: nn.GroupNorm(2, c)])
+def test_sequences(norm: Callable[[int], nn.Module], make: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(6, 6, 3), norm(6), make(), nn.Sequential(norm(6), make()))
+    as_it_was, fused = pair(model)
+    x = torch.randn(2, 6, 9, 7)
+    assert calls(copy.deepcopy(fused), x) == 2
+    same(as_it_was, fused, x)
+
+
+class Optional_(Residual):
+    def forward(self, x: Tensor, more: Any = None) -> Any:
+        return super().forward(x)
+
+
+class ByTraining(Residual):
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self.bn1(x)) if self.training else self.bn1(x)
+
+
+class ByValue(Residual):
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self.bn1(x)) if x.sum() > 0 else x
+
+
+class UsedTwice(Residual):
+    def forward(self, x: Tensor) -> Any:
+        out = self.bn1(x)
+        return self.act(out.clone()) + out
+
+
+class OntoTheOther(Residual):
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv1(x)
+        kept = y
+        y += self.bn1(x)
+        return F.relu(y) + kept
+
+
+class InputOverwritten(Residual):
+    def forward(self, x: Tensor) -> Any:
+        y = x.detach().clone()
+        z = self.bn1(y)
+        y.add_(1.0)
+        return F.relu(z + y) + x
+
+
+@pytest.mark.parametrize(
+    "kind", [Optional_, ByTraining, ByValue, UsedTwice, OntoTheOther, InputOverwritten]
+)
+def test_what_is_left_alone(kind: type[Residual]) -> None:
+    as_it_was, fused = pair(kind("module"))
+    assert type(fused) is kind
+    x = torch.randn(2, 6, 9, 7)
+    assert calls(copy.deepcopy(fused), x) == 0
+    if kind is not InputOverwritten:  # which has no gradient
+        same(as_it_was, fused, x)
+    torch.testing.assert_close(fused.eval()(x), as_it_was.eval()(x))
+
+
+def test_hooks_keep_a_layer() -> None:
+    model = truenorm.convert(nn.Sequential(nn.BatchNorm2d(6), nn.ReLU()))
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output.min()))
+    truenorm.fuse(model)(torch.randn(2, 6, 9, 7))
+    assert seen[0] < 0
+
+
+def test_a_broadcast_sum_is_torchs() -> None:
+    class Broadcast(Residual):
+        def forward(self, x: Tensor, shift: Tensor) -> Any:
+            return F.relu(self.bn1(x) + shift)
+
+    as_it_was, fused = pair(Broadcast("module"))
+    assert type(fused).__name__ == "FusedBroadcast"
+    x = torch.randn(2, 6, 9, 7)
+    for shift in (torch.randn(6, 1, 1), torch.randn(2, 6, 9, 7).double()):
+        torch.testing.assert_close(fused(x, shift), as_it_was(x, shift))
+
+
+def test_copies_and_pickles() -> None:
+    as_it_was, fused = pair(nn.Sequential(Residual("module"), Residual("function")))
+    x = torch.randn(2, 6, 9, 7)
+    twin = copy.deepcopy(fused)
+    assert type(twin[0]) is type(fused[0])
+    assert twin[0].bn1 is not fused[0].bn1
+    same(as_it_was, twin, x)
+    file = io.BytesIO()
+    pickle.dump(fused, file)
+    file.seek(0)
+    read = pickle.load(file)
+    assert type(read[0]) is Residual
+    same(copy.deepcopy(fused), read, x)
+
+
+def test_compiled() -> None:
+    as_it_was, fused = pair(nn.Sequential(Residual("module"), Residual("elu")))
+    x = torch.randn(2, 6, 9, 7)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), as_it_was(x))
+
+
+def test_revert_and_fold_unfuse() -> None:
+    as_it_was, fused = pair(Residual("module"))
+    x = torch.randn(2, 6, 9, 7)
+    folding = truenorm.fold(fused.eval())
+    assert len(folding.folded) == 3
+    torch.testing.assert_close(folding.model(x), as_it_was.eval()(x), rtol=1e-4, atol=1e-4)
+    assert type(fused).__name__ == "FusedResidual"
+    truenorm.revert(fused)
+    assert type(fused) is Residual
+    assert type(fused.bn1) is nn.BatchNorm2d
+    torch.testing.assert_close(fused(x), as_it_was(x))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match=r"`model` has no truenorm layer: call truenorm.convert"):
+        truenorm.fuse(nn.Sequential(nn.BatchNorm2d(6), nn.ReLU()))
+    with pytest.raises(TypeError, match="`model`"):
+        truenorm.fuse("model")  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="`model`"):
+        truenorm.unfuse(None)  # type: ignore[type-var]
+
+
+# ---------------------------------------------------------------- what others wrote
+
+
+def networks() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]]:
+    """A network, its input, and how many calls `fuse` finds at least."""
+
+    def resnet() -> nn.Module:
+        transformers = pytest.importorskip("transformers")
+        config = transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic"
+        )
+
+        class Last(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = transformers.ResNetModel(config)
+
+            def forward(self, x: Tensor) -> Any:
+                return self.net(x).last_hidden_state
+
+        return Last()
+
+    def unet() -> nn.Module:
+        nets = pytest.importorskip("monai.networks.nets")
+        return nets.DynUNet(
+            2, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[4, 8, 8], res_block=True
+        )  # type: ignore[no-any-return]
+
+    return {
+        "ResNet": (resnet, (2, 3, 32, 32), 5),
+        "DynUNet": (unet, (2, 1, 16, 16), 10),
+    }
+
+
+@pytest.mark.parametrize("name", ["ResNet", "DynUNet"])
+def test_networks(name: str) -> None:
+    build, shape, least = networks()[name]
+    as_it_was, fused = pair(build())
+    x = torch.randn(shape)
+    assert calls(copy.deepcopy(fused), x) >= least
+    same(as_it_was, fused, x)
+
+
+# ---------------------------------------------------------------- recompute_outputs
+
+
+@pytest.mark.parametrize("how", FOUND)
+def test_recomputed_gradients_are_the_same_bits(how: str) -> None:
+    _, fused = pair(nn.Sequential(Residual(how), Residual(how), Residual(how)))
+    twin = copy.deepcopy(fused)
+    x = torch.randn(2, 6, 9, 7)
+    grad = torch.randn(2, 6, 9, 7)
+    with truenorm.recompute_outputs():
+        y = twin(x)
+    expected = fused(x)
+    assert torch.equal(y, expected)
+    y.backward(grad)
+    expected.backward(grad)
+    for left, right in zip(twin.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(left.grad, right.grad, rtol=1e-5, atol=1e-6)
+    for left, right in zip(twin.buffers(), fused.buffers(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_recomputed_outputs_are_not_kept() -> None:
+    layer = truenorm.BatchNorm2d(6, activation="silu")
+    conv = nn.Conv2d(6, 6, 3)
+    x = torch.randn(2, 6, 9, 7, requires_grad=True)
+    kept = []
+    for recompute in (False, True):
+        made = []
+        hook = layer.register_forward_hook(lambda m, i, o, made=made: made.append(o.data_ptr()))
+        if recompute:
+            with truenorm.recompute_outputs():
+                z = conv(layer(x * 2))
+        else:
+            z = conv(layer(x * 2))
+        hook.remove()
+        saved = z.grad_fn._saved_input if not recompute else None
+        kept.append(saved is not None and saved.data_ptr() == made[0])
+        if recompute:
+            # made anew, at another place, of the same values
+            again = z.grad_fn._raw_saved_input
+            assert again is not None
+        z.sum().backward()
+    assert kept == [True, False]
+
+
+def test_recomputing_notices_a_change_in_place() -> None:
+    model = nn.Sequential(truenorm.BatchNorm2d(6, activation="relu"), nn.Conv2d(6, 6, 3))
+    x = torch.randn(2, 6, 9, 7)
+    with truenorm.recompute_outputs():
+        loss = model(x).square().mean()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="is to be recomputed from has been modified by an in"):
+        loss.backward()
+
+
+def test_recomputing_twice_differentiable_and_fixed() -> None:
+    model = nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.SiLU(), nn.Conv2d(6, 2, 3))
+    _, fused = pair(model.double())
+    for training in (True, False):
+        fused.train(training)
+        found = []
+        for recompute in (False, True):
+            x = torch.linspace(-1, 1, 2 * 6 * 9 * 7, dtype=torch.float64).view(2, 6, 9, 7)
+            x.requires_grad_()
+            if recompute:
+                with truenorm.recompute_outputs():
+                    y = fused(x.sin())
+            else:
+                y = fused(x.sin())
+            (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            found.append(torch.autograd.grad(g.square().sum(), x)[0])
+        torch.testing.assert_close(*found)
