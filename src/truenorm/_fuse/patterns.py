@@ -85,9 +85,7 @@ def _activation(root: Module, node: Node) -> Act | None:
     rest, named = node.args[1:], dict(node.kwargs)
     try:
         if node.target is F.leaky_relu:
-            return _leaky(
-                *rest, **{k.replace("negative_slope", "slope"): v for k, v in named.items()}
-            )
+            return _leaky(*rest, **named)
         if node.target is F.elu:
             return _elu(*rest, **named)
         if node.target is F.gelu:
