@@ -62,3 +62,19 @@ def test_masked_text() -> None:
     assert int(changed) == 0
     assert float(apart) < 1e-4 < 1e-1 < float(found["without"][2])
     assert int(found["without"][1]) > 0
+
+
+def test_fused_unet() -> None:
+    command = [sys.executable, "examples/fused_unet.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    line = re.compile(r"(as written|fused|recomputed): +last loss ([\d.]+), .* pieces ([\d.]+),")
+    found = {name: tuple(map(float, rest)) for name, *rest in line.findall(done.stdout)}
+    noise = float(re.search(r"noise ([\d.]+)", done.stdout).group(1))
+    assert found["recomputed"] == found["fused"]
+    loss, left = found["as written"]
+    assert abs(found["fused"][0] - loss) < 1e-3 * loss
+    assert abs(found["fused"][1] - left) < 1e-3 * left < left < 0.9 * noise
