@@ -40,4 +40,19 @@ for shape in ((3, 5, 37), (4, 3, 5000), (3, 70, 23, 31)):
                         found = masked_backward(x, x, mask, *made[1:3], None, groups, 1e-5, 7)
                         for part in (*made, *found):
                             digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+# each activation, with and without a residual, by rows, by columns and element by element
+for act in range(8):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for make, shape in (("BatchNorm2d", (3, 70, 9, 7)), ("LayerNorm", (5, 131))):
+            for place in layouts(shape).values():
+                axes = (0, 0, True) if make == "BatchNorm2d" else (1, 1, True)
+                x, r = (place((4 * torch.randn(shape)).to(dtype)) for _ in range(2))
+                for residual in (r, None) if act else (r,):
+                    forward = torch.ops.truenorm.forward_act.default
+                    backward = torch.ops.truenorm.backward_act.default
+                    given = x, None, None, residual, *axes, 1e-5, act, 0.3
+                    y, mean, var = forward(*given)
+                    parts = r, x, mean, var, None, None, residual, *axes, 1e-5, False, act, 0.3
+                    for part in (y, *backward(*parts, 15 if residual is not None else 7)):
+                        digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
 print(digest.hexdigest())

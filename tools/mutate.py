@@ -1,7 +1,7 @@
 """Breaks the native kernels on purpose, one place at a time, and expects the tests to notice.
 
-Each mutation replaces one piece of csrc/ in a copy of the tree, builds it, and runs
-tests/test_kernels.py and tests/test_half.py against it; the exit status is 1 if any survives. Run
+Each mutation replaces one piece of csrc/ in a copy of the tree, builds it, and runs some tests
+against it, those of the promises if it names no others; the exit status is 1 if any survives. Run
 by `make mutate`; words after the command pick the mutations whose description has one of them.
 """
 
@@ -27,8 +27,10 @@ class Mutation(NamedTuple):
     new: str
     select: str
     isa: str = ""
+    tests: tuple[str, ...] = ("tests/test_kernels.py", "tests/test_half.py")
 
 
+FUSED = ("tests/test_fused.py",)
 MUTATIONS = [
     Mutation(
         "1 sums about zero instead of about a value of the row",
@@ -200,6 +202,46 @@ MUTATIONS = [
         "if (len > 0)",
         "nan",
     ),
+    Mutation(
+        "fused: the residual left out",
+        "kernel_activation.h",
+        "if (residual) z.v[k] += residual->v[k];",
+        "if (residual) z.v[k] += 0 * residual->v[k];",
+        "values",
+        tests=FUSED,
+    ),
+    Mutation(
+        "fused: the last values of a run from another place",
+        "kernel_activation.h",
+        "last.values + (kStep - (len - end))",
+        "last.values",
+        "values",
+        tests=FUSED,
+    ),
+    Mutation(
+        "fused: ReLU's gradient everywhere",
+        "kernel_activation.h",
+        "return z <= 0 ? below(grad) : grad;",
+        "return z < 0 && z > 0 ? below(grad) : grad;",
+        "values",
+        tests=FUSED,
+    ),
+    Mutation(
+        "fused: the output taken for the residual",
+        "activated.cpp",
+        "after.act.by_output = needs & kByOutput;",
+        "after.act.by_output = false;",
+        "values",
+        tests=FUSED,
+    ),
+    Mutation(
+        "fused: in place into a copy",
+        "activated.cpp",
+        "  torch::stable::copy_(to, y);",
+        "  (void)y;",
+        "in_place",
+        tests=FUSED,
+    ),
 ]
 
 
@@ -247,7 +289,7 @@ def main() -> int:
             library = build(tree, build_dir)
             done = run(
                 sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-                "tests/test_kernels.py", "tests/test_half.py", "-k", mutation.select,
+                *mutation.tests, "-k", mutation.select,
                 TRUENORM_LIBRARY=str(library), TRUENORM_ISA=mutation.isa,
             )  # fmt: skip
             target.write_text(original)

@@ -1,4 +1,4 @@
-"""`truenorm bench --models`: whole training steps, torch's layers, truenorm's, and none at all."""
+"""`truenorm bench --models`: whole training steps, torch's layers, truenorm's, fused, and none."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .. import convert
+from .. import convert, fuse
 from .._extras import has
 from .networks import NETWORKS, Network, first_tensor, without_norms
 from .timing import OURS, TORCH, Plan, Quartiles, in_turn
 
-CEILING = "ceiling"
+FUSED, CEILING = "fused", "ceiling"
 # Both round differently, and a network doubles a rounding many times: truenorm's error may be so
 # many times torch's own, and then some roundings of float32.
 _TIMES, _ROUNDING = 4.0, 1e-5
@@ -26,23 +26,24 @@ class Step(NamedTuple):
     """The time of a network's training step.
 
     seconds: median of each contender.
-    gain: torch's time over truenorm's; most: torch's over the ceiling's; each by quartiles.
+    gain: torch's time over truenorm's; fused: over truenorm's after `fuse`; most: over the
+        ceiling's; each by quartiles.
     wrong: what is wrong with truenorm's outputs or gradients, and then nothing is timed; or "".
     """
 
     network: Network
     seconds: dict[str, float]
     gain: Quartiles | None
+    fused: Quartiles | None
     most: Quartiles | None
     wrong: str
 
-    @property
-    def share(self) -> float | None:
+    def share(self, contender: str = OURS) -> float | None:
         """Of the way from torch to the ceiling; None where there is no way to go."""
         if self.wrong or self.seconds[TORCH] <= self.seconds[CEILING]:
             return None
         way = self.seconds[TORCH] - self.seconds[CEILING]
-        return (self.seconds[TORCH] - self.seconds[OURS]) / way
+        return (self.seconds[TORCH] - self.seconds[contender]) / way
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -51,8 +52,10 @@ class Step(NamedTuple):
             "wrong": self.wrong,
             "median_seconds": self.seconds,
             "torch_over_truenorm": self.gain,
+            "torch_over_fused": self.fused,
             "torch_over_ceiling": self.most,
-            "share_of_the_way": self.share,
+            "share_of_the_way": self.share(),
+            "share_of_the_way_fused": self.share(FUSED),
         }
 
 
@@ -96,40 +99,50 @@ def measure(network: Network, plan: Plan) -> Step:
             module.p = 0.0
     x = torch.randn(network.shape)
     ours, bare = convert(copy.deepcopy(theirs)), without_norms(copy.deepcopy(theirs))
+    fused = fuse(copy.deepcopy(ours))
     with torch.no_grad():
         grad = torch.randn_like(first_tensor(copy.deepcopy(theirs)(x)))
     runs = {
         OURS: _step(ours, x, grad),
+        FUSED: _step(fused, x, grad),
         TORCH: _step(theirs, x, grad),
         CEILING: _step(bare, x, grad),
     }
     wide = _step(copy.deepcopy(theirs).double(), x.double(), grad.double())
-    wrong = _wrong(runs[OURS](), runs[TORCH](), wide())
+    torchs, exact = runs[TORCH](), wide()
+    wrong = _wrong(runs[OURS](), torchs, exact) or _wrong(runs[FUSED](), torchs, exact)
     if wrong:
-        return Step(network, {}, None, None, wrong)
+        return Step(network, {}, None, None, None, wrong)
     seconds = in_turn(runs, plan)
-    pairs = list(zip(seconds[TORCH], seconds[OURS], seconds[CEILING], strict=True))
-    gain = Quartiles.of([t / o for t, o, _ in pairs])
-    most = Quartiles.of([t / c for t, _, c in pairs])
+    gain, after_fuse, most = (
+        Quartiles.of([t / c for t, c in zip(seconds[TORCH], seconds[name], strict=True)])
+        for name in (OURS, FUSED, CEILING)
+    )
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return Step(network, medians, gain, most, "")
+    return Step(network, medians, gain, after_fuse, most, "")
 
 
-_RATIOS = f"{'torch / truenorm':<20} {'torch / no norms':<20} way"
-HEAD = f"{'network':<12} {'torch':>8} {'truenorm':>9} {'no norms':>9}   {_RATIOS}"
+_CONTENDERS = {TORCH: "torch", OURS: "truenorm", FUSED: "fused", CEILING: "no norms"}
+HEAD = " ".join(
+    [
+        f"{'network':<12}",
+        *(f"{name:>9}" for name in _CONTENDERS.values()),
+        *(f"{f'torch / {_CONTENDERS[name]}':>19}" for name in (OURS, FUSED, CEILING)),
+        f"{'way':>5} {'fused':>5}",
+    ]
+)
 
 
 def line(step: Step) -> str:
     if step.wrong:
         return f"{step.network.name:<12} WRONG, not timed: {step.wrong}"
-    assert step.gain is not None and step.most is not None
-    ms = [f"{1e3 * step.seconds[name]:.0f} ms" for name in (TORCH, OURS, CEILING)]
-    ratios = [f"{q.median:.2f} ({q.low:.2f} to {q.high:.2f})" for q in (step.gain, step.most)]
-    share = "" if step.share is None else f"{step.share:.2f}"
-    return (
-        f"{step.network.name:<12} {ms[0]:>8} {ms[1]:>9} {ms[2]:>9}   {ratios[0]:<20} "
-        f"{ratios[1]:<20} {share}"
-    )
+    parts = [f"{step.network.name:<12}"]
+    parts += [f"{f'{1e3 * step.seconds[name]:.0f} ms':>9}" for name in _CONTENDERS]
+    for ratio in (step.gain, step.fused, step.most):
+        assert ratio is not None
+        parts.append(f"{f'{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})':>19}")
+    shares = [step.share(name) for name in (OURS, FUSED)]
+    return " ".join([*parts, *(f"{'' if s is None else f'{s:.2f}':>5}" for s in shares)])
 
 
 def run(plan: Plan, write: Callable[[str], None]) -> list[Step]:
