@@ -15,7 +15,7 @@ constexpr int64_t kResidual = 8, kByOutput = 16;
 using Maybe = std::optional<Tensor>;
 
 Epilogue epilogue(const Tensor& x, const Maybe& residual, int64_t act, double parameter) {
-  STD_TORCH_CHECK(act >= 0 && act <= int64_t(Act::gelu_tanh), "truenorm: no such activation");
+  STD_TORCH_CHECK(act >= 0 && act <= int64_t(Act::relu6), "truenorm: no such activation");
   if (residual) {
     const auto of_x = x.sizes(), of_residual = residual->sizes();
     STD_TORCH_CHECK(

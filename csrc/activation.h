@@ -6,7 +6,7 @@
 namespace truenorm {
 
 // _ops/activations.py has the same numbers.
-enum class Act : int64_t { none, relu, leaky_relu, hardswish, elu, silu, gelu, gelu_tanh };
+enum class Act : int64_t { none, relu, leaky_relu, hardswish, elu, silu, gelu, gelu_tanh, relu6 };
 
 struct Activation {
   Act kind = Act::none;

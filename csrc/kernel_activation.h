@@ -1,6 +1,8 @@
 // y = act(norm(x) + residual), and the gradient of norm(x) + residual, in one walk over the values.
 #pragma once
 
+#include <limits>
+
 #include "kernel_elementwise.h"
 #include "kernel_smooth.h"
 
@@ -10,21 +12,29 @@ namespace {
 template <class V>
 using Bits = std::conditional_t<std::is_same_v<V, vd>, vl, vi>;
 
-// none, ReLU, leaky ReLU: z · slope from zero down, of which ReLU keeps no bit (−∞ · 0 is no zero).
+// none, ReLU, ReLU6, leaky ReLU: z · slope from zero down, of which ReLU keeps no bit (−∞ · 0 is no
+// zero), and no more than `most`, which is NaN where there is no bound.
 template <class V>
 struct Kink {
   using Value = std::remove_cvref_t<decltype(V{}[0])>;
-  V slope;
+  V slope, most;
   Bits<V> kept;
 
   explicit Kink(Activation act)
       : slope(splat<V>(Value(act.kind == Act::none         ? 1.0
                              : act.kind == Act::leaky_relu ? act.parameter
                                                            : 0.0))),
-        kept(act.kind == Act::relu ? Bits<V>{} : ~Bits<V>{}) {}
+        most(splat<V>(act.kind == Act::relu6 ? Value(6) : std::numeric_limits<Value>::quiet_NaN())),
+        kept(act.kind == Act::relu || act.kind == Act::relu6 ? Bits<V>{} : ~Bits<V>{}) {}
   TN_FLAT V below(V v) const { return (V)((Bits<V>)(v * slope) & kept); }
-  TN_FLAT V value(V z) const { return z <= 0 ? below(z) : z; }
-  TN_FLAT V gradient(V grad, V z) const { return z <= 0 ? below(grad) : grad; }
+  TN_FLAT V value(V z) const {
+    const V high = z > most ? most : z;
+    return z <= 0 ? below(z) : high;
+  }
+  TN_FLAT V gradient(V grad, V z) const {
+    const V high = z >= most ? V{} : grad;
+    return z <= 0 ? below(grad) : high;
+  }
 };
 
 // z · min(max(z + 3, 0), 6) / 6
@@ -65,7 +75,7 @@ TN_INLINE void with_activation(const ActInputs<T>& in, Activation act, const Bod
     else
       body(made, std::false_type{}, std::false_type{});
   };
-  if (act.kind <= Act::leaky_relu)
+  if (act.kind <= Act::leaky_relu || act.kind == Act::relu6)
     with_inputs(Kink<V>(act));
   else if (act.kind == Act::hardswish)
     with_inputs(HardSwish<V>{});

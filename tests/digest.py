@@ -41,7 +41,7 @@ for shape in ((3, 5, 37), (4, 3, 5000), (3, 70, 23, 31)):
                         for part in (*made, *found):
                             digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
 # each activation, with and without a residual, by rows, by columns and element by element
-for act in range(8):
+for act in range(9):
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for make, shape in (("BatchNorm2d", (3, 70, 9, 7)), ("LayerNorm", (5, 131))):
             for place in layouts(shape).values():

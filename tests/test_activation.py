@@ -22,6 +22,7 @@ ONE = next(case for case in LAYERS if case.layer == "BatchNorm2d")
 # by hand, not by the functions that the layers call
 FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
     "relu": ({}, lambda z: z.clamp(min=0)),
+    "relu6": ({}, lambda z: z.clamp(0, 6)),
     "leaky_relu": ({"negative_slope": 0.2}, lambda z: torch.where(z > 0, z, 0.2 * z)),
     "elu": ({"alpha": 0.7}, lambda z: torch.where(z > 0, z, 0.7 * (z.clamp(max=0).exp() - 1))),
     "gelu": ({}, lambda z: z * 0.5 * (1 + torch.erf(z * 0.5**0.5))),

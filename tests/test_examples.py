@@ -1,4 +1,4 @@
-"""The README's torchrun line, as it stands."""
+"""The examples, and the README's torchrun line as it stands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LINE = re.compile(r"^    (torchrun .*)$", re.MULTILINE)
+
+
+def output(example: str) -> str:
+    """What an example prints."""
+    done = subprocess.run(
+        [sys.executable, f"examples/{example}.py"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_distributed_digits() -> None:
@@ -36,27 +50,17 @@ def test_distributed_digits() -> None:
 
 
 def test_statistics_digits() -> None:
-    command = [sys.executable, "examples/statistics_digits.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    steps, moved = re.search(r"(\d+) steps, statistics moved (\d+) times", done.stdout).groups()
+    printed = output("statistics_digits")
+    steps, moved = re.search(r"(\d+) steps, statistics moved (\d+) times", printed).groups()
     assert steps == moved
-    assert float(re.search(r"trained: ([\d.]+)%", done.stdout).group(1)) > 85.0
-    assert float(re.search(r"fine-tuned, frozen: ([\d.]+)%", done.stdout).group(1)) > 70.0
+    assert float(re.search(r"trained: ([\d.]+)%", printed).group(1)) > 85.0
+    assert float(re.search(r"fine-tuned, frozen: ([\d.]+)%", printed).group(1)) > 70.0
 
 
 def test_masked_text() -> None:
-    command = [sys.executable, "examples/masked_text.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    printed = output("masked_text")
     line = re.compile(r"(with|without) lengths: ([\d.]+)% right.* (\d+) of \d+ answers .* to (\S+)")
-    found = {name: rest for name, *rest in line.findall(done.stdout)}
+    found = {name: rest for name, *rest in line.findall(printed)}
     right, changed, apart = found["with"]
     assert float(right) > 30.0
     assert int(changed) == 0
@@ -65,16 +69,21 @@ def test_masked_text() -> None:
 
 
 def test_fused_unet() -> None:
-    command = [sys.executable, "examples/fused_unet.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    printed = output("fused_unet")
     line = re.compile(r"(as written|fused|recomputed): +last loss ([\d.]+), .* pieces ([\d.]+),")
-    found = {name: tuple(map(float, rest)) for name, *rest in line.findall(done.stdout)}
-    noise = float(re.search(r"noise ([\d.]+)", done.stdout).group(1))
+    found = {name: tuple(map(float, rest)) for name, *rest in line.findall(printed)}
+    noise = float(re.search(r"noise ([\d.]+)", printed).group(1))
     assert found["recomputed"] == found["fused"]
     loss, left = found["as written"]
     assert abs(found["fused"][0] - loss) < 1e-3 * loss
     assert abs(found["fused"][1] - left) < 1e-3 * left < left < 0.9 * noise
+
+
+def test_tokens_digits() -> None:
+    printed = output("tokens_digits")
+    line = re.compile(r"(transposed|channel_axis=-1): +last loss ([\d.]+), ([\d.]+)% of unseen")
+    found = {name: (float(loss), float(right)) for name, loss, right in line.findall(printed)}
+    loss, right = found["transposed"]
+    # roundings grow by the step
+    assert abs(found["channel_axis=-1"][0] - loss) < 0.02
+    assert min(right, found["channel_axis=-1"][1]) > 85.0

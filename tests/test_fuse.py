@@ -115,7 +115,7 @@ def test_blocks(how: str, training: bool) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        nn.ReLU, lambda: nn.LeakyReLU(0.3), lambda: nn.ELU(0.5), nn.GELU,
+        nn.ReLU, nn.ReLU6, lambda: nn.LeakyReLU(0.3), lambda: nn.ELU(0.5), nn.GELU,
         lambda: nn.GELU("tanh"), nn.SiLU, nn.Hardswish,
     ],
 )  # fmt: skip

@@ -30,6 +30,7 @@ EVERY = pytest.mark.parametrize("case", LAYERS, ids=[case.id for case in LAYERS]
 KINDS: list[dict[str, Any]] = [
     {"activation": "relu"},
     {"activation": "leaky_relu", "negative_slope": 0.2},
+    {"activation": "relu6"},
     {"activation": "hardswish"},
     {"activation": "elu", "alpha": 0.7},
     {"activation": "silu"},
@@ -45,6 +46,8 @@ def exact(z: Tensor, options: dict[str, Any]) -> Tensor:
             return z.clamp(min=0)
         case "leaky_relu":
             return torch.where(z > 0, z, 0.2 * z)
+        case "relu6":
+            return z.clamp(0, 6)
         case "hardswish":
             return z * (z + 3).clamp(0, 6) / 6
         case "elu":
@@ -261,7 +264,7 @@ def test_derivatives(options: dict[str, Any], training: bool, residual: bool) ->
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("options", KINDS[:4], ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("options", KINDS[:5], ids=lambda o: "-".join(map(str, o.values())))
 def test_compiled(options: dict[str, Any], training: bool) -> None:
     layer = truenorm.BatchNorm2d(5, **options).train(training)
     twin = copy.deepcopy(layer)
@@ -287,7 +290,8 @@ def test_one_tensor_as_input_and_residual() -> None:
 def test_numbers_are_those_of_the_kernels() -> None:
     # each by its value at -1, told from the others
     z = torch.tensor([-1.0])
-    values = [activated.act(z, kind, 0.3).item() for kind in range(8)]
+    values = [activated.act(z, kind, 0.3).item() for kind in range(9)]
     expected = [-1.0, 0.0, -0.3, -1 / 3, 0.3 * (torch.expm1(z).item()), -0.2689414, -0.1586553]
+    assert activated.act(-8 * z, 8, 0.0).item() == 6.0
     assert values[:7] == pytest.approx(expected, rel=1e-6)
     assert values[7] == pytest.approx(-0.1588080, rel=1e-5)

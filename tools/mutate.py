@@ -221,8 +221,8 @@ MUTATIONS = [
     Mutation(
         "fused: ReLU's gradient everywhere",
         "kernel_activation.h",
-        "return z <= 0 ? below(grad) : grad;",
-        "return z < 0 && z > 0 ? below(grad) : grad;",
+        "return z <= 0 ? below(grad) : high;",
+        "return z < 0 && z > 0 ? below(grad) : high;",
         "values",
         tests=FUSED,
     ),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .layers import _shape
 
-ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu", "hardswish")
+ACTIVATIONS = ("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish")
 
 
 def check_activation(value: Any) -> None:

@@ -108,9 +108,10 @@ def fuse(model: M) -> M:
     y = act(norm(x)) and y = act(norm(x) + r), by one pass over the values in each direction, as
     with `activation=` and `residual=`. Found are calls that follow one another in one module's
     forward, read by torch.fx, module by module: layers in an `nn.Sequential`, and in a forward of
-    your own; activations as modules, functions and methods (ReLU, LeakyReLU, ELU, GELU, SiLU,
-    Hardswish), additions as `+`, `+=` and `torch.add`. Where the forward has optional arguments,
-    depends on its tensors' values, or differs in training and evaluation, it stays as it is.
+    your own; activations as modules, functions and methods (ReLU, ReLU6, LeakyReLU, ELU, GELU,
+    SiLU, Hardswish), additions as `+`, `+=` and `torch.add`. Where the forward has optional
+    arguments, depends on its tensors' values, or differs in training and evaluation, it stays as it
+    is.
 
     A module in which something was found has a class of its own from then on, derived from the one
     it had, with another `forward`; what depends on its attributes there (`if self.downsample`) is

@@ -22,11 +22,13 @@ _FUNCTIONS = {
     torch.relu: activated.RELU,
     torch.relu_: activated.RELU,
     F.relu_: activated.RELU,
+    F.relu6: activated.RELU6,
     F.silu: activated.SILU,
     F.hardswish: activated.HARDSWISH,
 }
 _PLAIN = {
     torch.nn.ReLU: activated.RELU,
+    torch.nn.ReLU6: activated.RELU6,
     torch.nn.SiLU: activated.SILU,
     torch.nn.Hardswish: activated.HARDSWISH,
 }

@@ -24,7 +24,7 @@ from .operators import NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT
 # BY_OUTPUT: in the residual's place stands y, whose sign is that of what the activation took
 NEEDS_RESIDUAL, BY_OUTPUT = 8, 16
 # in the order of csrc/activation.h
-NONE, RELU, LEAKY_RELU, HARDSWISH, ELU, SILU, GELU, GELU_TANH = range(8)
+NONE, RELU, LEAKY_RELU, HARDSWISH, ELU, SILU, GELU, GELU_TANH, RELU6 = range(9)
 
 
 class Epilogue(NamedTuple):
@@ -53,6 +53,8 @@ def act(z: Tensor, kind: int, parameter: float) -> Tensor:
             return F.gelu(z)
         case 7:
             return F.gelu(z, approximate="tanh")
+        case 8:
+            return F.relu6(z)
     return z
 
 
@@ -74,6 +76,8 @@ def act_backward(grad: Tensor, z: Tensor, kind: int, parameter: float) -> Tensor
             return aten.gelu_backward(grad, z)  # type: ignore[no-any-return]
         case 7:
             return aten.gelu_backward(grad, z, approximate="tanh")  # type: ignore[no-any-return]
+        case 8:
+            return aten.hardtanh_backward(grad, z, 0.0, 6.0)  # type: ignore[no-any-return]
     return grad
 
 
@@ -244,7 +248,7 @@ backward_act = torch.ops.truenorm.backward_act.default
 
 def _by_output(after: Epilogue) -> bool:
     """Whether y is saved rather than the residual: the next layer saves it too."""
-    signed = after.act == RELU or (after.act == LEAKY_RELU and after.parameter > 0)
+    signed = after.act in (RELU, RELU6) or (after.act == LEAKY_RELU and after.parameter > 0)
     return signed and after.residual is not None and not recomputed.asked()
 
 
@@ -276,8 +280,7 @@ def _pull_back(ctx: Any, grad: Tensor, wanted: Sequence[bool]) -> Grads:
     elif again and by_output:
         # away from the kink the activation is a factor, which has no derivative of its own
         assert residual is not None
-        slope = torch.where(residual > 0, 1.0, after.parameter)
-        inner = grad * slope.to(grad.dtype)
+        inner = act_backward(grad, residual, after.act, after.parameter)
         of_norm = autograd.pull_back((x, weight, mean, var), (axes, eps, fixed), inner, needs & 7)
         found = [*of_norm, inner if wanted[3] else None]
     elif again:
@@ -378,7 +381,7 @@ def _backward_backward(ctx: Any, *incoming: Any) -> Any:
     def gradients(grad: Tensor, *leaves: Any) -> Any:
         if by_output:
             x, weight, _, y = leaves
-            inner = grad * torch.where(y > 0, 1.0, parameter).to(grad.dtype)
+            inner = act_backward(grad, y, kind, parameter)
             m, v = (mean, var) if fixed else _plain.moments(x, Axes(*axes))
             made = _plain.backward(inner, x, m, v, weight, Axes(*axes), eps, fixed=fixed)
             return *made, inner

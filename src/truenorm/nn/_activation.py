@@ -15,7 +15,7 @@ from ._options import NOTHING, Configurable, More, Option
 from ._padded import Padded
 from ._policy import Policed
 
-Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "hardswish"]
+Activation = Literal["relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish"]
 
 
 class Activated(Configurable):
@@ -107,6 +107,7 @@ class Activated(Configurable):
 
 _NUMBERS = {
     "relu": activated.RELU,
+    "relu6": activated.RELU6,
     "hardswish": activated.HARDSWISH,
     "silu": activated.SILU,
     "gelu": activated.GELU,
