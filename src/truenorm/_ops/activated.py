@@ -248,7 +248,10 @@ backward_act = torch.ops.truenorm.backward_act.default
 
 def _by_output(after: Epilogue) -> bool:
     """Whether y is saved rather than the residual: the next layer saves it too."""
-    signed = after.act in (RELU, RELU6) or (after.act == LEAKY_RELU and after.parameter > 0)
+    signed = after.act == RELU or (after.act == LEAKY_RELU and after.parameter > 0)
+    if after.act == RELU6 and after.residual is not None:
+        # in half precision much of what is below 6 is rounded to 6
+        signed = after.residual.element_size() > 2
     return signed and after.residual is not None and not recomputed.asked()
 
 
