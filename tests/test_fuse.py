@@ -128,6 +128,36 @@ def test_sequences(norm: Callable[[int], nn.Module], make: Callable[[], nn.Modul
     same(as_it_was, fused, x)
 
 
+def padded(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Looks into its tensor, as transformers' MobileNetV2 does for its padding."""
+    extra = 1 if x.shape[-1] % conv.kernel_size[0] else 0
+    return F.pad(x, (0, extra))
+
+
+class Helped(Residual):
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self.bn1(self.conv1(padded(x, self.conv1))))
+
+
+def test_a_helper_stays_a_call() -> None:
+    as_it_was, fused = pair(Helped("module"))
+    for size in (9, 7):  # the one is padded, the other not
+        x = torch.randn(2, 6, 5, size)
+        assert calls(copy.deepcopy(fused), x) == 1
+        assert fused(x).shape == as_it_was(x).shape
+        same(as_it_was, fused, x)
+
+
+def test_dropout_of_nothing_stands_in_no_way() -> None:
+    layers = [nn.BatchNorm2d(6), nn.Dropout(0.0), nn.Identity(), nn.ReLU()]
+    as_it_was, fused = pair(nn.Sequential(*layers))
+    x = torch.randn(2, 6, 9, 7)
+    assert calls(copy.deepcopy(fused), x) == 1
+    same(as_it_was, fused, x)
+    _, dropping = pair(nn.Sequential(nn.BatchNorm2d(6), nn.Dropout(0.5), nn.ReLU()))
+    assert calls(dropping, x) == 0
+
+
 class Optional_(Residual):
     def forward(self, x: Tensor, more: Any = None) -> Any:
         return super().forward(x)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import sys
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +44,12 @@ class _OneLevel(Tracer):
     def proxy(self, node: Node) -> Proxy:
         return _Proxy(node, self)
 
+    def create_arg(self, a: Any) -> Any:
+        # a function that stays a call may be given a submodule
+        if isinstance(a, Module):
+            return self.create_node("get_attr", self.path_of_module(a), (), {})
+        return super().create_arg(a)
+
     def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
         return True
 
@@ -51,12 +59,28 @@ def _trace(module: Module) -> Graph | None:
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     if any(p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty for p in parameters):
         return None  # which arguments a call has may decide what is done
+    # where a helper beside the class looks into its tensors, it can stay a call
+    graph = _graph(module, ())
+    return _graph(module, _helpers(module)) if graph is None else graph
+
+
+def _helpers(module: Module) -> tuple[Any, ...]:
+    """The functions that the forward's own file defines."""
+    forward = type(module).forward
+    found = vars(sys.modules[forward.__module__]).values() if forward.__module__ else ()
+    return tuple(
+        f for f in found if isinstance(f, FunctionType) and f.__module__ == forward.__module__
+    )
+
+
+def _graph(module: Module, calls: tuple[Any, ...]) -> Graph | None:
+    """The graph of the forward, the functions in `calls` being calls in it."""
     held, training = dict(vars(module)), module.training
     try:
         module.training = True
-        graph = _OneLevel().trace(module)
+        graph = _OneLevel(autowrap_functions=calls).trace(module)
         module.training = False
-        other = _OneLevel().trace(module)
+        other = _OneLevel(autowrap_functions=calls).trace(module)
     except Exception:  # whatever a forward raises on what stands for a tensor
         return None
     finally:
@@ -64,9 +88,7 @@ def _trace(module: Module) -> Graph | None:
         # constants that the trace has put there
         for name in vars(module).keys() - held.keys():
             delattr(module, name)
-    if any(
-        node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes
-    ):
+    if any("_tensor_constant" in str(node.target) for node in graph.nodes):
         return None
     return graph if str(graph) == str(other) else None
 
@@ -132,8 +154,10 @@ def fuse(model: M) -> M:
         if hasattr(type(module), _ORIGINAL) or isinstance(module, torch.fx.GraphModule):
             continue
         graph = _trace(module)
-        found = [] if graph is None else patterns.find(module, graph)
-        if graph is not None and found:
+        if graph is None:
+            continue
+        patterns.drop_passing(module, graph)
+        if found := patterns.find(module, graph):
             patterns.replace(graph, found)
             module.__class__ = _fused_class(module, graph)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -137,9 +138,12 @@ def _overwrites(root: Module, node: Node) -> bool:
     """Whether a node may write over its first tensor."""
     if (module := _module(root, node)) is not None:
         return bool(getattr(module, "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    target = node.target
+    if isinstance(target, FunctionType) and not target.__module__.startswith("torch."):
+        return True  # who knows
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or bool(node.kwargs.get("inplace")) or node.target in _IN_PLACE
+    return in_place or bool(node.kwargs.get("inplace")) or target in _IN_PLACE
 
 
 def _input_lasts(root: Module, norm: Node, last: Node) -> bool:
@@ -150,6 +154,17 @@ def _input_lasts(root: Module, norm: Node, last: Node) -> bool:
             return False
         node = node.next
     return True
+
+
+def drop_passing(root: Module, graph: Graph) -> None:
+    """Take out what gives its input back: Identity, and dropout of nothing."""
+    for node in graph.nodes:
+        module = _module(root, node)
+        nothing = isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p == 0
+        passes = nothing or type(module) is torch.nn.Identity
+        if module is not None and passes and len(node.args) == 1 and not has_hooks(module):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def find(root: Module, graph: Graph) -> list[Found]:
