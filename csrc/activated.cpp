@@ -1,5 +1,5 @@
 // The operators with an activation and a residual, y = act(norm(x) + residual): tensors in, tensors
-// out. The schemas stand in src/truenorm/_ops/activated.py.
+// out. The schemas stand in src/truenorm/_ops/activation.py.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -9,7 +9,7 @@
 namespace truenorm {
 namespace {
 
-// NEEDS_RESIDUAL and BY_OUTPUT of _ops/activated.py
+// NEEDS_RESIDUAL and BY_OUTPUT of _ops/activation.py
 constexpr int64_t kResidual = 8, kByOutput = 16;
 
 using Maybe = std::optional<Tensor>;

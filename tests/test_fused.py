@@ -14,7 +14,7 @@ from tolerances import assert_gradient, assert_output, last_place
 from torch import Tensor
 
 import truenorm
-from truenorm._ops import activated
+from truenorm._ops import activation
 
 LAYERS = [case for case in CASES if case.layer != "LocalResponseNorm"]
 # rows and columns longer than a step of the kernels, and than a piece of a reduction
@@ -292,8 +292,8 @@ def test_one_tensor_as_input_and_residual() -> None:
 def test_numbers_are_those_of_the_kernels() -> None:
     # each by its value at -1, told from the others
     z = torch.tensor([-1.0])
-    values = [activated.act(z, kind, 0.3).item() for kind in range(9)]
+    values = [activation.act(z, kind, 0.3).item() for kind in range(9)]
     expected = [-1.0, 0.0, -0.3, -1 / 3, 0.3 * (torch.expm1(z).item()), -0.2689414, -0.1586553]
-    assert activated.act(-8 * z, 8, 0.0).item() == 6.0
+    assert activation.act(-8 * z, 8, 0.0).item() == 6.0
     assert values[:7] == pytest.approx(expected, rel=1e-6)
     assert values[7] == pytest.approx(-0.1588080, rel=1e-5)

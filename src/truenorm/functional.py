@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _axes, _checks, _ops, _padding, _standard
-from ._ops.activated import Epilogue
+from ._ops.activation import Epilogue
 from .moments import Moments
 
 __all__ = [

@@ -12,26 +12,26 @@ from torch.fx import Graph, Node
 from torch.nn import Module
 
 from .._model.layers import has_hooks
-from .._ops import activated
+from .._ops import activation
 from ..nn._activation import Activated
 
 Act = tuple[int, float]
 _ADDS = {operator.add, operator.iadd, torch.add}
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow}
 _FUNCTIONS = {
-    F.relu: activated.RELU,
-    torch.relu: activated.RELU,
-    torch.relu_: activated.RELU,
-    F.relu_: activated.RELU,
-    F.relu6: activated.RELU6,
-    F.silu: activated.SILU,
-    F.hardswish: activated.HARDSWISH,
+    F.relu: activation.RELU,
+    torch.relu: activation.RELU,
+    torch.relu_: activation.RELU,
+    F.relu_: activation.RELU,
+    F.relu6: activation.RELU6,
+    F.silu: activation.SILU,
+    F.hardswish: activation.HARDSWISH,
 }
 _PLAIN = {
-    torch.nn.ReLU: activated.RELU,
-    torch.nn.ReLU6: activated.RELU6,
-    torch.nn.SiLU: activated.SILU,
-    torch.nn.Hardswish: activated.HARDSWISH,
+    torch.nn.ReLU: activation.RELU,
+    torch.nn.ReLU6: activation.RELU6,
+    torch.nn.SiLU: activation.SILU,
+    torch.nn.Hardswish: activation.HARDSWISH,
 }
 
 
@@ -50,15 +50,15 @@ def _module(root: Module, node: Node) -> Module | None:
 
 def _leaky(negative_slope: Any = 0.01, inplace: Any = False) -> Act | None:
     number = isinstance(negative_slope, (int, float))
-    return (activated.LEAKY_RELU, float(negative_slope)) if number else None
+    return (activation.LEAKY_RELU, float(negative_slope)) if number else None
 
 
 def _elu(alpha: Any = 1.0, inplace: Any = False) -> Act | None:
-    return (activated.ELU, float(alpha)) if isinstance(alpha, (int, float)) else None
+    return (activation.ELU, float(alpha)) if isinstance(alpha, (int, float)) else None
 
 
 def _gelu(*, approximate: Any = "none") -> Act | None:
-    kinds = {"none": activated.GELU, "tanh": activated.GELU_TANH}
+    kinds = {"none": activation.GELU, "tanh": activation.GELU_TANH}
     return (kinds[approximate], 0.0) if approximate in kinds else None
 
 
@@ -82,7 +82,7 @@ def _activation(root: Module, node: Node) -> Act | None:
     if (module := _module(root, node)) is not None:
         return _of_module(module) if len(node.args) == 1 and not node.kwargs else None
     if node.op == "call_method" and node.target in ("relu", "relu_") and len(node.args) == 1:
-        return activated.RELU, 0.0
+        return activation.RELU, 0.0
     if node.op != "call_function" or not node.args:
         return None
     rest, named = node.args[1:], dict(node.kwargs)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _plain
 from .._axes import BATCH, Axes
 from . import activated, autograd, eager, operators, recomputed
-from .activated import Epilogue
+from .activation import Epilogue
 from .autograd import Running, transformed
 from .operators import within_backward
 

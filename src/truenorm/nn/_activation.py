@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._ops import activated
-from .._ops.activated import Epilogue
+from .._ops import activated, activation
+from .._ops.activation import Epilogue
 from ._base import Spanning
 from ._options import NOTHING, Configurable, More, Option
 from ._padded import Padded
@@ -60,15 +60,15 @@ class Activated(Configurable):
         if more.mask is None and more.lengths is None:
             z = y if residual is None else y + residual
             if not z.is_nested:
-                return activated.act(z, *act)
+                return activation.act(z, *act)
             # nested tensors do not have every activation; their values do
             values, offsets = z.values(), z.offsets()  # type: ignore[attr-defined]
-            return torch.nested.nested_tensor_from_jagged(activated.act(values, *act), offsets)
+            return torch.nested.nested_tensor_from_jagged(activation.act(values, *act), offsets)
         valid: Tensor = layer._valid(input, more)
         if residual is not None:
             # what is padded may be NaN, whose gradient would be too
             y = y + torch.where(valid, residual, 0.0)
-        return torch.where(valid, activated.act(y, *act), more.padding_value)
+        return torch.where(valid, activation.act(y, *act), more.padding_value)
 
     def _in_one_pass(self, input: Tensor, more: More) -> bool:
         layer: Any = self
@@ -92,23 +92,23 @@ class Activated(Configurable):
         """The activation's number, and its parameter."""
         match self.activation:
             case "leaky_relu":
-                return activated.LEAKY_RELU, self.negative_slope
+                return activation.LEAKY_RELU, self.negative_slope
             case "elu":
-                return activated.ELU, self.alpha
+                return activation.ELU, self.alpha
             case "gelu" if self.approximate == "tanh":
-                return activated.GELU_TANH, 0.0
+                return activation.GELU_TANH, 0.0
             case None:
-                return activated.NONE, 0.0
+                return activation.NONE, 0.0
         return _NUMBERS[self.activation], 0.0
 
     def _activate(self, z: Tensor) -> Tensor:
-        return activated.act(z, *self._act())
+        return activation.act(z, *self._act())
 
 
 _NUMBERS = {
-    "relu": activated.RELU,
-    "relu6": activated.RELU6,
-    "hardswish": activated.HARDSWISH,
-    "silu": activated.SILU,
-    "gelu": activated.GELU,
+    "relu": activation.RELU,
+    "relu6": activation.RELU6,
+    "hardswish": activation.HARDSWISH,
+    "silu": activation.SILU,
+    "gelu": activation.GELU,
 }

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .._ops.activated import Epilogue
+from .._ops.activation import Epilogue
 
 
 class Option(NamedTuple):
