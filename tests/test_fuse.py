@@ -195,15 +195,39 @@ class InputOverwritten(Residual):
         return F.relu(z + y) + x
 
 
-@pytest.mark.parametrize(
-    "kind", [Optional_, ByTraining, ByValue, UsedTwice, OntoTheOther, InputOverwritten]
-)
+class InAMode(Residual):
+    def forward(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            y = self.conv1(x)
+        return self.act(self.bn1(x + y))
+
+
+class Remembers(Residual):
+    calls, seen = 0, None
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        self.seen = self.act(self.bn1(x))
+        return self.seen
+
+
+class Constant(Residual):
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self.bn1(x)) + torch.arange(7.0)
+
+
+LEFT_ALONE = [Optional_, ByTraining, ByValue, UsedTwice, OntoTheOther, InputOverwritten]
+LEFT_ALONE += [InAMode, Remembers, Constant]
+
+
+@pytest.mark.parametrize("kind", LEFT_ALONE)
 def test_what_is_left_alone(kind: type[Residual]) -> None:
     as_it_was, fused = pair(kind("module"))
     assert type(fused) is kind
     x = torch.randn(2, 6, 9, 7)
+    assert set(vars(fused)) == set(vars(as_it_was))
     assert calls(copy.deepcopy(fused), x) == 0
-    if kind is not InputOverwritten:  # which has no gradient
+    if kind not in (InputOverwritten, Remembers):  # which has no gradient; which is not copied
         same(as_it_was, fused, x)
     torch.testing.assert_close(fused.eval()(x), as_it_was.eval()(x))
 

@@ -38,8 +38,23 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ipow"):
     setattr(_Proxy, f"__{_name}__", _in_place(_name))
 
 
+def _modes() -> tuple[Any, ...]:
+    """What a `with` may change that no graph says."""
+    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
 class _OneLevel(Tracer):
     """A module's own forward: what it calls stays a call."""
+
+    def trace(self, *args: Any, **kwargs: Any) -> Graph:
+        self._outside = _modes()
+        return super().trace(*args, **kwargs)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        if _modes() != self._outside:
+            raise NotImplementedError("a part of the forward runs in another mode")
+        return super().create_node(*args, **kwargs)
 
     def proxy(self, node: Node) -> Proxy:
         return _Proxy(node, self)
@@ -75,22 +90,48 @@ def _helpers(module: Module) -> tuple[Any, ...]:
 
 def _graph(module: Module, calls: tuple[Any, ...]) -> Graph | None:
     """The graph of the forward, the functions in `calls` being calls in it."""
-    held, training = dict(vars(module)), module.training
+    held, training = _state(module), module.training
+    graph: Graph | None = None
+    other: Graph | None = None
     try:
         module.training = True
         graph = _OneLevel(autowrap_functions=calls).trace(module)
         module.training = False
         other = _OneLevel(autowrap_functions=calls).trace(module)
     except Exception:  # whatever a forward raises on what stands for a tensor
-        return None
+        graph = None
     finally:
         module.training = training
-        # constants that the trace has put there
-        for name in vars(module).keys() - held.keys():
-            delattr(module, name)
-    if any("_tensor_constant" in str(node.target) for node in graph.nodes):
+        changed = _restore(module, held)
+    if changed or graph is None or str(graph) != str(other):
         return None
-    return graph if str(graph) == str(other) else None
+    return graph
+
+
+def _state(module: Module) -> dict[str, Any]:
+    """What a forward might set, or torch.fx for a constant that it finds."""
+    return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(module).items()}
+
+
+def _restore(module: Module, held: dict[str, Any]) -> bool:
+    """Put the module back as it was; whether it was not."""
+    now = _state(module)
+
+    def same(one: Any, other: Any) -> bool:
+        if isinstance(one, dict) and isinstance(other, dict):
+            return one.keys() == other.keys() and all(one[k] is other[k] for k in one)
+        return one is other
+
+    changed = [k for k in now.keys() | held.keys() if not same(now.get(k), held.get(k))]
+    for name in changed:
+        if name not in held:
+            del vars(module)[name]
+        elif isinstance(held[name], dict):
+            vars(module)[name].clear()
+            vars(module)[name].update(held[name])
+        else:
+            vars(module)[name] = held[name]
+    return bool(changed)
 
 
 def _reduce(self: Module, protocol: Any) -> Any:
