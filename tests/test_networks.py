@@ -138,12 +138,13 @@ def test_the_benchmark_judges_and_times(monkeypatch: pytest.MonkeyPatch) -> None
     plan = Plan(minimum=2, maximum=2, seconds=0.0)
     step = models.measure(small, plan)
     assert not step.wrong
-    assert set(step.seconds) == {"torch", "truenorm", "ceiling"}
+    assert set(step.seconds) == {"torch", "truenorm", "fused", "ceiling"}
     assert step.gain is not None
     assert models.line(step).startswith("BasicUNet ")
     assert not norms_of(without_norms(network.build(True)))
 
     def broken(model: Any) -> Any:
+        truenorm.convert(model)
         next(m for _, m in norms_of(model)).eps = 0.1
         return model
 
@@ -187,3 +188,5 @@ def test_the_benchmark_of_networks(tmp_path: Path, monkeypatch: Any, capsys: Any
     if way > 0.0:
         expected = (seconds["torch"] - seconds["truenorm"]) / way
         assert found["share_of_the_way"] == pytest.approx(expected)
+        expected = (seconds["torch"] - seconds["fused"]) / way
+        assert found["share_of_the_way_fused"] == pytest.approx(expected)
