@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -355,7 +357,8 @@ def test_recomputed_gradients_are_the_same_bits(how: str) -> None:
     y.backward(grad)
     expected.backward(grad)
     for left, right in zip(twin.parameters(), fused.parameters(), strict=True):
-        torch.testing.assert_close(left.grad, right.grad, rtol=1e-5, atol=1e-6)
+        assert (left.grad is None) == (right.grad is None)
+        assert left.grad is None or torch.equal(left.grad, right.grad)
     for left, right in zip(twin.buffers(), fused.buffers(), strict=True):
         assert torch.equal(left, right)
 
@@ -364,24 +367,19 @@ def test_recomputed_outputs_are_not_kept() -> None:
     layer = truenorm.BatchNorm2d(6, activation="silu")
     conv = nn.Conv2d(6, 6, 3)
     x = torch.randn(2, 6, 9, 7, requires_grad=True)
-    kept = []
-    for recompute in (False, True):
-        made = []
-        hook = layer.register_forward_hook(lambda m, i, o, made=made: made.append(o.data_ptr()))
-        if recompute:
-            with truenorm.recompute_outputs():
-                z = conv(layer(x * 2))
-        else:
-            z = conv(layer(x * 2))
-        hook.remove()
-        saved = z.grad_fn._saved_input if not recompute else None
-        kept.append(saved is not None and saved.data_ptr() == made[0])
-        if recompute:
-            # made anew, at another place, of the same values
-            again = z.grad_fn._raw_saved_input
-            assert again is not None
-        z.sum().backward()
-    assert kept == [True, False]
+
+    def is_kept() -> bool:
+        y = layer(x * 2)
+        lives = weakref.ref(y)
+        z = conv(y)
+        del y
+        gc.collect()
+        assert z.grad_fn is not None
+        return lives() is not None
+
+    assert is_kept()
+    with truenorm.recompute_outputs():
+        assert not is_kept()
 
 
 def test_recomputing_notices_a_change_in_place() -> None:

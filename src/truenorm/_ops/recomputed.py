@@ -81,12 +81,12 @@ def remember(y: Tensor, op: Any, tensors: tuple[Any, ...], rest: tuple[Any, ...]
 
 @contextmanager
 def recompute_outputs() -> Iterator[None]:
-    """Save no output of a layer with an activation for the backward pass: make it again there.
+    """Save no output of a truenorm layer for the backward pass: make it again there.
 
-    With `activation=` or `residual=` a layer's backward needs its input, and the layers after it
-    save its output as their own input: twice the memory for what one pass over the input makes
-    again. Within this context those layers save how the output is made instead. The results and the
-    gradients are the same to the bit.
+    A layer's backward needs its input, and the layers after it save its output as their own input:
+    twice the memory for what one pass over the input makes again. Within this context they save how
+    the output is made instead, where the layer runs in one pass (not with masks, policies or across
+    processes). The results and the gradients are the same to the bit.
 
         with truenorm.recompute_outputs():
             loss = criterion(model(x), y)
