@@ -18,7 +18,7 @@ BUILT_FROM := $(CPP) CMakeLists.txt pyproject.toml build_backend/truenorm_build.
 export TRUENORM_WERROR ?= ON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types format docs wheel verify bench bench-quick bench-cuda sanitize mutate neon \
+.PHONY: help run test test-all lint types format docs wheel verify bench bench-quick bench-cuda sanitize mutate neon \
 	clean
 
 help:  ## list the targets
@@ -28,8 +28,14 @@ help:  ## list the targets
 run: $(VENV)/demo  ## install what is needed, and show what the library does
 	@$(BIN)/truenorm demo
 
+# a worker for each processor, to what memory holds; tests that share something stay on one worker
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
+
 test: lint types  ## what CI checks: lint, types, tests
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
+
+test-all: lint types  ## the same, and the promises under every instruction set of the machine
+	@$(PYTEST) --every-instruction-set
 
 lint: $(VENV)/dev  ## style of the Python and the C++
 	@$(BIN)/ruff check --quiet .

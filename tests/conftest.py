@@ -1,4 +1,4 @@
-"""What every test file shares: truenorm imported once, and a seed for each test."""
+"""What every test file shares: truenorm imported once, a seed for each test, workers' groups."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ import importlib
 import os
 import tempfile
 import warnings
+from typing import Any
 
 import counts
 import processes
 import pytest
 import torch
+import workers
+
+# pytest-xdist's workers share the processors: one thread of torch's each, but where a test sets it,
+# and one for each process that a test starts
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # torch keeps compiled graphs on disk, by the operators' names: those of another version of truenorm
 # must not be run in their stead
@@ -41,21 +50,50 @@ def pytest_report_header() -> list[str]:
     return str(truenorm.info()).splitlines()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-instruction-set",
+        action="store_true",
+        help="the tests of the promises once more under each other instruction set (make test-all)",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs many GiB of memory, skipped where absent")
+    # pytest-xdist's own, which it registers itself where it is installed
+    config.addinivalue_line("markers", "xdist_group(name): the tests of a name run on one worker")
+
+
+# before pytest-xdist's own, which reads the marks
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        group = workers.group_of(item)
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+# what a worker counted, to the process that prints the summary
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for database, check, samples in getattr(node, "workeroutput", {}).get("counts", ()):
+        counts.PASSED[database, check] += samples
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for database in sorted({database for database, _ in counts.PASSED}):
-        checks = {check: n for (d, check), n in counts.PASSED.items() if d == database}
+        checks = {check: n for (d, check), n in sorted(counts.PASSED.items()) if d == database}
         named = ", ".join(f"{check} {n}" for check, n in checks.items())
         terminalreporter.write_line(
             f"torch's {database} samples passed: {sum(checks.values())} ({named})"
         )
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     processes.close_all()
+    if WORKER:
+        output = session.config.workeroutput  # type: ignore[attr-defined]
+        output["counts"] = [(*key, samples) for key, samples in counts.PASSED.items()]
 
 
 @pytest.fixture(autouse=True)
