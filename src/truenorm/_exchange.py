@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _checks
+from . import _checks, _imports
 from .moments import add_pairs
 
 # as `process_group`: every process, found out when the layer is called
@@ -83,12 +83,19 @@ def _key(group: Any) -> tuple[str, int]:
 
 
 # runs once, while the graph is made
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _take_to_agree(layer: Any) -> bool:
     group = layer._statistics_group()
     if group is not None:
         _AGREED[layer] = _key(group), {_ANY}
     return True
+
+
+def _mark_constant() -> None:
+    torch.compiler.assume_constant_result(_take_to_agree)
+
+
+# to mark it imports the compiler, which takes longer than all else of an import of torch
+_imports.after_import("torch._dynamo", "torch.compile", _mark_constant)
 
 
 def agree(layer: Any, statistics: int, device: torch.device, group: Any) -> None:
