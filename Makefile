@@ -89,14 +89,14 @@ sanitize: build/sanitize/_native.so  ## the tests of kernels and pool under ASan
 
 # the kernels alone: no torch is needed for that, and none for aarch64 is at hand
 DIGEST_FLAGS := -std=c++20 -O3 -DNDEBUG -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi -Werror
-DIGEST_SOURCES := csrc/kernels.cpp csrc/dispatch.cpp tools/kernel_digest.cpp
+DIGEST_SOURCES := $(wildcard csrc/kernels*.cpp) csrc/dispatch.cpp tools/kernel_digest.cpp
 NEON_CXX ?= aarch64-linux-gnu-g++
 NEON_RUN ?= qemu-aarch64
 
 neon:  ## the kernels on an emulated aarch64: the bits of this machine (needs g++, its cross form, qemu-user)
 	@mkdir -p build/neon
-	@$(NEON_CXX) $(DIGEST_FLAGS) -Icsrc -static -DTRUENORM_ISA=neon $(DIGEST_SOURCES) -o build/neon/neon
-	@$(CXX) $(DIGEST_FLAGS) -Icsrc -DTRUENORM_ISA=baseline $(DIGEST_SOURCES) -o build/neon/here
+	@$(NEON_CXX) $(DIGEST_FLAGS) -Icsrc -static -DTRUENORM_ISA=neon -DTRUENORM_HAS_neon $(DIGEST_SOURCES) -o build/neon/neon
+	@$(CXX) $(DIGEST_FLAGS) -Icsrc -DTRUENORM_ISA=baseline -DTRUENORM_HAS_baseline $(DIGEST_SOURCES) -o build/neon/here
 	@build/neon/here | tee build/neon/here.txt
 	@$(NEON_RUN) build/neon/neon | tee build/neon/neon.txt
 	@test "$$(cut -d' ' -f1 build/neon/here.txt)" = "$$(cut -d' ' -f1 build/neon/neon.txt)"
