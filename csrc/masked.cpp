@@ -9,20 +9,7 @@
 
 namespace truenorm {
 
-const MaskedSet& masked_set() {
-  const InstructionSet* const used = &kernels();
-#if defined(TRUENORM_X86)
-  if (used == &avx512::instruction_set) return avx512::masked_set;
-  if (used == &avx2::instruction_set) return avx2::masked_set;
-  return baseline::masked_set;
-#elif defined(__aarch64__)
-  (void)used;
-  return neon::masked_set;
-#else
-  (void)used;
-  return baseline::masked_set;
-#endif
-}
+const MaskedSet& masked_set() { return *kernels().masked; }
 
 namespace {
 
