@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import types
 import weakref
@@ -32,6 +33,8 @@ class Fused:
         if not is_fused_class(type(self)) or not isinstance(reduced, tuple):
             return reduced
         make, given, *rest = reduced
+        # pickle holds the class of what the usual function makes against the object's own
+        make = _new if make is copyreg.__newobj__ else make  # type: ignore[attr-defined]
         given = tuple(self._truenorm_unfused if g is type(self) else g for g in given)
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: value for name, value in rest[0].items() if name != PLAN}
@@ -41,15 +44,24 @@ class Fused:
         inherited = getattr(super(), "__deepcopy__", None)
         if inherited is not None:
             return inherited(memo)
+        if not is_fused_class(type(self)):
+            # parametrize's class refuses to give its state, and leaves the copy to this method
+            twin = _new(type(self))
+            memo[id(self)] = twin
+            vars(twin).update(copy.deepcopy(vars(self), memo))
+            return twin
         make, given, *rest = self.__reduce_ex__(4)
         twin = make(*given)
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(rest[0], memo))
-        if is_fused_class(type(self)):
-            twin.__class__ = type(self)
-            if self._truenorm_plan is not None:
-                vars(twin)[PLAN] = copy.deepcopy(self._truenorm_plan, memo)
+        twin.__class__ = type(self)
+        if self._truenorm_plan is not None:
+            vars(twin)[PLAN] = copy.deepcopy(self._truenorm_plan, memo)
         return twin
+
+
+def _new(kind: type[Module], *given: Any) -> Any:
+    return kind.__new__(kind, *given)
 
 
 def is_fused_class(kind: type) -> bool:

@@ -57,7 +57,8 @@ def _fuse(model: Module) -> None:
     for module in model.modules():
         _unfuse(module)
     with recording():
-        for module in list(model.modules()):
+        # the class of a child is one of the things that its parent's forward is compared by
+        for module in reversed(list(model.modules())):
             if _may_hold_something(module):
                 _fuse_one(module)
 
