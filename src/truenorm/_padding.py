@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, _ops, _standard
+from . import _checks, _ops
 from ._axes import Axes
 from ._ops import Running, masked
 
@@ -80,8 +80,7 @@ def fixed(
     """x by given statistics, padding_value where nothing is valid: nothing there is read."""
     valid = against(mask, x)
     kept = torch.where(valid, x, 0.0)
-    apply = _standard.fixed if _standard.wanted() else _ops.normalize_fixed
-    y = apply(kept, mean, var, weight, bias, eps)
+    y = _ops.normalize_fixed(kept, mean, var, weight, bias, eps)
     return torch.where(valid, y, padding_value)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .. import _plain
 from .._axes import BATCH, Axes
-from . import activated, autograd, eager, operators, recomputed
+from . import activated, autograd, eager, operators, recomputed, route, standard
 from .activation import Epilogue
-from .autograd import Running, transformed
+from .autograd import Running
 from .operators import within_backward
 
 __all__ = [
@@ -29,13 +29,9 @@ __all__ = [
     "normalize_fixed",
     "normalize_with_statistics",
     "recomputed",
+    "route",
     "within_backward",
 ]
-
-
-def _wants_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    # empty inputs have no moments, and complex RMSNorm has no kernel
-    return x.numel() == 0 or x.is_complex() or transformed(x, weight, bias)
 
 
 def _wants_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -58,12 +54,15 @@ def normalize(
     """Normalize x by its own statistics, and update `running` with them."""
     if after is not None:
         return activated.normalize(x, weight, bias, axes, eps, running, after)
-    if _wants_plain(x, weight, bias):
+    way = route.way(x, weight, bias)
+    if way == route.STANDARD:
+        return standard.normalize(x, weight, bias, axes, eps, running)
+    if way == route.PLAIN:
         y, mean, var = _plain.forward(x, weight, bias, axes, eps)
         if running is not None:
             _update_plain(x, running, mean, var)
         return y
-    if torch.compiler.is_compiling():
+    if way == route.GRAPH:
         y, mean, var = operators.forward(x, weight, bias, *axes, eps)
         if running is not None:
             autograd.track(running, x, mean, var)
@@ -90,10 +89,13 @@ def normalize_with_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: Axes, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x normalized by its own statistics, and these: mean and biased variance, as constants."""
-    if _wants_plain(x, weight, bias):
+    way = route.way(x, weight, bias)
+    if way == route.STANDARD:
+        return standard.normalize_with_statistics(x, weight, bias, axes, eps)
+    if way == route.PLAIN:
         y, mean, var = _plain.forward(x, weight, bias, axes, eps)
         return y, mean.detach(), var.detach()
-    if torch.compiler.is_compiling():
+    if way == route.GRAPH:
         return cast(tuple[Tensor, Tensor, Tensor], operators.forward(x, weight, bias, *axes, eps))
     found = autograd.NormalizeWithStatistics.apply((axes, eps), x, weight, bias)  # type: ignore[no-untyped-call]
     return cast(tuple[Tensor, Tensor, Tensor], found)
@@ -111,9 +113,12 @@ def normalize_fixed(
     """Normalize x (N, C, *) by given statistics, one mean and variance per channel."""
     if after is not None:
         return activated.normalize_fixed(x, mean, var, weight, bias, eps, after)
-    if _wants_plain(x, weight, bias):
+    way = route.way(x, weight, bias)
+    if way == route.STANDARD:
+        return standard.normalize_fixed(x, mean, var, weight, bias, eps)
+    if way == route.PLAIN:
         return _plain.apply(x, mean, var, weight, bias, BATCH, eps)
-    if torch.compiler.is_compiling():
+    if way == route.GRAPH:
         return cast(Tensor, operators.apply(x, mean, var, weight, bias, eps))
     if not _wants_gradient(x, weight, bias):
         return autograd.apply_raw(eps, mean, var, x, weight, bias)
@@ -122,12 +127,15 @@ def normalize_fixed(
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of x (N, C, *); zeros where x is empty."""
-    if transformed(x):
-        return _plain.moments(x, BATCH)
     if x.numel() == 0:
         mean = x.new_zeros(x.shape[1], dtype=operators.statistic_dtype(x))
         return mean, torch.zeros_like(mean)
-    if torch.compiler.is_compiling():
+    way = route.way(x)
+    if way == route.STANDARD:
+        return standard.channel_moments(x)
+    if way == route.PLAIN:
+        return _plain.moments(x, BATCH)
+    if way == route.GRAPH:
         return cast(tuple[Tensor, Tensor], operators.moments(x))
     with autograd._below_autograd():
         return cast(tuple[Tensor, Tensor], operators.moments._op(x))
@@ -135,8 +143,11 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     """Divide each value of x (N, C, *) by a power of its neighbouring channels' energy."""
-    if transformed(x):
+    way = route.way(x)
+    if way == route.STANDARD:
+        return standard.local_response_norm(x, size, alpha, beta, k)
+    if way == route.PLAIN:
         return _plain.local_response_norm(x, size, alpha, beta, k)
-    if torch.compiler.is_compiling():
+    if way == route.GRAPH:
         return cast(Tensor, operators.local_response_norm(x, size, alpha, beta, k))
     return cast(Tensor, autograd.LocalResponseNorm.apply((size, alpha, beta, k), x))  # type: ignore[no-untyped-call]

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import has_torch_function_variadic
 
-from .. import _plain, _standard
+from .. import _plain
 from .._axes import BATCH, Axes
-from . import activation, autograd, recomputed
+from . import activation, autograd, recomputed, route
 from .activation import (
     BY_OUTPUT,
     LEAKY_RELU,
@@ -228,11 +228,9 @@ def serves(x: Any, residual: Any, *parameters: Any) -> bool:
         isinstance(x, Tensor)
         and x.device.type == "cpu"
         and x.is_floating_point()
-        and x.numel() > 0
         and (residual is None or residual.dtype == x.dtype)
         and not has_torch_function_variadic(x, residual, *parameters)
-        and not _standard.wanted()
-        and not autograd.transformed(x, residual, *parameters)
+        and route.way(x, residual, *parameters) in (route.KERNEL, route.GRAPH)
     )
 
 

@@ -22,7 +22,7 @@ from .. import _axes, _checks, _exchange, _plain
 from .._axes import Axes
 from .._exchange import all_sum, gather
 from ..moments import add_pairs, merge_pairs
-from . import autograd, operators, parts
+from . import autograd, operators, parts, route
 from .autograd import Running
 from .parts import Spec
 
@@ -215,6 +215,8 @@ class _Normalize(Function):
 def normalize_together(calls: Sequence[Call], group: Any) -> list[Tensor]:
     """Outputs of several independent layers, with one exchange forward and one backward."""
     for c in calls:
+        if route.standard():
+            _checks.fail_spanning(type(c.layer).__name__, group)
         _checks.check_no_transform(autograd.transformed(c.x, c.weight, c.bias))
         _exchange.agree(c.layer, _axes.num_statistics(c.x.shape, c.axes), c.x.device, group)
     kept = [Spec(c.axes, c.eps) for c in calls], group

@@ -32,6 +32,10 @@ class Traceable(torch.nn.Module):
             given["_then"] = given.pop("then")
         return tracer.create_proxy("call_module", path, (input,), given)  # type: ignore[no-any-return]
 
+    def __prepare_scriptable__(self) -> Any:
+        kind = type(self).__name__
+        _checks.fail_scripting(f"truenorm.{kind}", "truenorm.revert(copy.deepcopy(model))")
+
 
 class Direct(Traceable, Configurable):
     """A layer whose plain calls go the short way, with what it holds read from where it is held.

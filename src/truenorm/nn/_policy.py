@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .. import _axes, _checks, _ops
 from .._axes import BATCH, Axes
-from .._ops import Running
+from .._ops import Running, route
 from ._options import NOTHING, Configurable, More, Option
 
 OnSingle = Literal["error", "running", "skip"]
@@ -65,6 +65,9 @@ class Policed(Configurable, _NormBase):
     def _alone(self, x: Tensor, axes: Axes) -> bool:
         """Whether each statistic spans one value, and something other than an error follows."""
         values = _axes.values_per_statistic(x.shape, axes) if x.shape[1] else 0
+        if self.on_single != "error" and route.tracing():
+            asks, remedy = "whether there is one value per channel", 'set on_single="error"'
+            _checks.fail_untraceable("on_single", self.on_single, asks, remedy)
         if values != 1 or x.numel() == 0:
             return False
         if self.on_single == "error":
@@ -129,6 +132,9 @@ class SmallBatches(Policed):
         if size is None and not self.renorm:
             return super()._by_policy(x, axes, more)
         _checks.check_no_more_with_policy(more != NOTHING, sorted(self._chosen()))
+        if size is not None and route.tracing():
+            asks, remedy = "how many samples there are", "set virtual_batch_size=None"
+            _checks.fail_untraceable("virtual_batch_size", size, asks, remedy)
         if self._alone(x, axes):
             return self._normalize_alone(x)
         if self.renorm and x.numel():
@@ -174,7 +180,7 @@ def _steady(layer: Policed, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     mean, var = layer.running_mean, layer.running_var
     assert mean is not None and var is not None
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if route.way(x) != route.KERNEL:
         return mean.clone(), var.clone()
     if _ops.within_backward() and "_found" in vars(layer):
         return cast(tuple[Tensor, Tensor], vars(layer)["_found"])
