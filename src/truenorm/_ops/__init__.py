@@ -7,14 +7,14 @@ registered. Function transforms and forward-mode AD are served by the plain form
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import _plain
 from .._axes import BATCH, Axes
-from . import activated, autograd, eager, operators, recomputed
+from . import activated, autograd, eager, operators, recomputed, sharding
 from .activation import Epilogue
 from .autograd import Running, transformed
 from .operators import within_backward
@@ -31,6 +31,12 @@ __all__ = [
     "recomputed",
     "within_backward",
 ]
+
+
+def _sharded() -> Any:
+    from . import sharded  # which imports this module
+
+    return sharded
 
 
 def _wants_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -56,6 +62,8 @@ def normalize(
     after: Epilogue | None = None,
 ) -> Tensor:
     """Normalize x by its own statistics, and update `running` with them."""
+    if sharding.wanted(x, weight, bias):
+        return _sharded().normalize(x, weight, bias, axes, eps, running, after)  # type: ignore[no-any-return]
     if after is not None:
         return activated.normalize(x, weight, bias, axes, eps, running, after)
     if _wants_plain(x, weight, bias):
@@ -90,6 +98,8 @@ def normalize_with_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: Axes, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x normalized by its own statistics, and these: mean and biased variance, as constants."""
+    if sharding.wanted(x, weight, bias):
+        return _sharded().normalize_with_statistics(x, weight, bias, axes, eps)  # type: ignore[no-any-return]
     if _wants_plain(x, weight, bias):
         y, mean, var = _plain.forward(x, weight, bias, axes, eps)
         return y, mean.detach(), var.detach()
@@ -109,6 +119,8 @@ def normalize_fixed(
     after: Epilogue | None = None,
 ) -> Tensor:
     """Normalize x (N, C, *) by given statistics, one mean and variance per channel."""
+    if sharding.wanted(x, mean, var, weight, bias):
+        return _sharded().normalize_fixed(x, mean, var, weight, bias, eps, after)  # type: ignore[no-any-return]
     if after is not None:
         return activated.normalize_fixed(x, mean, var, weight, bias, eps, after)
     if _wants_plain(x, weight, bias):
@@ -122,6 +134,8 @@ def normalize_fixed(
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of x (N, C, *); zeros where x is empty."""
+    if sharding.wanted(x):
+        return _sharded().channel_moments(x)  # type: ignore[no-any-return]
     if transformed(x):
         return _plain.moments(x, BATCH)
     if x.numel() == 0:
@@ -135,6 +149,8 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     """Divide each value of x (N, C, *) by a power of its neighbouring channels' energy."""
+    if sharding.wanted(x):
+        return _sharded().local_response_norm(x, size, alpha, beta, k)  # type: ignore[no-any-return]
     if transformed(x):
         return _plain.local_response_norm(x, size, alpha, beta, k)
     if torch.compiler.is_compiling():
