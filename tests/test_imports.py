@@ -73,25 +73,25 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_after_the_import(module: str) -> None:
     seen = []
-    _imports.after_import(module, "it", lambda: seen.append(sys.modules[module].ready))
-    _imports.after_import(f"{module}.part", "its part", lambda: seen.append("part"))
+    _imports.after_import(module, "it", lambda m: seen.append(m.ready))
+    _imports.after_import(f"{module}.part", "its part", lambda m: seen.append(m.__name__))
     assert not seen
     found = importlib.util.find_spec(module)
     assert found is not None
     assert not seen
     importlib.import_module(f"{module}.part")
-    assert seen == [True, "part"]
+    assert seen == [True, f"{module}.part"]
     loader = sys.modules[module].__spec__.loader
     assert type(loader).__name__ == "SourceFileLoader"
     assert loader.get_source(module).startswith("import")
     importlib.reload(sys.modules[module])
-    assert seen == [True, "part"]
+    assert seen == [True, f"{module}.part"]
 
 
 def test_where_it_was_imported_before(module: str) -> None:
     importlib.import_module(module)
     seen = []
-    _imports.after_import(module, "it", lambda: seen.append(sys.modules[module].ready))
+    _imports.after_import(module, "it", lambda m: seen.append(m.ready))
     assert seen == [True]
 
 
@@ -101,7 +101,7 @@ def test_in_the_middle_of_its_import(
     """A library that imports truenorm before it is whole: done at the next import after it."""
     seen: list[bool] = []
     monkeypatch.setattr(
-        _imports, "_test", lambda: seen.append(hasattr(sys.modules[module], "ready")), raising=False
+        _imports, "_test", lambda m: seen.append(hasattr(m, "ready")), raising=False
     )
     (tmp_path / module / "__init__.py").write_text(
         "from truenorm import _imports\n"
@@ -115,7 +115,7 @@ def test_in_the_middle_of_its_import(
 
 
 def test_what_fails_is_said_and_breaks_no_import(module: str) -> None:
-    def fails() -> None:
+    def fails(module: object) -> None:
         raise AttributeError("moved away")
 
     _imports.after_import(module, "it", fails)
@@ -125,7 +125,7 @@ def test_what_fails_is_said_and_breaks_no_import(module: str) -> None:
 
 
 def test_a_warning_taken_as_an_error_breaks_no_import(module: str) -> None:
-    def fails() -> None:
+    def fails(module: object) -> None:
         raise AttributeError("moved away")
 
     _imports.after_import(module, "it", fails)
@@ -138,7 +138,7 @@ def test_a_warning_taken_as_an_error_breaks_no_import(module: str) -> None:
 def test_an_import_that_fails_is_its_own(module: str, tmp_path: Path) -> None:
     (tmp_path / module / "__init__.py").write_text("raise ImportError('not today')\n")
     seen: list[int] = []
-    _imports.after_import(module, "it", lambda: seen.append(1))
+    _imports.after_import(module, "it", lambda m: seen.append(1))
     with pytest.raises(ImportError, match="not today"):
         importlib.import_module(module)
     assert not seen

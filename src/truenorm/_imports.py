@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-Action = Callable[[], None]
+Action = Callable[[Any], None]
 
 _WAITING: dict[str, list[tuple[str, Action]]] = {}
 # modules of these whose end of import nobody will tell
@@ -26,7 +26,7 @@ FAILED: dict[str, str] = {}
 
 
 def after_import(module: str, what: str, action: Action) -> None:
-    """Run action() once `module` has been imported: now, if it has.
+    """Run action(module) once `module` has been imported: now, if it has.
 
     what: names the action. One that raises is in `FAILED`, with a warning: never an import error of
     somebody else's library.
@@ -55,7 +55,7 @@ def _is_there(module: str) -> bool:
 def _arrived(module: str) -> None:
     for what, action in _WAITING.pop(module, ()):
         try:
-            action()
+            action(sys.modules[module])
         except Exception as error:
             FAILED[what] = f"{type(error).__name__}: {error}"
             # as an error it would be one of the import

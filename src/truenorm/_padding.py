@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks, _ops
 from ._axes import Axes
-from ._ops import Running, masked
+from ._ops import Running, masked, sharding
 
 
 def normalize(
@@ -21,6 +21,12 @@ def normalize(
     running: Running | None = None,
 ) -> Tensor:
     """x (N, C, *positions) by the statistics of its valid values, which move running ones."""
+    if sharding.wanted(x, weight, bias):
+        from ._ops import sharded  # which imports this module's own
+
+        moving = sharded.whole_running(running)
+        rest = axes, eps, padding_value, moving
+        return sharded.by_mask(normalize, x, mask, (weight, bias), *rest)
     if x.dim() > 3 and not _in_order(x):
         x = x.contiguous()
     made = masked.normalize(x, mask, weight, bias, axes, eps, padding_value)
@@ -78,6 +84,10 @@ def fixed(
     padding_value: float,
 ) -> Tensor:
     """x by given statistics, padding_value where nothing is valid: nothing there is read."""
+    if sharding.wanted(x, mean, var, weight, bias):
+        from ._ops import sharded
+
+        return sharded.by_mask(fixed, x, mask, (mean, var, weight, bias), eps, padding_value)
     valid = against(mask, x)
     kept = torch.where(valid, x, 0.0)
     y = _ops.normalize_fixed(kept, mean, var, weight, bias, eps)

@@ -98,3 +98,30 @@ def check_one_group(groups: Sequence[Any]) -> None:
             "`layers` exchange statistics with different groups, or only some of them do: give "
             "those of one `process_group`, all in training or all in evaluation"
         )
+
+
+def check_none_sharded(found: Sequence[Any], input: Any) -> None:
+    if found:
+        raise TypeError(
+            f"a parameter is a DTensor of shape {tuple(found[0].shape)}, and `input` is a plain "
+            f"{type(input).__name__}: give a DTensor (torch.distributed.tensor.distribute_tensor, "
+            "or SequenceParallel in parallelize_module), or a layer with plain parameters"
+        )
+
+
+def check_same_mesh(mesh: Any, of_input: Any) -> None:
+    if mesh != of_input:
+        raise ValueError(
+            f"`input` is a DTensor on the mesh {of_input}, and a parameter, residual or statistic "
+            f"on {mesh}: distribute both over one mesh"
+        )
+
+
+def check_mesh_holds(ranks: Sequence[int], mesh: Sequence[int]) -> None:
+    outside = sorted(set(ranks) - set(mesh))
+    if outside:
+        raise ValueError(
+            f"`process_group` holds ranks {outside}, which are outside the mesh of the DTensor "
+            "`input`, itself the whole batch of its mesh: distribute it over all of the group, or "
+            "leave out `process_group`"
+        )

@@ -7,14 +7,14 @@ registered. Function transforms and forward-mode AD are served by the plain form
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import _plain
 from .._axes import BATCH, Axes
-from . import activated, autograd, eager, operators, recomputed, route, standard
+from . import activated, autograd, eager, operators, recomputed, route, sharding, standard
 from .activation import Epilogue
 from .autograd import Running
 from .operators import within_backward
@@ -32,6 +32,12 @@ __all__ = [
     "route",
     "within_backward",
 ]
+
+
+def _sharded() -> Any:
+    from . import sharded  # which imports this module
+
+    return sharded
 
 
 def _wants_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -52,6 +58,8 @@ def normalize(
     after: Epilogue | None = None,
 ) -> Tensor:
     """Normalize x by its own statistics, and update `running` with them."""
+    if sharding.wanted(x, weight, bias):
+        return _sharded().normalize(x, weight, bias, axes, eps, running, after)  # type: ignore[no-any-return]
     if after is not None:
         return activated.normalize(x, weight, bias, axes, eps, running, after)
     way = route.way(x, weight, bias)
@@ -89,6 +97,8 @@ def normalize_with_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: Axes, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x normalized by its own statistics, and these: mean and biased variance, as constants."""
+    if sharding.wanted(x, weight, bias):
+        return _sharded().normalize_with_statistics(x, weight, bias, axes, eps)  # type: ignore[no-any-return]
     way = route.way(x, weight, bias)
     if way == route.STANDARD:
         return standard.normalize_with_statistics(x, weight, bias, axes, eps)
@@ -111,6 +121,8 @@ def normalize_fixed(
     after: Epilogue | None = None,
 ) -> Tensor:
     """Normalize x (N, C, *) by given statistics, one mean and variance per channel."""
+    if sharding.wanted(x, mean, var, weight, bias):
+        return _sharded().normalize_fixed(x, mean, var, weight, bias, eps, after)  # type: ignore[no-any-return]
     if after is not None:
         return activated.normalize_fixed(x, mean, var, weight, bias, eps, after)
     way = route.way(x, weight, bias)
@@ -127,6 +139,8 @@ def normalize_fixed(
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of x (N, C, *); zeros where x is empty."""
+    if sharding.wanted(x):
+        return _sharded().channel_moments(x)  # type: ignore[no-any-return]
     if x.numel() == 0:
         mean = x.new_zeros(x.shape[1], dtype=operators.statistic_dtype(x))
         return mean, torch.zeros_like(mean)
@@ -143,6 +157,8 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     """Divide each value of x (N, C, *) by a power of its neighbouring channels' energy."""
+    if sharding.wanted(x):
+        return _sharded().local_response_norm(x, size, alpha, beta, k)  # type: ignore[no-any-return]
     way = route.way(x)
     if way == route.STANDARD:
         return standard.local_response_norm(x, size, alpha, beta, k)

@@ -22,7 +22,7 @@ from .. import _axes, _checks, _exchange, _plain
 from .._axes import Axes
 from .._exchange import all_sum, gather
 from ..moments import add_pairs, merge_pairs
-from . import autograd, operators, parts, route
+from . import autograd, operators, parts, route, sharding
 from .autograd import Running
 from .parts import Spec
 
@@ -214,11 +214,26 @@ class _Normalize(Function):
 
 def normalize_together(calls: Sequence[Call], group: Any) -> list[Tensor]:
     """Outputs of several independent layers, with one exchange forward and one backward."""
+    if any(sharding.wanted(c.x, c.weight, c.bias) for c in calls):
+        return [_alone(c, group) for c in calls]
     for c in calls:
         if route.standard():
             _checks.fail_spanning(type(c.layer).__name__, group)
         _checks.check_no_transform(autograd.transformed(c.x, c.weight, c.bias))
         _exchange.agree(c.layer, _axes.num_statistics(c.x.shape, c.axes), c.x.device, group)
+    return _normalized(calls, group)
+
+
+def _alone(call: Call, group: Any) -> Tensor:
+    from . import sharded  # which imports this module
+
+    if not sharding.wanted(call.x):
+        return normalize(call, group)
+    sharded.check_group(call.x, group)
+    return sharded.normalize(*call[1:], None)
+
+
+def _normalized(calls: Sequence[Call], group: Any) -> list[Tensor]:
     kept = [Spec(c.axes, c.eps) for c in calls], group
     made = _Normalize.apply(kept, *_flat((c.x, c.weight, c.bias) for c in calls))  # type: ignore[no-untyped-call]
     outputs, statistics = made[: len(calls)], _threes(made[len(calls) :])
@@ -232,3 +247,15 @@ def normalize_together(calls: Sequence[Call], group: Any) -> list[Tensor]:
 def normalize(call: Call, group: Any) -> Tensor:
     """The output of one layer by the statistics of all ranks of the group."""
     return normalize_together([call], group)[0]
+
+
+def part(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    spec: Spec,
+    running: Running | None,
+    group: Any,
+) -> Tensor:
+    """The output of this rank's part of a tensor that is known to have one on every rank."""
+    return _normalized([Call(None, x, weight, bias, *spec, running)], group)[0]

@@ -1,0 +1,108 @@
+"""What the processes of a group run in tests of DTensors: functions of the rank."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from cases import randomize
+from tolerances import assert_gradient, assert_output
+from torch import Tensor
+
+import truenorm
+
+
+def mesh_of(sizes: tuple[int, ...]) -> Any:
+    from torch.distributed.tensor import init_device_mesh
+
+    return init_device_mesh("cpu", sizes)
+
+
+def placed(code: str) -> list[Any]:
+    """One letter for each dimension of the mesh: R the same everywhere, P summed up, or a cut."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    return [{"R": Replicate(), "P": Partial()}.get(c) or Shard(int(c)) for c in code]
+
+
+def distributed(t: Tensor, mesh: Any, code: str) -> Any:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if "P" in code:
+        # every process has a share of it
+        parts = torch.randn(mesh.size(), *t.shape, dtype=t.dtype)
+        parts = parts - parts.mean(0) + t / mesh.size()
+        part = parts[torch.distributed.get_rank()]
+        return DTensor.from_local(part, mesh, placed(code), run_check=False)
+    return distribute_tensor(t, mesh, placed(code), src_data_rank=None)
+
+
+def full(t: Any) -> Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def unsharded(
+    rank: int,
+    sizes: tuple[int, ...],
+    layers: list[tuple[str, tuple[Any, ...], dict[str, Any], tuple[int, ...]]],
+    codes: list[str],
+    *,
+    modes: tuple[bool, ...] = (True, False),
+    holding: tuple[str, ...] = ("dtensors", "plain"),
+    residual: bool = False,
+    backend: str = "",
+    calls: dict[str, Any] | None = None,
+) -> int:
+    """Every layer, its input and output gradient placed by every code, against the same unsharded.
+
+    holding: whether parameters and buffers are DTensors, the same everywhere, or plain tensors.
+    Gives the number of comparisons.
+    """
+    from torch.distributed.tensor import DTensor, distribute_module
+
+    mesh, done = mesh_of(sizes), 0
+    for name, args, kwargs, shape in layers:
+        original = randomize(getattr(truenorm, name)(*args, **kwargs))
+        x, grad, more = torch.randn(3, *shape).unbind()
+        x = x * 1.7 + 3.0
+        for training in modes:
+            layer = copy.deepcopy(original).double().train(training)
+            expected_in = [t.double().requires_grad_() for t in (x, more)]
+            added = {"residual": expected_in[1]} if residual else {}
+            expected = layer(expected_in[0], **added, **(calls or {}))
+            expected.backward(grad.double())
+            for code in codes:
+                for held in holding:
+                    where = f"{name} {args} {kwargs} training={training} {code} {held}"
+                    own = copy.deepcopy(original).train(training)
+                    if held == "dtensors":
+                        own = distribute_module(own, mesh)
+                    call = torch.compile(own, backend=backend, fullgraph=True) if backend else own
+                    inputs = [distributed(t, mesh, code).requires_grad_() for t in (x, more)]
+                    added = {"residual": inputs[1]} if residual else {}
+                    y = call(inputs[0], **added, **(calls or {}))
+                    y.backward(distributed(grad, mesh, code))
+                    try:
+                        assert isinstance(y, DTensor)
+                        assert y.shape == x.shape
+                        assert_output(full(y), expected)
+                        pairs = [(inputs[0].grad, expected_in[0].grad)]
+                        pairs += [(inputs[1].grad, expected_in[1].grad)] if residual else []
+                        for p, q in zip(own.parameters(), layer.parameters(), strict=True):
+                            assert isinstance(p.grad, DTensor) == isinstance(p, DTensor)
+                            pairs.append((p.grad, q.grad))
+                        for got, wanted in pairs:
+                            assert_gradient(full(got), wanted)
+                        for b, c in zip(own.buffers(), layer.buffers(), strict=True):
+                            assert_output(full(b) * 1.0, c.double())
+                    except Exception as error:
+                        raise AssertionError(where) from error
+                    if backend:
+                        torch.compiler.reset()
+                    done += 1
+    return done
+
+
+def more(rank: int, *args: Any) -> int:
+    return unsharded(rank, *args, residual=True)
