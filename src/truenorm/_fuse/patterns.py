@@ -14,6 +14,7 @@ from torch.nn import Module
 from .._model.layers import has_hooks
 from .._ops import activation
 from ..nn._activation import Activated
+from ..nn._options import options_of
 
 Act = tuple[int, float]
 _ADDS = {operator.add, operator.iadd, torch.add}
@@ -127,7 +128,7 @@ def _is_norm(root: Module, node: Node) -> bool:
     module = _module(root, node)
     return (
         isinstance(module, Activated)
-        and module.activation is None
+        and module._truenorm_options.activation is None
         and len(node.args) == 1
         and not node.kwargs
         and not has_hooks(module)
@@ -137,7 +138,8 @@ def _is_norm(root: Module, node: Node) -> bool:
 def _overwrites(root: Module, node: Node) -> bool:
     """Whether a node may write over its first tensor."""
     if (module := _module(root, node)) is not None:
-        return bool(getattr(module, "inplace", False))
+        own = options_of(module).overwrite_input
+        return own or bool(getattr(module, "inplace", False))
     target = node.target
     if isinstance(target, FunctionType) and not target.__module__.startswith("torch."):
         return True  # who knows
