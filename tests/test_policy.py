@@ -62,7 +62,7 @@ def test_frozen_is_evaluation(make: Callable[[], Any]) -> None:
     assert truenorm.freeze(layer) is layer
     layer.train()
     before = state(layer)
-    assert "frozen=True" in repr(layer)
+    assert "statistics_frozen=True" in repr(layer)
     for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert_same(run(other, x, grad), wanted)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -70,7 +70,7 @@ def test_frozen_is_evaluation(make: Callable[[], Any]) -> None:
     assert_same(state(layer), before)
     truenorm.unfreeze(layer)(x)
     assert not torch.equal(layer.running_mean, before[0])
-    assert "frozen" not in vars(layer)
+    assert "_truenorm_options" not in vars(layer)
 
 
 @EVERY
@@ -85,12 +85,12 @@ def test_frozen_in_the_state(make: Callable[[], Any]) -> None:
     assert list(saved) == list(theirs.state_dict())
     ours = nn.Sequential(make())
     ours.load_state_dict(saved, strict=True)
-    assert ours[0].frozen
+    assert ours[0].statistics_frozen
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    assert ours[0].frozen  # torch's state says nothing about it
+    assert ours[0].statistics_frozen  # torch's state says nothing about it
     other = nn.Sequential(make())
     other.load_state_dict(theirs.state_dict(), strict=True)
-    assert not other[0].frozen
+    assert not other[0].statistics_frozen
 
 
 def test_frozen_sends_nothing() -> None:
@@ -107,11 +107,11 @@ def test_what_cannot_be_frozen_changes_nothing() -> None:
     model = nn.Sequential(truenorm.BatchNorm1d(3), nn.BatchNorm1d(3))
     with pytest.raises(ValueError, match=r"'1', that is torch.*convert\(model\) first"):
         truenorm.freeze(model)
-    assert not model[0].frozen
+    assert not model[0].statistics_frozen
     model[1] = truenorm.BatchNorm1d(3, track_running_stats=False)
     with pytest.raises(ValueError, match=r"'1', that has no running statistics"):
         truenorm.freeze(model)
-    assert not model[0].frozen
+    assert not model[0].statistics_frozen
     with pytest.raises(ValueError, match=r"no truenorm layer with running statistics"):
         truenorm.freeze(nn.Linear(3, 3))
     with pytest.raises(TypeError, match=r"`model` must be a torch.nn.Module"):

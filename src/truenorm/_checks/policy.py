@@ -61,6 +61,9 @@ def check_tracks(option: str, chosen: bool) -> None:
         )
 
 
+FOR_ONE_PROCESS = ("virtual_batch_size", "renorm", "on_single")
+
+
 def check_small_batches(chosen: Mapping[str, Any]) -> None:
     """virtual_batch_size and renorm go neither with each other nor with other processes."""
     size, group = chosen.get("virtual_batch_size"), chosen.get("process_group")
@@ -72,7 +75,7 @@ def check_small_batches(chosen: Mapping[str, Any]) -> None:
     # what recalibrate sets meanwhile is no group
     if group is None or group == "alone":
         return
-    for name in ("virtual_batch_size", "renorm", "on_single"):
+    for name in FOR_ONE_PROCESS:
         if name in chosen:
             raise ValueError(
                 f"`{name}` (={chosen[name]!r}) is for the batch of one process, and "
@@ -80,12 +83,18 @@ def check_small_batches(chosen: Mapping[str, Any]) -> None:
             )
 
 
-def check_no_more_with_policy(given: bool, options: Sequence[str]) -> None:
-    if given:
-        raise NotImplementedError(
-            "`mask`, `lengths` and `residual` do not go with this layer's statistics policy "
-            f"({', '.join(options) or 'accumulate'}): leave one of the two out"
-        )
+def check_may_span(layers: Mapping[str, Any], group: Any) -> None:
+    """No layer has an option that is for the batch of one process."""
+    for name, layer in layers.items():
+        chosen = layer._chosen()
+        for option in FOR_ONE_PROCESS:
+            if option in chosen:
+                raise ValueError(
+                    f"`model` has a layer, {name or 'itself'!r}, whose `{option}` "
+                    f"(={chosen[option]!r}) is for the batch of one process, and `process_group` "
+                    f"(={group!r}) spreads it over several: set layer.{option} back to its default "
+                    "first"
+                )
 
 
 def check_freezable(layers: Mapping[str, Any], why_not: Mapping[str, str], verb: str) -> None:

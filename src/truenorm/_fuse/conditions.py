@@ -167,6 +167,9 @@ class Conditions:
         for kind in ("forward", "forward_pre", "backward", "backward_pre"):
             self.parts.append(f"not {own}._{kind}_hooks")
 
+    def has_no_activation(self, norm: Module) -> None:
+        self.parts.append(f"{self.name(norm)}._truenorm_options.activation is None")
+
     def equals(self, module: Module, name: str, value: Any) -> None:
         self.is_as_read(Fact("attribute", module, name), value)
 

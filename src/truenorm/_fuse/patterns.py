@@ -15,6 +15,8 @@ from torch.nn import Module
 from .._model.layers import has_hooks
 from .._ops import activation
 from ..nn._activation import Activated
+from ..nn._options import options_of
+from ..nn._options import options_of
 
 Act = tuple[int, float]
 _ADDS = {operator.add, operator.iadd, torch.add}
@@ -132,7 +134,7 @@ def _residual(norm: Node, add: Node) -> Node | None:
 
 def _is_norm(root: Module, node: Node) -> bool:
     module = _module(root, node)
-    if not isinstance(module, Activated) or module.activation is not None:
+    if not isinstance(module, Activated) or options_of(module).activation is not None:
         return False
     # a subclass with a forward of its own takes other arguments
     ours = type(module).forward.__module__.startswith("truenorm.")
@@ -142,7 +144,8 @@ def _is_norm(root: Module, node: Node) -> bool:
 def _overwrites(root: Module, node: Node) -> bool:
     """Whether a node may write over its first tensor."""
     if (module := _module(root, node)) is not None:
-        return bool(getattr(module, "inplace", False))
+        own = options_of(module).overwrite_input
+        return own or bool(getattr(module, "inplace", False))
     target = node.target
     if isinstance(target, FunctionType) and not target.__module__.startswith("torch."):
         return True  # who knows
@@ -245,7 +248,7 @@ def requirements(
     for norm, _, act, _ in found:
         layer, last = _module(root, norm), _module(root, act)
         assert layer is not None
-        yield layer, True, "activation"
+        yield layer, True, ""
         if last is not None:
             yield last, True, _PARAMETERS.get(type(last), "")  # type: ignore[call-overload]
     # what does not write over its input now might do so later

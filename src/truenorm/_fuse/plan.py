@@ -99,6 +99,8 @@ def plan(root: Module, kind: type[Module], read: Read) -> Plan | None:
             conditions.is_plain(module)
         if attribute:
             conditions.equals(module, attribute, getattr(module, attribute))
+    for norm, *_ in found:
+        conditions.has_no_activation(_resolved(root, str(norm.target)))
     patterns.replace(graph, found)
     calls = _detached(root, graph, conditions)
     forward = type(GraphModule({key: conditions.held[key] for key in calls}, graph)).forward

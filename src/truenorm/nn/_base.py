@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import _checks, _exchange
 from .._ops import recomputed, synchronized
-from ._options import NOTHING, Configurable, More, Option
+from ._options import NOTHING, Configurable, More, Option, options_of
 
 
 class Traceable(torch.nn.Module):
@@ -135,16 +135,15 @@ class RunningStatistics(_NormBase):
 class Spanning(Configurable):
     """A layer whose statistics can span the processes of a group."""
 
-    process_group: Any = None
+    process_group: Any
     _own_options: ClassVar[dict[str, Option | None]] = {
         "process_group": Option(None, _checks.check_process_group)
     }
 
     def _statistics_group(self) -> Any:
         """The group that this call's statistics span, or None."""
-        if self.process_group is None:
-            return None
-        return _exchange.active_group(self.process_group)
+        group = self._truenorm_options.process_group
+        return None if group is None else _exchange.active_group(group)
 
     def _activate(self, z: Tensor) -> Tensor:
         raise NotImplementedError
@@ -160,7 +159,7 @@ class LazyFeatures(torch.nn.Module):
     num_features: int
 
     def initialize_parameters(self, input: Tensor) -> None:
-        axis = getattr(self, "channel_axis", 1)
+        axis = options_of(self).channel_axis
         if axis != 1:
             _checks.check_channel_axis_fits(axis, input.dim())
             input = input.movedim(axis, 1)

@@ -16,7 +16,7 @@ from ._options import Configurable, More, Option
 class Padded(Configurable):
     """A layer over (N, C, *positions) that takes a mask or lengths, and a channel axis."""
 
-    channel_axis: int = 1
+    channel_axis: int
     _own_options: ClassVar[dict[str, Option | None]] = {
         "channel_axis": Option(1, _checks.check_channel_axis)
     }
@@ -31,7 +31,7 @@ class Padded(Configurable):
     def _long_way(self, input: Tensor, more: More) -> Tensor:
         if isinstance(input, Tensor) and input.is_nested:
             return self._nested(input, more)
-        axis = self.channel_axis
+        axis = self._truenorm_options.channel_axis
         if axis == 1 and more.mask is None and more.lengths is None:
             return self._validated(input, more)
         _checks.check_tensor("input", input)
@@ -47,7 +47,7 @@ class Padded(Configurable):
         """The mask against the input, where more has a mask or lengths."""
         unbatched = self._is_unbatched(input)
         x = input.unsqueeze(0) if unbatched else input
-        axis = self.channel_axis
+        axis = self._truenorm_options.channel_axis
         mask = _padding.mask_of(x, axis, *more[:3], unbatched)
         assert mask is not None
         valid = _padding.against(mask, x).movedim(1, axis)
@@ -71,7 +71,7 @@ class Padded(Configurable):
     def _nested(self, input: Tensor, more: More) -> Tensor:
         """A jagged tensor, padded and cut again: each component is a sample."""
         given = more.mask is not None or more.lengths is not None
-        _checks.check_nested(input, given, self.channel_axis)
+        _checks.check_nested(input, given, self._truenorm_options.channel_axis)
         offsets: Any = input.offsets()  # type: ignore[attr-defined]
         lengths = offsets.diff()
         padded = torch.nested.to_padded_tensor(input, 0.0)

@@ -65,7 +65,7 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
             )
 
     def _statistics_group(self) -> Any:
-        own = self._statistics_are_own()
+        own = self._statistics_are_own()  # torch has process_group as an attribute
         return _exchange.active_group(self.process_group) if own else None
 
     @classmethod
