@@ -16,7 +16,6 @@ from .._model.layers import has_hooks
 from .._ops import activation
 from ..nn._activation import Activated
 from ..nn._options import options_of
-from ..nn._options import options_of
 
 Act = tuple[int, float]
 _ADDS = {operator.add, operator.iadd, torch.add}

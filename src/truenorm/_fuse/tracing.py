@@ -15,7 +15,7 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.nn import Module
 
 from .._model.leftovers import Attributes
-from .reading import Fact, Recorder, Unreadable, is_recorded
+from .reading import Fact, Recorder, is_recorded
 
 
 def _in_place(name: str) -> Any:
