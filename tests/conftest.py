@@ -22,6 +22,9 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 if WORKER:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+# workers and processes that are started from here: a thread that waits for others, of a test with
+# more of them than processors, does not keep one busy
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # torch keeps compiled graphs on disk, by the operators' names: those of another version of truenorm
 # must not be run in their stead

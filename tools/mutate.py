@@ -107,27 +107,26 @@ def main() -> int:
     begun = time.monotonic()
     words = sys.argv[1:] or [""]
     chosen = [m for m in MUTATIONS if any(word in m.promise for word in words)]
-    names = {name for m in chosen for name in m.sets}
-    absent = {name for name in names if not runs_here(name)}
-    found: list[tuple[Mutation, Future[tuple[bool, str]]]] = []
-    survivors = 0
+    absent = {name for m in chosen for name in m.sets if not runs_here(name)}
+
+    def judge(mutation: Mutation, library: Path) -> bool:
+        was, said = noticed(mutation, library)
+        end = "" if was else f"\n{said}"
+        print(f"{'noticed ' if was else 'SURVIVED'}  {mutation.promise}{end}", flush=True)
+        return was
+
+    judged: list[Future[bool]] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as testing:
         builder = Builder(Path(folder))
         for mutation in chosen:
             if absent & set(mutation.sets):
                 print(f"left out  {mutation.promise}: not of this machine", flush=True)
                 continue
-            library = builder.library(mutation)
-            found.append((mutation, testing.submit(noticed, mutation, library)))
-        for mutation, future in found:
-            was, said = future.result()
-            print(f"{'noticed ' if was else 'SURVIVED'}  {mutation.promise}", flush=True)
-            if not was:
-                survivors += 1
-                print(said, flush=True)
+            judged.append(testing.submit(judge, mutation, builder.library(mutation)))
+        good = sum(future.result() for future in judged)
     minutes = (time.monotonic() - begun) / 60
-    print(f"{len(found) - survivors} of {len(found)} mutations noticed, in {minutes:.0f} minutes")
-    return 1 if survivors else 0
+    print(f"{good} of {len(judged)} mutations noticed, in {minutes:.0f} minutes")
+    return 0 if good == len(judged) else 1
 
 
 if __name__ == "__main__":
