@@ -8,6 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import counts
 import processes
@@ -18,6 +19,8 @@ import torch
 # must not be run in their stead
 CACHE = tempfile.TemporaryDirectory(prefix="truenorm-tests-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
+# on_triton.py
+PRETENDS = os.environ.get("TRUENORM_TESTS_PRETEND") == "1" and not torch.cuda.is_available()
 # before anything imports Triton: without a GPU its kernels run in the interpreter (on_triton.py)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -44,6 +47,10 @@ def pytest_report_header() -> list[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs many GiB of memory, skipped where absent")
+    if torch.cuda.is_available():
+        # torch's and Triton's own are others there, by version and GPU
+        for line in ("default", "error:truenorm"):
+            config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -59,13 +66,25 @@ def pytest_sessionfinish() -> None:
     processes.close_all()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a pretended GPU, which is slow, the first and the last of a test's cases."""
+    if PRETENDS:
+        of_test: dict[Any, list[pytest.Item]] = {}
+        for item in items:
+            of_test.setdefault(getattr(item, "function", item), []).append(item)
+        items[:] = [case for cases in of_test.values() for case in cases[:: len(cases) - 1 or 1]]
+
+
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+def _seed() -> None:
     torch.manual_seed(20)
-    if os.environ.get("TRUENORM_TESTS_PRETEND") == "1" and not torch.cuda.is_available():
+
+
+if PRETENDS:
+
+    @pytest.fixture(autouse=True)
+    def _pretending() -> Iterator[None]:
         from pretended import pretending
 
         with pretending():
             yield
-    else:
-        yield
