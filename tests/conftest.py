@@ -30,6 +30,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # must not be run in their stead
 CACHE = tempfile.TemporaryDirectory(prefix="truenorm-tests-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
+# on_triton.py
+PRETENDS = os.environ.get("TRUENORM_TESTS_PRETEND") == "1" and not torch.cuda.is_available()
 # before anything imports Triton: without a GPU its kernels run in the interpreter (on_triton.py)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -66,11 +68,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs many GiB of memory, skipped where absent")
     # pytest-xdist's own, which it registers itself where it is installed
     config.addinivalue_line("markers", "xdist_group(name): the tests of a name run on one worker")
+    if torch.cuda.is_available():
+        # torch's and Triton's own are others there, by version and GPU
+        for line in ("default", "error:truenorm"):
+            config.addinivalue_line("filterwarnings", line)
 
 
 # before pytest-xdist's own, which reads the marks
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if PRETENDS:
+        # which is slow: the first and the last of a test's cases
+        of_test: dict[Any, list[pytest.Item]] = {}
+        for item in items:
+            of_test.setdefault(getattr(item, "function", item), []).append(item)
+        items[:] = [case for cases in of_test.values() for case in cases[:: len(cases) - 1 or 1]]
     for item in items:
         group = workers.group_of(item)
         if group:
@@ -101,12 +113,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+def _seed() -> None:
     torch.manual_seed(20)
-    if os.environ.get("TRUENORM_TESTS_PRETEND") == "1" and not torch.cuda.is_available():
+
+
+if PRETENDS:
+
+    @pytest.fixture(autouse=True)
+    def _pretending() -> Iterator[None]:
         from pretended import pretending
 
         with pretending():
             yield
-    else:
-        yield

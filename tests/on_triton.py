@@ -34,6 +34,7 @@ if os.environ.get("FAIL_WITHOUT_CUDA") == "1" and not HAS_CUDA:
     raise RuntimeError("FAIL_WITHOUT_CUDA=1, and torch sees no CUDA device on this machine")
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+needs_gpu = pytest.mark.skipif(not (HAS_CUDA or PRETENDS), reason="needs a GPU, or one pretended")
 needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")
 
 
@@ -75,10 +76,14 @@ class _Routed(TorchDispatchMode):
         return (kernel or func)(*args, **(kwargs or {}))
 
 
-def _check_launches(patch: pytest.MonkeyPatch) -> None:
-    """What a GPU is given is as aligned as torch's allocator makes it: the code compiled for
+@contextmanager
+def launches() -> Iterator[None]:
+    """Kernels are given what is as aligned as torch's allocator makes it: what Triton compiles for
     anything else adds up in another order.
     """
+    if HAS_CUDA:
+        yield
+        return
     import numpy as np
     from triton.runtime.interpreter import GridExecutor
 
@@ -98,7 +103,9 @@ def _check_launches(patch: pytest.MonkeyPatch) -> None:
         with np.errstate(all="ignore"):
             launch(self, *args, **kwargs)
 
-    patch.setattr(GridExecutor, "__call__", checked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", checked)
+        yield
 
 
 @contextmanager
@@ -108,9 +115,8 @@ def triton_kernels() -> Iterator[None]:
         assert truenorm.info().cuda == "triton"
         yield
         return
-    with pytest.MonkeyPatch.context() as patch, _Routed() as mode:
+    with pytest.MonkeyPatch.context() as patch, launches(), _Routed() as mode:
         patch.setattr(_triton, "why_plain", lambda index: "")
-        _check_launches(patch)
         yield
     assert mode.served
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.utils.backend_registration
 from torch import Tensor
@@ -126,6 +127,11 @@ def held(value: Any) -> Any:
 
 @contextmanager
 def pretending() -> Iterator[_Pretending]:
-    """Tensors can be made on the device."""
-    with _Named(), _Pretending() as mode:
+    """Tensors can be made on the device, and `torch.cuda.set_sync_debug_mode` minds it."""
+    with pytest.MonkeyPatch.context() as patch, _Named(), _Pretending() as mode:
+
+        def set_mode(wanted: str) -> None:
+            mode.waiting_raises = wanted == "error"
+
+        patch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
         yield mode
