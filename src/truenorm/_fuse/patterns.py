@@ -17,6 +17,8 @@ from .._ops import activation
 from ..nn._activation import Activated
 
 Act = tuple[int, float]
+# the option by which a layer writes its output over its input
+_OVER_INPUT = "overwrite_input" if hasattr(Activated, "overwrite_input") else "inplace"
 _ADDS = {operator.add, operator.iadd, torch.add}
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow}
 _FUNCTIONS = {
@@ -136,7 +138,10 @@ def _is_norm(root: Module, node: Node) -> bool:
         return False
     # a subclass with a forward of its own takes other arguments
     ours = type(module).forward.__module__.startswith("truenorm.")
-    return ours and len(node.args) == 1 and not node.kwargs and _is_plain(module)
+    if not ours or len(node.args) != 1 or node.kwargs or not _is_plain(module):
+        return False
+    # where the call is moved to, who reads the input in between would see another one
+    return not getattr(module, _OVER_INPUT) or _is_alone(node)
 
 
 def _overwrites(root: Module, node: Node) -> bool:
@@ -170,6 +175,12 @@ def _memory(source: Any) -> set[Node]:
             waiting += _sees(node)
             waiting += [user for user in node.users if node in _sees(user)]
     return found
+
+
+def _is_alone(norm: Node) -> bool:
+    """Whether nothing but this call knows its input."""
+    source = norm.args[0]
+    return _memory(source) <= {source, norm} and isinstance(source, Node) and len(source.users) == 1
 
 
 def _lasts(root: Module, source: Any, first: Node, last: Node, but: Node | None) -> bool:
@@ -246,10 +257,13 @@ def requirements(
         layer, last = _module(root, norm), _module(root, act)
         assert layer is not None
         yield layer, True, "activation"
+        yield layer, True, _OVER_INPUT
         if last is not None:
             yield last, True, _PARAMETERS.get(type(last), "")  # type: ignore[call-overload]
-    # what does not write over its input now might do so later
-    for node in graph.nodes:
-        module = _module(root, node)
-        if module is not None and hasattr(module, "inplace"):
-            yield module, False, "inplace"
+        # what does not write over its input now might do so later
+        node = norm.next
+        while node is not act:
+            module = _module(root, node)
+            if module is not None and hasattr(module, "inplace"):
+                yield module, False, "inplace"
+            node = node.next
