@@ -69,9 +69,9 @@ def same(value: Any, held: Any) -> bool:
     if kind in _SEQUENCES:
         if len(value) != len(held):
             return False
-        return all([same(v, h) for v, h in zip(value, held, strict=True)])
+        return all(same(v, h) for v, h in zip(value, held, strict=True))
     if kind in _DICTS:
-        return same(list(value), list(held)) and all([same(value[k], held[k]) for k in held])
+        return same(list(value), list(held)) and all(same(value[k], held[k]) for k in held)
     return value is held
 
 
@@ -79,6 +79,11 @@ def _surroundings() -> bool:
     """Whether no tool has put itself between modules and their calls, which fused ones have not."""
     # while a graph is traced by other means, it is of the forward as it was written
     return Module.__call__ is _CALL and torch._C._get_tracing_state() is None
+
+
+def _extends(kind: type, fused: type) -> bool:
+    """Whether a class that a tool derived from the fused one leaves what `super()` finds there."""
+    return kind.__mro__[-len(fused.__mro__) :] == fused.__mro__
 
 
 class Conditions:
@@ -96,11 +101,13 @@ class Conditions:
         self._scopes: dict[type, Any] = {}  # vars(kind) is another object each time
         self.held: dict[str, Any] = {
             "MISSING": MISSING, "same": same, "Tensor": Tensor, "is_compiling": is_compiling,
-            "surroundings": _surroundings, "getattr": getattr, "isinstance": isinstance,
-            "type": type, "tuple": tuple,
+            "surroundings": _surroundings, "extends": _extends, "getattr": getattr,
+            "isinstance": isinstance, "type": type, "tuple": tuple,
         }  # fmt: skip
         self._known = {id(value): name for name, value in self.held.items()}
-        self._add(f"type(self) is {self.name(kind)}")
+        self._fused = self.name(kind)
+        self._plain.append(f"(type(self) is {self._fused} or extends(type(self), {self._fused}))")
+        self._plain.append("(is_compiling() or surroundings())")
         for hooks in _GLOBAL_HOOKS:
             self._add(f"not {self.name(hooks)}")
         self._quick.append("surroundings()")
@@ -207,7 +214,8 @@ class Conditions:
         )
         return (
             f"def forward({', '.join(['self', *arguments])}):\n"
-            f"    if is_compiling():\n        return ({plain})\n    return ({quick})\n"
+            f"    if is_compiling() or type(self) is not {self._fused}:\n        return ({plain})\n"
+            f"    return ({quick})\n"
         )
 
 

@@ -37,8 +37,11 @@ _PLAIN = {
     torch.nn.Hardswish: activation.HARDSWISH,
 }
 # the attributes that say what else an activation does
-_PARAMETERS = {torch.nn.LeakyReLU: "negative_slope", torch.nn.ELU: "alpha"}
-_PARAMETERS[torch.nn.GELU] = "approximate"
+_PARAMETERS: dict[type, str] = {
+    torch.nn.LeakyReLU: "negative_slope",
+    torch.nn.ELU: "alpha",
+    torch.nn.GELU: "approximate",
+}
 
 
 class Found(NamedTuple):
@@ -259,11 +262,11 @@ def requirements(
         yield layer, True, "activation"
         yield layer, True, _OVER_INPUT
         if last is not None:
-            yield last, True, _PARAMETERS.get(type(last), "")  # type: ignore[call-overload]
+            yield last, True, _PARAMETERS.get(type(last), "")
         # what does not write over its input now might do so later
         node = norm.next
         while node is not act:
-            module = _module(root, node)
-            if module is not None and hasattr(module, "inplace"):
-                yield module, False, "inplace"
+            between = _module(root, node)
+            if between is not None and hasattr(between, "inplace"):
+                yield between, False, "inplace"
             node = node.next

@@ -81,7 +81,9 @@ def _detached(root: Module, graph: Graph, conditions: Conditions) -> set[str]:
 def plan(root: Module, kind: type[Module], read: Read) -> Plan | None:
     """One for what can be fused in this forward; None where nothing can.
 
-    kind: the class that the module will have. Raises Unreadable where what the forward depends on may change unseen.
+    kind: the class that the module will have.
+
+    Raises Unreadable where what the forward depends on may change unseen.
     """
     graph = read.graph
     dropped = patterns.drop_passing(root, graph)
