@@ -7,11 +7,9 @@ import copyreg
 import functools
 import types
 import weakref
-from typing import Any, ClassVar
+from typing import Any
 
 from torch.nn import Module
-
-from .plan import Plan
 
 PLAN = "_truenorm_plan"
 
@@ -19,8 +17,8 @@ PLAN = "_truenorm_plan"
 class Fused:
     """Mixed in before the original class. A module without a plan is one of the original class."""
 
-    _truenorm_plan: Plan | None = None
-    _truenorm_unfused: ClassVar[type[Module]]
+    # no annotations: torch.jit.script would look for what they name
+    _truenorm_plan = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # a class that keeps a list of its subclasses need not hear of this one
@@ -35,7 +33,8 @@ class Fused:
         make, given, *rest = reduced
         # pickle holds the class of what the usual function makes against the object's own
         make = _new if make is copyreg.__newobj__ else make  # type: ignore[attr-defined]
-        given = tuple(self._truenorm_unfused if g is type(self) else g for g in given)
+        original = original_of(type(self))
+        given = tuple(original if g is type(self) else g for g in given)
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: value for name, value in rest[0].items() if name != PLAN}
         return make, given, *rest
@@ -60,13 +59,18 @@ class Fused:
         return twin
 
 
-def _new(kind: type[Module], *given: Any) -> Any:
+def _new(kind: Any, *given: Any) -> Any:
     return kind.__new__(kind, *given)
 
 
 def is_fused_class(kind: type) -> bool:
     """Whether `fuse` has made it; classes that others derive from such a one are theirs."""
     return "_truenorm_unfused" in vars(kind)
+
+
+def original_of(fused: type) -> type[Module]:
+    """The class that a fused one stands for."""
+    return vars(fused)["_truenorm_unfused"]  # type: ignore[no-any-return]
 
 
 _made: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()

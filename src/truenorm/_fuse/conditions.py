@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from torch.nn import Module
 from torch.nn.modules import module as of_torch
 
+from ..nn._options import options_of
 from .reading import Fact, Unreadable
 
 _NUMBERS = (int, float, complex, str, bytes)
@@ -69,9 +70,9 @@ def same(value: Any, held: Any) -> bool:
     if kind in _SEQUENCES:
         if len(value) != len(held):
             return False
-        return all([same(v, h) for v, h in zip(value, held, strict=True)])
+        return all(same(v, h) for v, h in zip(value, held, strict=True))
     if kind in _DICTS:
-        return same(list(value), list(held)) and all([same(value[k], held[k]) for k in held])
+        return same(list(value), list(held)) and all(same(value[k], held[k]) for k in held)
     return value is held
 
 
@@ -81,23 +82,40 @@ def _surroundings() -> bool:
     return Module.__call__ is _CALL and torch._C._get_tracing_state() is None
 
 
+def _extends(kind: type, fused: type) -> bool:
+    """Whether a class that a tool derived from the fused one leaves what `super()` finds there."""
+    return kind.__mro__[-len(fused.__mro__) :] == fused.__mro__
+
+
 class Conditions:
-    """Builds the expression: `parts` joined by `and`, over the names in `held`.
+    """Builds the expression: parts joined by `and`, over the names in `held`.
+
+    Each part is there twice: as the compiler follows it, and as it is quickest.
 
     kind: the class that the module has where it holds.
     """
 
     def __init__(self, root: Module, kind: type[Module]) -> None:
-        self.root = root
+        self.root, self.kind = root, kind
+        self._plain: list[str] = []
+        self._quick: list[str] = []
+        self._scopes: dict[type, Any] = {}  # vars(kind) is another object each time
         self.held: dict[str, Any] = {
             "MISSING": MISSING, "same": same, "Tensor": Tensor, "is_compiling": is_compiling,
-            "surroundings": _surroundings, "getattr": getattr, "isinstance": isinstance,
-            "type": type, "tuple": tuple,
+            "surroundings": _surroundings, "extends": _extends, "getattr": getattr,
+            "isinstance": isinstance, "type": type, "tuple": tuple,
         }  # fmt: skip
         self._known = {id(value): name for name, value in self.held.items()}
-        self.parts = [f"type(self) is {self.name(kind)}"]
-        self.parts += [f"not {self.name(hooks)}" for hooks in _GLOBAL_HOOKS]
-        self.parts.append("(is_compiling() or surroundings())")
+        self._fused = self.name(kind)
+        self._plain.append(f"(type(self) is {self._fused} or extends(type(self), {self._fused}))")
+        self._plain.append("(is_compiling() or surroundings())")
+        for hooks in _GLOBAL_HOOKS:
+            self._add(f"not {self.name(hooks)}")
+        self._quick.append("surroundings()")
+
+    def _add(self, part: str, *quick: str) -> None:
+        self._plain.append(part)
+        self._quick += quick or (part,)
 
     def name(self, value: Any) -> str:
         """The name by which the expression knows an object."""
@@ -126,60 +144,87 @@ class Conditions:
         if fact.how == "attribute" and fact.name == "_modules" and isinstance(fact.owner, Module):
             self._children(f"{owner}._modules", value)
         elif isinstance(value, Module):
-            self.parts.append(f"{now} is {self.name(value)}")
-            self.parts.append(f"type({self.name(value)}) is {self.name(type(value))}")
+            self._add(f"{now} is {self.name(value)}", *self._child(fact, value))
+            self._add(f"type({self.name(value)}) is {self.name(type(value))}")
         elif isinstance(value, MethodType):
             held, own = self.name(value.__func__), self.name(value.__self__)
             if not isinstance(value.__self__, (Module, type)):
                 raise Unreadable("the forward calls a method of what is no module")
-            self.parts.append(f"getattr({now}, '__func__', MISSING) is {held}")
-            self.parts.append(f"{now}.__self__ is {own}")
+            function = f"getattr((now := {now}), '__func__', MISSING) is {held}"
+            self._add(f"({function} and now.__self__ is {own})")
         elif isinstance(value, Tensor):
             self._tensor(fact, now)
         elif _is_itself(value):
-            self.parts.append(f"{now} is {self.name(value)}")
+            self._add(f"{now} is {self.name(value)}")
         elif type(value) in _NUMBERS:
-            self.parts.append(f"type({now}) is {self.name(type(value))}")
-            self.parts.append(f"{now} == {self.snapshot(value)}")
+            kind = self.name(type(value))
+            self._add(f"(type(now := {now}) is {kind} and now == {self.snapshot(value)})")
         else:
-            self.parts.append(f"same({now}, {self.snapshot(value)})")
+            self._add(f"same({now}, {self.snapshot(value)})")
+
+    def _child(self, fact: Fact, value: Module) -> list[str]:
+        """Module.__getattr__ takes longer than to see that it would find this."""
+        owner, name = fact.owner, fact.name
+        if fact.how != "attribute" or not isinstance(owner, Module):
+            return []
+        kinds: Any = self.kind.__mro__ if owner is self.root else type(owner).__mro__
+        shadowed = any(name in vars(scope) for scope in (owner, *kinds))
+        if shadowed or owner._modules.get(name) is not value:
+            return []
+        own = self.name(owner)
+        quick = [f"{own}._modules.get({name!r}) is {self.name(value)}"]
+        for kind in kinds:
+            if kind not in self._scopes:
+                self._scopes[kind] = vars(kind)
+            quick.append(f"{name!r} not in {self.name(self._scopes[kind])}")
+        return [*quick, f"{name!r} not in {own}.__dict__"]
 
     def _children(self, now: str, modules: dict[str, Module | None]) -> None:
-        self.parts.append(f"tuple({now}) == {self.snapshot(tuple(modules))}")
+        self._add(f"tuple({now}) == {self.snapshot(tuple(modules))}")
         for name, module in modules.items():
-            self.parts.append(f"{now}[{name!r}] is {self.name(module)}")
+            self._add(f"{now}[{name!r}] is {self.name(module)}")
             if module is not None:
-                self.parts.append(f"type({self.name(module)}) is {self.name(type(module))}")
+                self._add(f"type({self.name(module)}) is {self.name(type(module))}")
 
     def _tensor(self, fact: Fact, now: str) -> None:
         # these alone are read anew by the graph
         held = fact.how == "attribute" and isinstance(fact.owner, Module)
         if not held or fact.name not in {**fact.owner._parameters, **fact.owner._buffers}:
             raise Unreadable("the forward reads a tensor that is neither parameter nor buffer")
-        self.parts.append(f"isinstance({now}, Tensor)")
+        self._add(f"isinstance({now}, Tensor)")
 
     def is_plain(self, module: Module) -> None:
         """No hooks, and the forward of its class."""
         own, kind = self.name(module), self.name(type(module))
-        self.parts.append(f"type({own}) is {kind}")
-        self.parts.append(f"{kind}.forward is {self.name(type(module).forward)}")
-        self.parts.append(f"'forward' not in {own}.__dict__")
+        self._add(f"type({own}) is {kind}")
+        self._add(f"{kind}.forward is {self.name(type(module).forward)}")
+        self._add(f"'forward' not in {own}.__dict__")
         for kind in ("forward", "forward_pre", "backward", "backward_pre"):
-            self.parts.append(f"not {own}._{kind}_hooks")
+            self._add(f"not {own}._{kind}_hooks")
 
-    def has_no_activation(self, norm: Module) -> None:
-        self.parts.append(f"{self.name(norm)}._truenorm_options.activation is None")
+    def ends_as_read(self, norm: Module) -> None:
+        """No activation of its own, and its output where it was: over its input, or apart."""
+        options = f"{self.name(norm)}._truenorm_options"
+        overwrites = options_of(norm).overwrite_input
+        self.parts.append(f"{options}.activation is None")
+        self.parts.append(f"{options}.overwrite_input is {overwrites}")
 
     def equals(self, module: Module, name: str, value: Any) -> None:
         self.is_as_read(Fact("attribute", module, name), value)
 
     def is_input(self, argument: str, exactly: bool) -> None:
         test = f"type({argument}) is Tensor" if exactly else f"isinstance({argument}, Tensor)"
-        self.parts.append(test)
+        self._add(test)
 
     def source(self, arguments: Iterable[str]) -> str:
-        lines = "\n        and ".join(dict.fromkeys(self.parts))
-        return f"def forward({', '.join(['self', *arguments])}):\n    return ({lines})\n"
+        plain, quick = (
+            "\n        and ".join(dict.fromkeys(parts)) for parts in (self._plain, self._quick)
+        )
+        return (
+            f"def forward({', '.join(['self', *arguments])}):\n"
+            f"    if is_compiling() or type(self) is not {self._fused}:\n        return ({plain})\n"
+            f"    return ({quick})\n"
+        )
 
 
 def compiled(source: str, held: dict[str, Any], name: str) -> Callable[..., bool]:

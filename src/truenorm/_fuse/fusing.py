@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from .. import _checks
 from ..nn._activation import Activated
-from .classes import PLAN, Fused, fused_class, is_fused_class
+from .classes import PLAN, Fused, fused_class, is_fused_class, original_of
 from .plan import plan
 from .reading import Unreadable, recording
 from .tracing import read
@@ -31,12 +31,12 @@ def fuse(model: M) -> M:
     differs in training and evaluation, it stays as it is.
 
     A module in which something was found has a class of its own from then on, derived from the one
-    it had and of the same name. Each call compares all that the forward was seen to read (submodules
-    and their hooks, attributes, names of its file) with what it is now: whatever you change in the
-    model, the result is that of the model as it then is. Where something differs, the module's own
-    forward runs; call `fuse` again to have it read anew. Parameters, buffers, names, `state_dict`
-    and hooks stay. A pickled model is as it was before, a deep copy is fused. `unfuse` restores the
-    classes.
+    it had and of the same name. Each call compares all that the forward was seen to read
+    (submodules and their hooks, attributes, names of its file) with what it is now. So whatever you
+    change in the model, the result is that of the model as it then is: where something differs, the
+    module's own forward runs; call `fuse` again to have it read anew. Parameters, buffers,
+    names, `state_dict` and hooks stay. A pickled model is as it was before, a deep copy is fused.
+    `unfuse` restores the classes.
 
     Errors: TypeError where `model` is no module; ValueError where it has no truenorm layer:
     `convert` first. The model is unchanged then.
@@ -92,7 +92,7 @@ def _fuse_one(module: Module) -> None:
 def _unfuse(module: Module) -> None:
     vars(module).pop(PLAN, None)
     if is_fused_class(type(module)):
-        module.__class__ = type(module)._truenorm_unfused
+        module.__class__ = original_of(type(module))
 
 
 def unfuse(model: M) -> M:

@@ -36,8 +36,11 @@ _PLAIN = {
     torch.nn.Hardswish: activation.HARDSWISH,
 }
 # the attributes that say what else an activation does
-_PARAMETERS = {torch.nn.LeakyReLU: "negative_slope", torch.nn.ELU: "alpha"}
-_PARAMETERS[torch.nn.GELU] = "approximate"
+_PARAMETERS: dict[type, str] = {
+    torch.nn.LeakyReLU: "negative_slope",
+    torch.nn.ELU: "alpha",
+    torch.nn.GELU: "approximate",
+}
 
 
 class Found(NamedTuple):
@@ -137,7 +140,10 @@ def _is_norm(root: Module, node: Node) -> bool:
         return False
     # a subclass with a forward of its own takes other arguments
     ours = type(module).forward.__module__.startswith("truenorm.")
-    return ours and len(node.args) == 1 and not node.kwargs and _is_plain(module)
+    if not ours or len(node.args) != 1 or node.kwargs or not _is_plain(module):
+        return False
+    # where the call is moved to, who reads the input in between would see another one
+    return not options_of(module).overwrite_input or _is_alone(node)
 
 
 def _overwrites(root: Module, node: Node) -> bool:
@@ -172,6 +178,12 @@ def _memory(source: Any) -> set[Node]:
             waiting += _sees(node)
             waiting += [user for user in node.users if node in _sees(user)]
     return found
+
+
+def _is_alone(norm: Node) -> bool:
+    """Whether nothing but this call knows its input."""
+    source = norm.args[0]
+    return _memory(source) <= {source, norm} and isinstance(source, Node) and len(source.users) == 1
 
 
 def _lasts(root: Module, source: Any, first: Node, last: Node, but: Node | None) -> bool:
@@ -249,9 +261,11 @@ def requirements(
         assert layer is not None
         yield layer, True, ""
         if last is not None:
-            yield last, True, _PARAMETERS.get(type(last), "")  # type: ignore[call-overload]
-    # what does not write over its input now might do so later
-    for node in graph.nodes:
-        module = _module(root, node)
-        if module is not None and hasattr(module, "inplace"):
-            yield module, False, "inplace"
+            yield last, True, _PARAMETERS.get(type(last), "")
+        # what does not write over its input now might do so later
+        node = norm.next
+        while node is not act:
+            between = _module(root, node)
+            if between is not None and hasattr(between, "inplace"):
+                yield between, False, "inplace"
+            node = node.next

@@ -81,7 +81,9 @@ def _detached(root: Module, graph: Graph, conditions: Conditions) -> set[str]:
 def plan(root: Module, kind: type[Module], read: Read) -> Plan | None:
     """One for what can be fused in this forward; None where nothing can.
 
-    kind: the class that the module will have. Raises Unreadable where what the forward depends on may change unseen.
+    kind: the class that the module will have.
+
+    Raises Unreadable where what the forward depends on may change unseen.
     """
     graph = read.graph
     dropped = patterns.drop_passing(root, graph)
@@ -100,7 +102,7 @@ def plan(root: Module, kind: type[Module], read: Read) -> Plan | None:
         if attribute:
             conditions.equals(module, attribute, getattr(module, attribute))
     for norm, *_ in found:
-        conditions.has_no_activation(_resolved(root, str(norm.target)))
+        conditions.ends_as_read(_resolved(root, str(norm.target)))
     patterns.replace(graph, found)
     calls = _detached(root, graph, conditions)
     forward = type(GraphModule({key: conditions.held[key] for key in calls}, graph)).forward

@@ -27,7 +27,7 @@ _TRACER = ("torch.fx", "truenorm._fuse.tracing", "truenorm._model")
 # torch's Python that reads modules and nothing else, so that the reads alone need be known
 _CONTAINERS = ("torch.nn.modules.container", "torch.nn.modules.module")
 # what they say is known where a graph is run at all
-_ANSWERED = {torch.jit.is_scripting.__code__, torch.jit.is_tracing.__code__}
+_ANSWERED = {getattr(torch.jit, name).__code__ for name in ("is_scripting", "is_tracing")}
 # results that depend on the arguments alone
 _PURE_MODULES = {"_operator", "math", "cmath", "itertools", "_functools"}
 _PURE = {
@@ -156,12 +156,11 @@ class Recorder:
                 self._called(frame)
             elif event == "return" and self._open and self._open[-1][0] is frame:
                 self._closed(frame.f_code.co_name)
-            elif event == "c_call" and _kind(frame.f_globals) == "user":
-                if not _is_pure(arg):
+            elif event == "c_call":
+                if _kind(frame.f_globals) == "user" and not _is_pure(arg):
                     self._open.append((arg, self._nodes()))
-            elif event in ("c_return", "c_exception"):
-                if self._open and self._open[-1][0] is arg:
-                    self._closed(getattr(arg, "__name__", repr(arg)))
+            elif self._open and self._open[-1][0] is arg:  # c_return or c_exception
+                self._closed(getattr(arg, "__name__", repr(arg)))
         except Unreadable as error:
             self.refuse(str(error))
 

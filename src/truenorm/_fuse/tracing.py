@@ -30,7 +30,7 @@ def _in_place(name: str) -> Any:
 class _Proxy(Proxy):
     """Python's x += y as what it is: torch.fx takes it for x = x + y."""
 
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type:  # type: ignore[override]
         # isinstance() asks for it where an object is not of the class by its own
         is_input = self.node.op == "placeholder"

@@ -36,7 +36,7 @@ def put_back(value: Any, items: list[Any]) -> bool:
 
 
 class Attributes:
-    """Every attribute of some modules, as it was; torch.fx adds one for a constant that it finds."""
+    """The attributes of some modules, as they were: torch.fx adds one for each constant."""
 
     def __init__(self, modules: Iterable[Module]) -> None:
         self._held = [
