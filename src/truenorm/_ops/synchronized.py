@@ -217,7 +217,7 @@ def normalize_together(calls: Sequence[Call], group: Any) -> list[Tensor]:
     for c in calls:
         if route.standard():
             _checks.fail_spanning(type(c.layer).__name__, group)
-        _checks.check_no_transform(autograd.transformed(c.x, c.weight, c.bias))
+        _checks.check_no_transform(route.transformed(c.x, c.weight, c.bias))
         _exchange.agree(c.layer, _axes.num_statistics(c.x.shape, c.axes), c.x.device, group)
     kept = [Spec(c.axes, c.eps) for c in calls], group
     made = _Normalize.apply(kept, *_flat((c.x, c.weight, c.bias) for c in calls))  # type: ignore[no-untyped-call]

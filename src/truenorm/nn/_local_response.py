@@ -38,9 +38,8 @@ class LocalResponseNorm(Traceable, Configurable, torch.nn.LocalResponseNorm):
         if self.channel_axis != 1:
             _checks.check_tensor("input", input)
             _checks.check_channel_axis_fits(self.channel_axis, input.dim())
-            return self._normalized(input.movedim(self.channel_axis, 1)).movedim(
-                1, self.channel_axis
-            )
+            axis = self.channel_axis % input.dim()
+            return self._normalized(input.movedim(axis, 1)).movedim(1, axis)
         return self._normalized(input)
 
     def _normalized(self, input: Tensor) -> Tensor:
