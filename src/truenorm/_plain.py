@@ -35,7 +35,7 @@ def _like(values: Tensor, x: Tensor, axes: Axes) -> Tensor:
     strides = _axes.kept_strides(x, axes)
     if result.stride() == strides:
         return result
-    order = sorted(range(x.dim()), key=lambda d: (strides[d], x.shape[d]), reverse=True)
+    order = _axes.inside_out(x.shape, strides)[::-1]
     back = [order.index(d) for d in range(x.dim())]
     return result.permute(order).contiguous().permute(back)
 

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.jit._trace import TracerWarning
 
 _asked = False
 
 
 @contextmanager
 def standard_ops() -> Iterator[None]:
-    """Within it `torch.export` and `make_fx` write torch's own operators in the place of truenorm's.
+    """Within it `torch.export` and `make_fx` write torch's own operators instead of truenorm's.
 
     The exported program, and what AOTInductor makes of it, then runs where truenorm is not
     installed, on torch's kernels: within their rounding of truenorm's, not bit for bit the same.
@@ -37,4 +38,4 @@ def wanted() -> bool:
 
 
 # What asks for shapes is no part of a trace, as torch says of its own checks in the same way.
-warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="truenorm")
+warnings.filterwarnings("ignore", category=TracerWarning, module="truenorm")

@@ -507,4 +507,4 @@ def local_response_norm(
 for _name in __all__:
     # torch.jit.script asks for it
     _refuse = partial(_checks.fail_scripting, f"truenorm.functional.{_name}")
-    setattr(globals()[_name], "__prepare_scriptable__", partial(_refuse, f"torch.nn.functional.{_name}"))
+    globals()[_name].__prepare_scriptable__ = partial(_refuse, f"torch.nn.functional.{_name}")

@@ -88,7 +88,7 @@ def _pull_back(ctx: Any, grad: Tensor, wanted: Sequence[bool]) -> Grads:
     flags = (NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_RESIDUAL)
     needs = sum(flag for flag, want in zip(flags, wanted, strict=True) if want)
     again = not torch.compiler.is_compiling() and (
-        torch.is_grad_enabled() or autograd.transformed(grad, x, weight, bias, residual)
+        torch.is_grad_enabled() or route.transformed(grad, x, weight, bias, residual)
     )
     found: list[Tensor | None]
     if not after.act:

@@ -49,12 +49,10 @@ def track(
     if route.standard():
         _checks.check_not_accumulating(running.gathered is not None)
         values = x.numel() // mean.numel() if count is None else count
-        _plain.move_running(
-            *running[:3],
-            # that no gradient was asked for is not part of a trace
-            *(mean.detach(), var.detach(), values, running.momentum),
-            skip_nonfinite=running.skip_nonfinite,
-        )
+        # that no gradient was asked for is not part of a trace
+        seen = mean.detach(), var.detach()
+        skip = running.skip_nonfinite
+        _plain.move_running(*running[:3], *seen, values, running.momentum, skip_nonfinite=skip)
     elif running.gathered is not None:
         if torch.compiler.is_compiling() or not operators.within_backward():
             values = x.numel() // mean.numel() if count is None else count

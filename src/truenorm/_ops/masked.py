@@ -215,7 +215,7 @@ def _pull_back(ctx: Any, grad: Tensor, wanted: Sequence[bool]) -> tuple[Tensor |
     found: Any
     if torch.compiler.is_compiling():
         found = masked_backward(grad, x, mask, mean, var, weight, num_groups, eps, needs)
-    elif torch.is_grad_enabled() or autograd.transformed(grad, x, weight):
+    elif torch.is_grad_enabled() or route.transformed(grad, x, weight):
         found = _Backward.apply((num_groups, eps, needs), mask, mean, var, grad, x, weight)  # type: ignore[no-untyped-call]
     else:
         with autograd._below_autograd():

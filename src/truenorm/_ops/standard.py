@@ -25,6 +25,8 @@ def normalize(
         shape = x.shape[-axes.feature_dims :] if weight is None else weight.shape
         if axes.centred:
             return F.layer_norm(x, list(shape), weight, bias, eps)
+        if torch.onnx.is_in_onnx_export() and not torch.compiler.is_exporting():
+            return _rms(x, axes.feature_dims, weight, eps)
         return F.rms_norm(x, list(shape), weight, eps)
     if running is not None and not _moved_by_torch(running):
         y = normalize(x, weight, bias, axes, eps)
@@ -41,6 +43,14 @@ def normalize(
     if axes.num_groups == x.shape[1] and _axes.ncs(x.shape, axes)[2] > 1:
         return F.instance_norm(x, mean, var, weight, bias, True, momentum or 0.0, eps)
     return F.group_norm(x, axes.num_groups, weight, bias, eps)
+
+
+def _rms(x: Tensor, dims: int, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm in operators that torch's older ONNX exporter has: it has none for rms_norm."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean_square = (wide * wide).mean(list(range(-dims, 0)), keepdim=True)
+    y = wide * torch.rsqrt(mean_square + eps)
+    return (y if weight is None else y * weight).to(x.dtype)
 
 
 def _moved_by_torch(running: Running) -> bool:

@@ -219,7 +219,7 @@ def normalize_together(calls: Sequence[Call], group: Any) -> list[Tensor]:
     for c in calls:
         if route.standard():
             _checks.fail_spanning(type(c.layer).__name__, group)
-        _checks.check_no_transform(autograd.transformed(c.x, c.weight, c.bias))
+        _checks.check_no_transform(route.transformed(c.x, c.weight, c.bias))
         _exchange.agree(c.layer, _axes.num_statistics(c.x.shape, c.axes), c.x.device, group)
     return _normalized(calls, group)
 

@@ -87,6 +87,20 @@ class Direct(Traceable, Configurable):
             return self._as_leaf(input, more)
         return self._long_way(input, more)
 
+    def _slow_forward(self, *input: Any, **more: Any) -> Any:
+        """What torch calls for `forward` while it traces.
+
+        Its older ONNX exporter gives a model's arguments by position and as tensors, the defaults
+        of those that are taken by name alone too.
+        """
+        if len(input) > 1 and torch.onnx.is_in_onnx_export():
+            more = dict(zip(More._fields, input[1:], strict=False), **more)
+            input = input[:1]
+            more["_then"] = more.pop("then", None)
+            if isinstance(more.get("padding_value"), Tensor):
+                more["padding_value"] = float(more["padding_value"])
+        return super()._slow_forward(*input, **more)  # type: ignore[no-untyped-call]
+
     def _long_way(self, input: Tensor, more: More) -> Tensor:
         return self._validated(input, more)
 

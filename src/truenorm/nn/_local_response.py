@@ -39,6 +39,7 @@ class LocalResponseNorm(Traceable, Configurable, torch.nn.LocalResponseNorm):
         if axis != 1:
             _checks.check_tensor("input", input)
             _checks.check_channel_axis_fits(axis, input.dim())
+            axis %= input.dim()
             return self._normalized(input.movedim(axis, 1)).movedim(1, axis)
         return self._normalized(input)
 

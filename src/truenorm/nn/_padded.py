@@ -38,6 +38,7 @@ class Padded(Configurable):
         unbatched = self._is_unbatched(input)
         x = input.unsqueeze(0) if unbatched else input
         _checks.check_channel_axis_fits(axis, x.dim())
+        axis %= x.dim()  # torch's older ONNX exporter writes a negative one as it is
         more = more._replace(mask=_padding.mask_of(x, axis, *more[:3], unbatched), lengths=None)
         # a view: channels_last memory, to the kernels
         y = self._validated(x.movedim(axis, 1), more).movedim(1, axis)
