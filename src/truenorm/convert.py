@@ -52,11 +52,10 @@ def left_alone(model: Module) -> list[Left]:
 
 def _say(verb: str, left: list[Left]) -> None:
     """One warning about the layers that somebody would expect to be swapped."""
-    said = [
-        f"{name or 'the model itself'!r} ({kind.__name__}): {reason}"
-        for name, kind, reason, unexpected in left
-        if unexpected
-    ]
+    said = []
+    for name, kind, reason, unexpected in left:
+        if unexpected:
+            said.append(f"{name or 'the model itself'!r} ({kind.__name__}): {reason}")
     if said:
         more = f"; and {len(said) - 5} more" if len(said) > 5 else ""
         warnings.warn(
@@ -293,7 +292,9 @@ def reverted(model: M) -> Iterator[M]:
     """
     _checks.check_module("model", model)
     _check_revertible(model)
-    _checks.check_all_revertible([(e.name, e.reason) for e in _of_torch(model, None)[1]])
+    _checks.check_all_revertible(
+        [(e.name or "the model itself", e.reason) for e in _of_torch(model, None)[1]]
+    )
     undo = Undo(model)
     try:
         _revert(model, None, None)
