@@ -83,12 +83,6 @@ class Active(nn.LayerNorm):
     activation = "none of truenorm's business"
 
 
-def every() -> nn.Sequential:
-    return nn.Sequential(
-        Named(7), OneGroup(6, note="mine"), Mixed(5), nn.LayerNorm(7), nn.LazyBatchNorm2d()
-    )
-
-
 INHERITING: dict[type[Module], Callable[[], Any]] = {
     Named: lambda: Named(7),
     OneGroup: lambda: OneGroup(6),

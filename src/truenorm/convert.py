@@ -168,9 +168,7 @@ def convert(
         classes = {kind: _TO_TRUENORM[kind] for kind in only}
     if sync:
         group = process_group or WORLD
-        _checks.check_may_span(
-            {n: m for n, m in model.named_modules() if isinstance(m, BatchForward)}, group
-        )
+        _checks.check_may_span({n: options_of(m) for n, m in model.named_modules()}, group)
     said = _unsynchronize(model, dims) if sync is False else []
     alone = {name for name, *_ in said}
     found, left = swap.targets(model, classes)
@@ -292,9 +290,8 @@ def reverted(model: M) -> Iterator[M]:
     """
     _checks.check_module("model", model)
     _check_revertible(model)
-    _checks.check_all_revertible(
-        [(e.name or "the model itself", e.reason) for e in _of_torch(model, None)[1]]
-    )
+    left = _of_torch(model, None)[1]
+    _checks.check_all_revertible([(each.name or "the model itself", each.reason) for each in left])
     undo = Undo(model)
     try:
         _revert(model, None, None)
