@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case
+from cases import CASES, Case, eps_of_torch
 from tolerances import relative
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def test_against_the_formula(case: Case, training: bool, residual: bool) -> None
     if case.layer == "SyncBatchNorm" and training:
         theirs.__class__ = torch.nn.BatchNorm1d  # torch's asks for CUDA
     if getattr(theirs, "eps", 1) is None:
-        theirs.eps = torch.finfo(torch.float32).eps
+        theirs.eps = eps_of_torch(torch.float32)
     x = case.input(offset=2.0).requires_grad_()
     r = case.input().requires_grad_() if residual else None
     wide = [t.detach().double().requires_grad_() for t in (x, r) if t is not None]
@@ -239,7 +239,7 @@ def test_half_precision_keeps_its_dtype() -> None:
     x, r = torch.randn(2, 8, 64).bfloat16()
     y = layer(x, residual=r)
     assert y.dtype == torch.bfloat16
-    wide = F.gelu(F.rms_norm(x.double(), (64,), eps=torch.finfo(torch.bfloat16).eps) + r.double())
+    wide = F.gelu(F.rms_norm(x.double(), (64,), eps=eps_of_torch(torch.bfloat16)) + r.double())
     # the norm's output, the sum and the activation are rounded one by one
     assert relative(y, wide) < 3 * 2.0**-8
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, LAYOUTS, Case
+from cases import CASES, LAYOUTS, Case, eps_of_torch
 from pooling import only_native
 from tolerances import assert_gradient, assert_output, last_place
 from torch import Tensor
@@ -69,7 +69,7 @@ def wide_twin(layer: Any, case: Case) -> Any:
     if case.layer == "SyncBatchNorm":
         twin.__class__ = torch.nn.BatchNorm1d  # torch's asks for CUDA
     if getattr(twin, "eps", 1) is None:
-        twin.eps = torch.finfo(next(layer.parameters()).dtype).eps
+        twin.eps = eps_of_torch(next(layer.parameters()).dtype)
     return twin.double()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -53,6 +54,19 @@ def _product(sizes: Sequence[int]) -> int:
     for size in sizes:
         result *= size
     return result
+
+
+# looked up: the short way of small inputs asks at each call
+RMS_EPS = {
+    dtype: torch.finfo(torch.float32 if dtype.itemsize < 4 else dtype).eps
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+}
+
+
+def rms_eps(eps: float | None, dtype: torch.dtype) -> float:
+    """RMSNorm's eps; None is what torch takes: that of the dtype which it computes in."""
+    return RMS_EPS[dtype] if eps is None else eps
 
 
 def ncs(shape: Sequence[int], axes: Axes) -> tuple[int, int, int]:

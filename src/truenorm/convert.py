@@ -52,11 +52,10 @@ def left_alone(model: Module) -> list[Left]:
 
 def _say(verb: str, left: list[Left]) -> None:
     """One warning about the layers that somebody would expect to be swapped."""
-    said = [
-        f"{name or 'the model itself'!r} ({kind.__name__}): {reason}"
-        for name, kind, reason, unexpected in left
-        if unexpected
-    ]
+    said = []
+    for name, kind, reason, unexpected in left:
+        if unexpected:
+            said.append(f"{name or 'the model itself'!r} ({kind.__name__}): {reason}")
     if said:
         more = f"; and {len(said) - 5} more" if len(said) > 5 else ""
         warnings.warn(
@@ -169,9 +168,7 @@ def convert(
         classes = {kind: _TO_TRUENORM[kind] for kind in only}
     if sync:
         group = process_group or WORLD
-        _checks.check_may_span(
-            {n: m for n, m in model.named_modules() if isinstance(m, BatchForward)}, group
-        )
+        _checks.check_may_span({n: options_of(m) for n, m in model.named_modules()}, group)
     said = _unsynchronize(model, dims) if sync is False else []
     alone = {name for name, *_ in said}
     found, left = swap.targets(model, classes)
@@ -293,7 +290,8 @@ def reverted(model: M) -> Iterator[M]:
     """
     _checks.check_module("model", model)
     _check_revertible(model)
-    _checks.check_all_revertible([(e.name, e.reason) for e in _of_torch(model, None)[1]])
+    left = _of_torch(model, None)[1]
+    _checks.check_all_revertible([(each.name or "the model itself", each.reason) for each in left])
     undo = Undo(model)
     try:
         _revert(model, None, None)

@@ -430,8 +430,8 @@ def rms_norm(
 ) -> Tensor:
     """Divide by the root mean square over the trailing dimensions named by `normalized_shape`.
 
-    y = x / sqrt(E[x²] + eps) · weight; eps None is torch.finfo(input.dtype).eps. The same in
-    training and evaluation.
+    y = x / sqrt(E[x²] + eps) · weight; eps None is the machine epsilon of the input's
+    dtype, and float32's for float16 and bfloat16. The same in training and evaluation.
 
     Shapes: input (*, *normalized_shape); weight normalized_shape; output like input.
 
@@ -458,8 +458,7 @@ def rms_norm_then(
     _checks.check_tensor("input", input)
     _checks.check_floating(input, complex_too=True)
     _checks.check_normalized_shape(input, normalized_shape)
-    if eps is None:
-        eps = torch.finfo(input.dtype).eps
+    eps = _axes.rms_eps(eps, input.dtype)
     _checks.check_elementwise("weight", weight, input, normalized_shape)
     axes = _axes.rms(len(normalized_shape))
     return _ops.normalize(input, weight, None, axes, eps, None, after)

@@ -83,10 +83,28 @@ def check_small_batches(chosen: Mapping[str, Any]) -> None:
             )
 
 
+def check_torch_has(layer: str, chosen: Mapping[str, Any]) -> None:
+    """No options, before torch makes a layer of its own that has none."""
+    if chosen:
+        said = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+        raise ValueError(
+            f"`module` has a layer, {layer or 'itself'!r}, with {said}, which torch's "
+            "SyncBatchNorm would drop: call truenorm.convert(model, sync=True), which keeps it"
+        )
+
+
+def check_no_lazy(name: str, layers: Sequence[str]) -> None:
+    if layers:
+        raise ValueError(
+            f"`{name}` has a lazy layer, {layers[0] or 'itself'!r}, that does not know its "
+            "num_features yet: call the model once before"
+        )
+
+
 def check_may_span(layers: Mapping[str, Any], group: Any) -> None:
-    """No layer has an option that is for the batch of one process."""
-    for name, layer in layers.items():
-        chosen = layer._chosen()
+    """No layer, by name and options, has one that is for the batch of one process."""
+    for name, options in layers.items():
+        chosen = options.different()
         for option in FOR_ONE_PROCESS:
             if option in chosen:
                 raise ValueError(

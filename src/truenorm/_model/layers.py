@@ -58,7 +58,7 @@ def norms_of(model: Module) -> list[tuple[str, Module]]:
 
 def eps_of(module: Module, dtype: torch.dtype) -> float:
     eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
-    return torch.finfo(dtype).eps if eps is None else float(eps)
+    return _axes.rms_eps(None if eps is None else float(eps), dtype)
 
 
 @dataclass(frozen=True)

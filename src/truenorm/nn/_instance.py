@@ -54,11 +54,12 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
         """The input, checked, as a batch."""
         self._check_input_dim(input)
         unbatched = input.dim() == self._dims[0]
-        # unlike torch, which only warns here unless affine: a mismatch is a transposed or
-        # unbatched input read the wrong way round (pytorch#50134, pytorch#115024)
-        note = f", read as unbatched {self._shapes.split(' or ')[0]}" if unbatched else ""
         channel_dim = 0 if unbatched else 1
-        _checks.check_num_features(input, channel_dim, self.num_features, ValueError, note)
+        if self.affine or self.running_mean is not None:
+            note = f", read as unbatched {self._shapes.split(' or ')[0]}" if unbatched else ""
+            _checks.check_num_features(input, channel_dim, self.num_features, ValueError, note)
+        else:
+            _checks.warn_num_features(input, channel_dim, self.num_features)
         _checks.check_eps(self.eps, type(self).__name__)
         if self.momentum is not None:
             _checks.check_momentum(self.momentum)
@@ -134,8 +135,9 @@ class InstanceNorm1d(InstanceForward, torch.nn.InstanceNorm1d):
     Shapes: input (N, C, L), or (C, L) unbatched; output the same; weight, bias, running_mean,
     running_var (C,).
 
-    Errors: ValueError for another rank or channel count (also where `affine=False`; torch only
-    warns), for one position, and for eps or momentum out of range.
+    Errors: ValueError for another rank, for another channel count where there are weights or
+    running statistics of `num_features` (elsewhere a UserWarning, as torch's), for one position,
+    and for eps or momentum out of range.
 
     Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022. Arguments as in
     torch.nn.InstanceNorm1d, and `process_group`: a torch.distributed group, or "world", over whose

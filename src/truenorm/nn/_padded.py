@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _padding
-from .._axes import Axes
+from .._axes import Axes, rms_eps
 from .._ops import Running, masked
 from ._options import Configurable, More, Option
 
@@ -131,7 +131,7 @@ class PaddedRows(Configurable):
         self._validated(input[:0] if input.dim() > len(self.normalized_shape) else input, more)
         centred = not isinstance(self, torch.nn.RMSNorm)
         axes = Axes(1, len(self.normalized_shape), centred)
-        eps = torch.finfo(input.dtype).eps if layer.eps is None else layer.eps
+        eps = rms_eps(layer.eps, input.dtype)
         bias = getattr(layer, "bias", None)
         made = masked.normalize(input, mask, layer.weight, bias, axes, eps, more.padding_value)
         return made.y
