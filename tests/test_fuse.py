@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import cProfile
+import gc
 import io
 import os
 import pickle

@@ -206,8 +206,8 @@ class Conditions:
         """No activation of its own, and its output where it was: over its input, or apart."""
         options = f"{self.name(norm)}._truenorm_options"
         overwrites = options_of(norm).overwrite_input
-        self.parts.append(f"{options}.activation is None")
-        self.parts.append(f"{options}.overwrite_input is {overwrites}")
+        self._add(f"{options}.activation is None")
+        self._add(f"{options}.overwrite_input is {overwrites}")
 
     def equals(self, module: Module, name: str, value: Any) -> None:
         self.is_as_read(Fact("attribute", module, name), value)
