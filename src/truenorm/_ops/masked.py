@@ -173,8 +173,8 @@ def _fake_masked_backward(
 
 _library.impl("masked_forward", _plain_masked_forward, "CompositeExplicitAutograd")
 _library.impl("masked_backward", _plain_masked_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("truenorm::masked_forward", _fake_masked_forward)
-torch.library.register_fake("truenorm::masked_backward", _fake_masked_backward)
+_library.register_fake("masked_forward", _fake_masked_forward)
+_library.register_fake("masked_backward", _fake_masked_backward)
 masked_forward = torch.ops.truenorm.masked_forward.default
 masked_backward = torch.ops.truenorm.masked_backward.default
 
