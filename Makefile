@@ -90,7 +90,8 @@ bench-quick: $(VENV)/demo  ## the same in under two minutes, on fewer cases; wri
 sanitize: build/sanitize/_native.so  ## the tests of kernels and pool under ASan and UBSan (needs g++)
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		TRUENORM_LIBRARY="$(CURDIR)/$<" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/python -m pytest --capture=sys tests/test_kernels.py tests/test_mask*.py tests/test_fused.py tests/test_pool*.py
+		$(BIN)/python -m pytest --capture=sys tests/test_kernels.py tests/test_half.py \
+		tests/test_instruction_sets.py tests/test_mask*.py tests/test_fused.py tests/test_pool*.py
 
 # the kernels alone: no torch is needed for that, and none for aarch64 is at hand
 DIGEST_FLAGS := -std=c++20 -O3 -DNDEBUG -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi -Werror

@@ -42,8 +42,10 @@ with warnings.catch_warnings():
     import truenorm
 
 with warnings.catch_warnings():
-    # torch scripts its own formulas at the first forward derivative, and warns about scripting
+    # torch scripts its own formulas at the first forward derivative, and warns about scripting: a
+    # FutureWarning from 2.14 on
     warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore", FutureWarning)
     importlib.import_module("torch._decomp.decompositions_for_jvp")
     # its test databases miss the optional hypothesis
     warnings.simplefilter("ignore", ImportWarning)

@@ -225,10 +225,19 @@ def test_fake_tensors(name: str, dtype: torch.dtype) -> None:
     passed("OpInfo", "fake tensors", count)
 
 
+# of torch 2.14's GroupNorm; truenorm gives an empty output, as its other layers and torch's do
+SERVED = ("Expected number of channels to be greater than 0", "Expected HxW to be greater than 0")
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if ENTRIES[n].error_inputs_func])
 def test_error_inputs(name: str) -> None:
     count = 0
     for error in ENTRIES[name].error_inputs("cpu"):
+        if error.error_regex.startswith(SERVED):
+            y = call(OURS[name], error.sample_input)
+            assert y.shape == error.sample_input.input.shape
+            assert y.numel() == 0
+            continue
         with pytest.raises(error.error_type, match=error.error_regex):
             call(OURS[name], error.sample_input)
         count += 1

@@ -15,9 +15,12 @@ def group_of(item: pytest.Item) -> str:
     module: Any = getattr(item, "module", None)
     if getattr(module, "processes", None) is processes.processes:
         return "processes"  # they start once and stay, in the worker that started them
-    if {"browser", "pooled", "statistics"} & set(vars(module or object())):
-        return module.__name__
+    if "pooled" in vars(module or object()):
+        return module.__name__  # all of the pool's tests look at one worker's memory
     # what a fixture makes for a whole file is made once
     fixtures: Any = getattr(item, "_fixtureinfo", None)
     scopes = {d.scope for of in getattr(fixtures, "name2fixturedefs", {}).values() for d in of}
-    return module.__name__ if module and "module" in scopes else ""
+    # one browser of a file at a time
+    function: Any = getattr(item, "function", None)
+    browses = "browser" in getattr(getattr(function, "__code__", None), "co_names", ())
+    return module.__name__ if "module" in scopes or browses else ""

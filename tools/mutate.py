@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,8 @@ import truenorm
 
 ROOT = Path(__file__).resolve().parent.parent
 BEST = truenorm.info().instruction_set
+# the environment's own cmake and ninja first
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 # the same bits as -O3 gives, since no operation is contracted, in half the compiler's time
 FLAGS = "-O1 -DNDEBUG"
 
@@ -31,7 +32,7 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(
         [str(c) for c in command],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**os.environ, "PATH": PATH, **environment},
         capture_output=True,
         text=True,
     )
@@ -48,12 +49,17 @@ def runs_here(name: str) -> bool:
 
 
 class Builder:
-    """A copy of the sources, and per choice of instruction sets a build of them as they are."""
+    """A copy of the sources, and per choice of instruction sets a build of them as they are.
+
+    These builds stay for the next run, which makes anew what changed since.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.tree, self.build = folder / "tree", folder / "build"
         self.folder, self.built = folder, 0
-        self.tree.mkdir()
+        self.current: set[Path] = set()
+        shutil.rmtree(self.tree, ignore_errors=True)
+        self.tree.mkdir(parents=True)
         for name in ("CMakeLists.txt", "build_backend", "csrc"):
             source = ROOT / name
             copy = shutil.copytree if source.is_dir() else shutil.copy2
@@ -63,16 +69,19 @@ class Builder:
         """The unbroken build, whose objects are newer than the sources."""
         shutil.rmtree(self.build, ignore_errors=True)
         whole = self.folder / "-".join(sets)
-        if not whole.exists():
-            # broken code may well warn
-            define = [f"-DPython_EXECUTABLE={sys.executable}", "-DTRUENORM_WERROR=OFF"]
-            define += ["-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_FLAGS={FLAGS}"]
-            define += [f"-DTRUENORM_INSTRUCTION_SETS={';'.join(sets)}"]
-            must("cmake", "-S", self.tree, "-B", self.build, "-G", "Ninja", *define)
-            must("cmake", "--build", self.build)
-            shutil.copytree(self.build, whole)
-        else:
+        if whole.exists():
             shutil.copytree(whole, self.build)
+        if whole in self.current:
+            return
+        # broken code may well warn
+        define = [f"-DPython_EXECUTABLE={sys.executable}", "-DTRUENORM_WERROR=OFF"]
+        define += ["-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_FLAGS={FLAGS}"]
+        define += [f"-DTRUENORM_INSTRUCTION_SETS={';'.join(sets)}"]
+        must("cmake", "-S", self.tree, "-B", self.build, "-G", "Ninja", *define)
+        must("cmake", "--build", self.build)
+        shutil.rmtree(whole, ignore_errors=True)
+        shutil.copytree(self.build, whole)
+        self.current.add(whole)
 
     def library(self, mutation: Mutation) -> Path:
         """A library of its own with the mutation in it."""
@@ -116,8 +125,8 @@ def main() -> int:
         return was
 
     judged: list[Future[bool]] = []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as testing:
-        builder = Builder(Path(folder))
+    with ThreadPoolExecutor(os.cpu_count()) as testing:
+        builder = Builder(ROOT / "build" / "mutate")
         for mutation in chosen:
             if absent & set(mutation.sets):
                 print(f"left out  {mutation.promise}: not of this machine", flush=True)
