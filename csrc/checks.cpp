@@ -39,7 +39,7 @@ std::string tuple_of(const Sizes& sizes) {
 std::string shape(const Tensor& t) { return join("shape ", tuple_of(t.sizes())); }
 
 std::string dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
+  switch (type_of(t)) {
     case ScalarType::Double:
       return "torch.float64";
     case ScalarType::Float:
@@ -64,8 +64,10 @@ std::string dtype_of(const Tensor& t) {
       return "torch.complex64";
     case ScalarType::ComplexDouble:
       return "torch.complex128";
+    case ScalarType::Undefined:
+      return "of a kind without a kernel";
     default:
-      return torch::headeronly::toString(t.scalar_type());
+      return torch::headeronly::toString(type_of(t));
   }
 }
 
@@ -139,6 +141,11 @@ void wrong_observed(const char* name, const Tensor& given, const Tensor& x, int6
        shape(x), ", but got ", shape(given), ": pass what was returned for this x");
 }
 
+void one_value(const Tensor& x) {
+  fail("`x` of ", shape(x),
+       " has one value per statistic, which has no variance: pass more than one");
+}
+
 void wrong_record(const Tensor& given, const char* wanted) {
   fail("`record` must be a contiguous float64 tensor, ", wanted, ", but got ", shape(given),
        " and dtype ", dtype_of(given), ": pass the forward's second result");
@@ -165,7 +172,7 @@ void written(const char* name, const Tensor& t) {
 }
 
 void mask(const Tensor& m, const Tensor& x, const Geometry& g) {
-  if (m.scalar_type() != ScalarType::Bool || !m.is_contiguous() || m.numel() != g.n * g.s)
+  if (type_of(m) != ScalarType::Bool || !m.is_contiguous() || m.numel() != g.n * g.s)
     fail("truenorm: a mask must be a contiguous boolean tensor (N, *positions): `mask` must hold ",
          g.n * g.s, " values for `x` of ", shape(x), ", but got ", shape(m), " and dtype ",
          dtype_of(m), "; pass mask.bool().contiguous()");

@@ -11,6 +11,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <exception>
 #include <optional>
 #include <utility>
 
@@ -35,6 +36,7 @@ using torch::stable::Tensor;
 [[noreturn]] void wrong_running(const char* name, const Tensor& given, const char* meaning);
 [[noreturn]] void wrong_observed(const char* name, const Tensor& given, const Tensor& x,
                                  int64_t channels);
+[[noreturn]] void one_value(const Tensor& x);
 [[noreturn]] void wrong_record(const Tensor& given, const char* wanted);
 [[noreturn]] void no_memory(const char* name, const Tensor& given);
 [[noreturn]] void no_values(const char* name, const Tensor& x);
@@ -44,8 +46,17 @@ inline bool has_kernel(ScalarType type) {
          type == ScalarType::Half;
 }
 
+// Undefined where it is none that the stable ABI knows, of which it throws without a word.
+inline ScalarType type_of(const Tensor& t) {
+  try {
+    return t.scalar_type();
+  } catch (const std::exception&) {
+    return ScalarType::Undefined;
+  }
+}
+
 inline void dtype(const char* name, const Tensor& t) {
-  if (!has_kernel(t.scalar_type())) wrong_dtype(name, t);
+  if (!has_kernel(type_of(t))) wrong_dtype(name, t);
 }
 
 // A storage may have been freed (`untyped_storage().resize_(0)`).
@@ -105,7 +116,7 @@ inline void gradient(const Tensor& t, const Tensor& x, const Geometry& g) {
 inline void residual(const std::optional<Tensor>& r, const Tensor& x, const Geometry& g) {
   if (!r) return;
   const auto sizes = r->sizes();
-  if (r->scalar_type() != x.scalar_type() ||
+  if (type_of(*r) != x.scalar_type() ||
       !std::equal(sizes.begin(), sizes.end(), g.sizes.begin(), g.sizes.end()))
     wrong_residual(*r, x);
   memory("residual", *r);
@@ -154,7 +165,7 @@ inline void running(const Tensor& mean, const Tensor& var, const std::optional<T
   one("running_mean", mean);
   one("running_var", var);
   if (batches) {
-    if (batches->scalar_type() != ScalarType::Long || batches->numel() != 1)
+    if (type_of(*batches) != ScalarType::Long || batches->numel() != 1)
       wrong_running("num_batches_tracked", *batches, "one torch.int64 value");
     memory("num_batches_tracked", *batches);
   } else if (averaged) {
@@ -162,15 +173,17 @@ inline void running(const Tensor& mean, const Tensor& var, const std::optional<T
   }
 }
 
-// New statistics for those: of one sample after the other, each of x's channels.
+// New statistics for those, each of more than one value: of one sample after the other, each of x's
+// channels.
 inline void observed(const Tensor& mean, const Tensor& var, int64_t channels, const Tensor& x) {
   const int64_t count = mean.numel();
   for (const auto& [name, t] : {std::pair{"mean", &mean}, std::pair{"var", &var}}) {
     dtype(name, *t);
-    if (t->numel() != count || count % channels != 0 || (count > 0 && x.numel() < count))
+    if (t->numel() != count || count % channels != 0 || x.numel() < count)
       wrong_observed(name, *t, x, channels);
     memory(name, *t);
   }
+  if (count > 0 && x.numel() / count < 2) one_value(x);
 }
 
 }  // namespace truenorm::check

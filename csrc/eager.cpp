@@ -38,8 +38,8 @@ struct Record {
   }
   // Read before what it says of x is known.
   static Form form(const Tensor& record) {
-    const bool whole =
-        record.scalar_type() == ScalarType::Double && record.numel() > 2 && record.is_contiguous();
+    const bool whole = check::type_of(record) == ScalarType::Double && record.numel() > 2 &&
+                       record.is_contiguous();
     check::memory("record", record);
     const double bits = whole ? doubles(record)[record.numel() - 1] : -1.0;
     if (!(bits >= 0.0 && bits < 0x1p53))
@@ -80,8 +80,7 @@ Axes axes_of(const Tensor& x, Form form) {
     values *= sizes[0];
   else if (!form.group_per_channel())  // as torch: fails only where the whole batch has one value
     values *= sizes[0] * (sizes[1] / groups);
-  expect(form.fixed() || values != 1,
-         "`x` has one value per statistic, which has no variance: pass more than one");
+  if (!form.fixed() && values == 1) check::one_value(x);
   return {groups, 0, true};
 }
 

@@ -161,6 +161,8 @@ def update_running(
 
     Of x only the shape counts: it says how many values each new statistic spans.
     """
+    if mean.numel() == 0:
+        return
     move_running(
         running_mean,
         running_var,

@@ -212,19 +212,24 @@ def _running_check(places: dict[str, int], differs: Differs) -> Check:
             )
         else:
             _dense("num_batches_tracked", batches, mean)
-        count = at["mean"].numel()
+        count, spans = at["mean"].numel(), at.get("count")
         for name in ("mean", "var"):
             t = at[name]
             _floating(name, t, mean)
             known = type(count) is int and type(features) is int
-            wrong = known and (count % features != 0 or 0 < count > x.numel())
+            wrong = known and (count % features != 0 or (spans is None and count > x.numel()))
             if wrong or differs(t.numel(), count):
                 raise RuntimeError(
                     f"`{name}` must hold {features} values, one per channel of `running_mean`, or "
                     f"as many for each sample of `x` of {_shape(x)}, but got {_shape(t)}: pass "
                     "what was returned for this x"
                 )
-        spans = at.get("count")
+        values = x.numel()
+        if spans is None and type(values) is int and type(count) is int and 0 < values < 2 * count:
+            raise RuntimeError(
+                f"`x` of {_shape(x)} has one value per statistic, which has no variance: pass more "
+                "than one"
+            )
         if spans is not None and differs(spans.numel(), 1) and differs(spans.numel(), features):
             raise RuntimeError(
                 f"`count` must hold one value or {features}, one per channel, but got "

@@ -149,7 +149,7 @@ def track_once(
     skip_nonfinite: bool,
 ) -> None:
     """Move running statistics, unless the batch is computed again within a backward pass."""
-    if within_backward():
+    if within_backward() or mean.numel() == 0:
         return
     running = running_mean, running_var, num_batches_tracked
     mapped = torch._C._are_functorch_transforms_active()  # whose errors are torch's
