@@ -151,9 +151,11 @@ def moments(
         # squares outside float32's range, or a first tile far from the mean of the chunk
         lost = (s2 < 1e-24) | (s2 > 1e24) | (s2 != s2) | (m2 < 0.25 * s2)
         if tl.max((lost & in_unit).to(tl.int32), 0) > 0:
+            # a narrow tile: a path that is seldom taken must not cost the other its registers
+            NARROW: tl.constexpr = BK // 8 if BK > 8 else 1
             t1, t2 = _sums(
                 p_x, base, in_unit, pivot.to(tl.float64), r0, r1, k0, k1, C, run_stride,
-                COLUMNS, BU, BK, tl.float64,
+                COLUMNS, BU, NARROW, tl.float64,
             )  # fmt: skip
             if not CENTRED:
                 t1 = tl.zeros((BU,), tl.float64)
