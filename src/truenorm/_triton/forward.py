@@ -127,7 +127,7 @@ def moments(
 ):  # fmt: skip
     """Mean and M2 of one chunk of some units, in float64, to be merged."""
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, False)
-    u, in_unit, c, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
+    u, in_unit, _, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
     n = ((r1 - r0) * (k1 - k0)).to(ACC)
     if CENTRED:
