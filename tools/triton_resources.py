@@ -49,6 +49,7 @@ CASES: tuple[tuple[str, _axes.Axes, tuple[int, ...], bool, bool], ...] = (
     ("GroupNorm, odd", _axes.group(3), (5, 9), False, False),
     ("InstanceNorm, odd", _axes.instance(1), (2, 1, 33, 1), False, False),
     ("LayerNorm, odd", LAYER, (5, 1), False, False),
+    ("BatchNorm1d, odd", BATCH, (5, 1), False, False),
 )
 
 

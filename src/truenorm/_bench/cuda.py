@@ -68,7 +68,7 @@ class DeviceClock:
 
     def __init__(self) -> None:
         l2 = torch.cuda.get_device_properties(0).L2_cache_size
-        self._flush = torch.empty(max(2**28, 4 * l2), dtype=torch.uint8, device="cuda")
+        self._flush = torch.zeros(max(2**28, 4 * l2) // 4, device="cuda")
         self._start = torch.cuda.Event(enable_timing=True)
         self._end = torch.cuda.Event(enable_timing=True)
 
@@ -80,7 +80,8 @@ class DeviceClock:
                 run()
             torch.cuda.synchronize()
             return (time.perf_counter() - start) / 100
-        self._flush.zero_()
+        # read, not written: what a call meets in the cache then need not go to memory first
+        self._flush.sum()
         # the host queues the call meanwhile: some half a millisecond
         torch.cuda._sleep(1_000_000)
         self._start.record()
@@ -172,7 +173,8 @@ def contenders(subject: Subject, *, compiled: bool) -> dict[str, Callable[[Tenso
     return found
 
 
-def _run(call: Callable[[Tensor], Tensor], layer: Any, subject: Subject, direction: str) -> Run:
+def run_of(call: Callable[[Tensor], Tensor], layer: Any, subject: Subject, direction: str) -> Run:
+    """One call of a contender in that direction."""
     if direction == FORWARD:
         return lambda: call(subject.x)
     leaf = subject.x.detach().requires_grad_()
@@ -201,7 +203,7 @@ def time_case(
             for name, call in calls.items():
                 layer = subject.ours if name == OURS else subject.theirs
                 try:
-                    run = _run(call, layer, subject, direction)
+                    run = run_of(call, layer, subject, direction)
                     for _ in range(3):
                         run()
                 except Exception:  # a contender may refuse in any way; truenorm is validated
@@ -243,13 +245,6 @@ def machine() -> dict[str, Any]:
         "triton": _triton.TRITON,
         "torch": str(torch.__version__),
     }
-
-
-def moved_to(subject: Subject, device: str) -> Subject:
-    """The same layers, input and gradient, there."""
-    subject.ours, subject.theirs = subject.ours.to(device), subject.theirs.to(device)
-    subject.x, subject.grad = subject.x.to(device), subject.grad.to(device)
-    return subject
 
 
 def eager(timing: Timing) -> str:

@@ -144,7 +144,7 @@ def measure(
     device: str,
 ) -> Result:  # fmt: skip
     """One case, validated on the device and then timed there."""
-    subject = cuda.moved_to(Subject(case, DTYPES[dtype]), device)
+    subject = Subject(case, DTYPES[dtype], device)
     wrong = validate(subject)
     timings = {}
     if not wrong:

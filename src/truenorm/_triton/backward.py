@@ -112,7 +112,7 @@ def backward_sums(
     The statistic goes by unit, or by value: a feature's sum over the rows of a layer norm.
     """
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, False)
-    u, in_unit, c, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
+    u, in_unit, _, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
     if not STATISTIC_BY_VALUE:
         mean, rstd = statistics(p_mean, p_var, u // units, in_unit, eps_bits)

@@ -127,7 +127,7 @@ def moments(
 ):  # fmt: skip
     """Mean and M2 of one chunk of some units, in float64, to be merged."""
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, False)
-    u, in_unit, c, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
+    u, in_unit, _, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
     n = ((r1 - r0) * (k1 - k0)).to(ACC)
     if CENTRED:
@@ -151,9 +151,11 @@ def moments(
         # squares outside float32's range, or a first tile far from the mean of the chunk
         lost = (s2 < 1e-24) | (s2 > 1e24) | (s2 != s2) | (m2 < 0.25 * s2)
         if tl.max((lost & in_unit).to(tl.int32), 0) > 0:
+            # a narrow tile: a path that is seldom taken must not cost the other its registers
+            NARROW: tl.constexpr = BK // 8 if BK > 8 else 1
             t1, t2 = _sums(
                 p_x, base, in_unit, pivot.to(tl.float64), r0, r1, k0, k1, C, run_stride,
-                COLUMNS, BU, BK, tl.float64,
+                COLUMNS, BU, NARROW, tl.float64,
             )  # fmt: skip
             if not CENTRED:
                 t1 = tl.zeros((BU,), tl.float64)
