@@ -452,6 +452,8 @@ def test_inputs_that_are_no_tensors() -> None:
         fused(x)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_other_readers_see_the_forward_as_written() -> None:
     as_it_was, fused = pair(Residual("module"))
     x, other = torch.randn(2, 6, 9, 7), torch.randn(3, 6, 5, 4)

@@ -93,10 +93,11 @@ class Conditions:
     Each part is there twice: as the compiler follows it, and as it is quickest.
 
     kind: the class that the module has where it holds.
+    classes: whether the forward asks for those of its modules.
     """
 
-    def __init__(self, root: Module, kind: type[Module]) -> None:
-        self.root, self.kind = root, kind
+    def __init__(self, root: Module, kind: type[Module], classes: bool) -> None:
+        self.root, self.kind, self.classes = root, kind, classes
         self._plain: list[str] = []
         self._quick: list[str] = []
         self._scopes: dict[type, Any] = {}  # vars(kind) is another object each time
@@ -145,7 +146,7 @@ class Conditions:
             self._children(f"{owner}._modules", value)
         elif isinstance(value, Module):
             self._add(f"{now} is {self.name(value)}", *self._child(fact, value))
-            self._add(f"type({self.name(value)}) is {self.name(type(value))}")
+            self._class(value)
         elif isinstance(value, MethodType):
             held, own = self.name(value.__func__), self.name(value.__self__)
             if not isinstance(value.__self__, (Module, type)):
@@ -184,7 +185,11 @@ class Conditions:
         for name, module in modules.items():
             self._add(f"{now}[{name!r}] is {self.name(module)}")
             if module is not None:
-                self._add(f"type({self.name(module)}) is {self.name(type(module))}")
+                self._class(module)
+
+    def _class(self, module: Module) -> None:
+        if self.classes:
+            self._add(f"type({self.name(module)}) is {self.name(type(module))}")
 
     def _tensor(self, fact: Fact, now: str) -> None:
         # these alone are read anew by the graph

@@ -90,7 +90,7 @@ def plan(root: Module, kind: type[Module], read: Read) -> Plan | None:
     found = patterns.find(root, graph)
     if not found:
         return None
-    conditions = Conditions(root, kind)
+    conditions = Conditions(root, kind, read.asked_for_class)
     inputs = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
     for name in inputs:
         conditions.is_input(name, read.asked_for_type)

@@ -73,6 +73,12 @@ def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(found), frozenset(code.co_names)
 
 
+@functools.cache
+def _matches(code: CodeType) -> bool:
+    """Whether it asks for a class without a call."""
+    return any(step.opname == "MATCH_CLASS" for step in dis.get_instructions(code))
+
+
 def value_of(fact: Fact, missing: Any = None) -> Any:
     if fact.how == "item":
         return fact.owner.get(fact.name, missing)
@@ -87,8 +93,8 @@ class Recorder:
     def __init__(self, root: Module) -> None:
         self.root = root
         self.facts: dict[tuple[str, int, str], Fact] = {}
-        # as they are written down, so that none of them is another object with its id later
-        self.asked_for_type = False
+        self.asked_for_type = False  # of an input
+        self.asked_for_class = False  # of modules
         self._why = ""
         self._quiet = 1
         self._inside: FrameType | None = None
@@ -128,7 +134,10 @@ class Recorder:
     def read(self, owner: Module, name: str, frame: FrameType) -> None:
         if self._quiet or frame.f_code is _GETATTR or _kind(frame.f_globals) == "tracer":
             return
-        if name == "__class__" or (owner is self.root and name in ("training", "_truenorm_plan")):
+        if name == "__class__":
+            self.asked_for_class = True
+            return
+        if owner is self.root and name in ("training", "_truenorm_plan"):
             return
         self._add("attribute", owner, name)
 
@@ -157,12 +166,19 @@ class Recorder:
             elif event == "return" and self._open and self._open[-1][0] is frame:
                 self._closed(frame.f_code.co_name)
             elif event == "c_call":
-                if _kind(frame.f_globals) == "user" and not _is_pure(arg):
-                    self._open.append((arg, self._nodes()))
+                self._called_c(frame, arg)
             elif self._open and self._open[-1][0] is arg:  # c_return or c_exception
                 self._closed(getattr(arg, "__name__", repr(arg)))
         except Unreadable as error:
             self.refuse(str(error))
+
+    def _called_c(self, frame: FrameType, function: Any) -> None:
+        if _kind(frame.f_globals) != "user":
+            return
+        if function is isinstance or function is issubclass:
+            self.asked_for_class = True
+        elif not _is_pure(function):
+            self._open.append((function, self._nodes()))
 
     def _closed(self, name: str) -> None:
         # what has become a node is computed again at each call; what has not is not
@@ -192,6 +208,7 @@ class Recorder:
         if (code, id(scope)) in self._codes:
             return
         self._codes[code, id(scope)] = None
+        self.asked_for_class |= _matches(code)
         self._inner.update(c for c in code.co_consts if isinstance(c, CodeType))
         loaded, mentioned = _names(code)
         if "type" in loaded:

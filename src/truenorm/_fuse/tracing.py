@@ -7,7 +7,7 @@ import inspect
 import operator
 import sys
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,11 +113,13 @@ class _OneLevel(Tracer):
         return True
 
 
-class Read:
-    """A forward's graph, the facts that it depends on, and whether its inputs' type is one."""
+class Read(NamedTuple):
+    """A forward's graph, and all that it depends on."""
 
-    def __init__(self, graph: Graph, facts: list[Fact], asked_for_type: bool) -> None:
-        self.graph, self.facts, self.asked_for_type = graph, facts, asked_for_type
+    graph: Graph
+    facts: list[Fact]
+    asked_for_type: bool  # of an input
+    asked_for_class: bool  # of modules
 
 
 def read(module: Module) -> Read | None:
@@ -158,7 +160,8 @@ def _read(module: Module, calls: tuple[Any, ...]) -> Read | None:
         graph, other = graphs
         if attributes.restore() or str(graph) != str(other):
             return None
-        return Read(graph, recorder.finish(), recorder.asked_for_type)
+        facts = recorder.finish()
+        return Read(graph, facts, recorder.asked_for_type, recorder.asked_for_class)
     except Exception:  # whatever a forward raises on what stands for a tensor
         return None
     finally:
