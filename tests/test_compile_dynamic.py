@@ -1,10 +1,10 @@
-"""torch.compile with sizes that change: every option in one graph, and no more graphs than torch."""
+"""torch.compile with sizes that change: one graph for every option, and no more than torch."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -59,10 +59,10 @@ def torchs(shapes: Sequence[Any], dynamic: bool | None, layer: Any) -> int:
 
 
 @pytest.fixture(scope="module")
-def most() -> Iterator[dict[bool | None, int]]:
+def most() -> dict[bool | None, int]:
     """Graphs of torch's own layer for as many shapes, all of whose sizes change."""
     layer = randomize(nn.BatchNorm2d(5))
-    yield {dynamic: torchs(IMAGES, dynamic, layer) for dynamic in (True, None)}
+    return {dynamic: torchs(IMAGES, dynamic, layer) for dynamic in (True, None)}
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

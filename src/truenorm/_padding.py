@@ -38,7 +38,7 @@ def normalize(
 def _in_order(x: Tensor) -> bool:
     """Whether positions lie in memory as the dimensions say, as those of a mask do."""
     steps = [stride for stride, size in zip(x.stride()[2:], x.shape[2:], strict=True) if size != 1]
-    return all(outer >= inner for outer, inner in zip(steps, steps[1:], strict=False))
+    return all(steps[d] >= steps[d + 1] for d in range(len(steps) - 1))
 
 
 def mask_of(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layers import _shape
+from .layers import _shape, sizes
 
 ACTIVATIONS = ("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish")
 
@@ -66,7 +66,7 @@ def check_residual(residual: Any, input: Any) -> None:
         )
     if residual.shape != input.shape:
         raise ValueError(
-            f"`residual` must have the shape of `input`, {tuple(input.shape)}, but got "
+            f"`residual` must have the shape of `input`, {sizes(input.shape)}, but got "
             f"{_shape(residual)}: project it, or expand it with residual.expand_as(input)"
         )
     if residual.device != input.device:
@@ -88,13 +88,13 @@ def check_may_be_overwritten(input: Any) -> None:
         return  # the layer says so, or makes a copy
     if input.is_leaf and input.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            f"`input` {tuple(input.shape)} is a leaf that requires grad, which a layer with "
+            f"`input` {sizes(input.shape)} is a leaf that requires grad, which a layer with "
             "overwrite_input=True may not overwrite: pass input.clone(), or set "
             "layer.overwrite_input = False"
         )
     if any(step == 0 and size > 1 for step, size in zip(input.stride(), input.shape, strict=True)):
         raise RuntimeError(
-            f"`input` of shape {tuple(input.shape)} and strides {input.stride()} is expanded: "
+            f"`input` of shape {sizes(input.shape)} and strides {input.stride()} is expanded: "
             "several of its elements are one in memory, which a layer with overwrite_input=True "
             "cannot overwrite: pass input.contiguous(), or set layer.overwrite_input = False"
         )

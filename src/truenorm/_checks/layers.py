@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +11,17 @@ import torch
 from torch import Tensor
 
 
+def sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """The numbers, which an error says: a compiler has symbols for them, and none in an index."""
+    return tuple([operator.index(size) for size in shape])
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, float) else value
+
+
 def _shape(x: Tensor) -> str:
-    return f"shape {tuple(x.shape)}"
+    return f"shape {sizes(x.shape)}"
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -52,11 +62,11 @@ def check_num_features(
     input: Tensor, dim: int, num_features: int, error: type[Exception], note: str = ""
 ) -> None:
     if input.shape[dim] != num_features:
+        got = operator.index(input.shape[dim])
         raise error(
             f"expected input's size at dim={dim} to match num_features ({num_features}), but got: "
-            f"{input.shape[dim]}. `input` has {_shape(input)}{note}; build the layer with "
-            f"num_features={input.shape[dim]}, or permute the input so that its channels are at "
-            f"dim={dim}"
+            f"{got}. `input` has {_shape(input)}{note}; build the layer with num_features={got}, "
+            f"or permute the input so that its channels are at dim={dim}"
         )
 
 
@@ -75,32 +85,36 @@ def warn_num_features(input: Tensor, dim: int, num_features: int) -> None:
 def check_eps(eps: Any, layer: str, *, training: bool = False) -> None:
     if training and eps <= 0.0:
         raise ValueError(
-            f"{layer} eps must be positive during training, but got {eps}: use the default 1e-5"
+            f"{layer} eps must be positive during training, but got {_number(eps)}: use the "
+            "default 1e-5"
         )
     if eps < 0.0:
-        raise ValueError(f"{layer} eps must be non-negative, but got {eps}: use the default 1e-5")
+        raise ValueError(
+            f"{layer} eps must be non-negative, but got {_number(eps)}: use the default 1e-5"
+        )
 
 
 def check_momentum(momentum: Any) -> None:
     if not 0.0 <= momentum <= 1.0:
         raise ValueError(
-            f"`momentum` must be in [0, 1] or None, but got {momentum}: it is the weight of the "
-            "new observation, running = (1 - momentum) * running + momentum * observed"
+            f"`momentum` must be in [0, 1] or None, but got {_number(momentum)}: it is the weight of "
+            "the new observation, running = (1 - momentum) * running + momentum * observed"
         )
 
 
 def check_more_than_one_value(input: Tensor, count: int, *, per_sample: bool) -> None:
     if count != 1:
         return
+    size = torch.Size(sizes(input.shape))
     if per_sample:
         raise ValueError(
             "Expected more than 1 spatial element when training, got input size "
-            f"{input.shape}: one value has no variance; use larger maps, or eval() with "
+            f"{size}: one value has no variance; use larger maps, or eval() with "
             "track_running_stats=True"
         )
     raise ValueError(
         "Expected more than 1 value per channel when training, got input size "
-        f"{input.shape}: one value has no variance; use a larger batch, drop the last batch "
+        f"{size}: one value has no variance; use a larger batch, drop the last batch "
         "(drop_last=True), or call eval()"
     )
 
@@ -132,6 +146,7 @@ def check_per_channel(name: str, value: Any, input: Tensor) -> None:
     if isinstance(value, Tensor) and value.shape == (channels,) and value.device == input.device:
         return
     if isinstance(value, Tensor) and value.numel() != channels and "running" in name:
+        channels = operator.index(channels)
         raise RuntimeError(
             f"{name} should contain {channels} elements not {value.numel()}: `input` of "
             f"{_shape(input)} has {channels} channels; build the layer with num_features={channels}"
@@ -168,8 +183,8 @@ def check_groups(input: Tensor, num_groups: int) -> None:
     if input.shape[1] % num_groups:
         raise RuntimeError(
             "Expected number of channels in input to be divisible by num_groups, but got input of "
-            f"shape {list(input.shape)} and num_groups={num_groups}: choose a divisor of "
-            f"{input.shape[1]}"
+            f"shape {list(sizes(input.shape))} and num_groups={num_groups}: choose a divisor of "
+            f"{operator.index(input.shape[1])}"
         )
 
 
@@ -190,11 +205,11 @@ def check_normalized_shape(input: Tensor, normalized_shape: Sequence[int]) -> No
             "element, but got normalized_shape = []: name the trailing sizes to normalize over"
         )
     if tuple(input.shape[-len(normalized_shape) :]) != tuple(normalized_shape):
-        sizes = ", ".join(str(s) for s in normalized_shape)
+        wanted = ", ".join(str(s) for s in normalized_shape)
         raise RuntimeError(
-            f"Given normalized_shape=[{sizes}], expected input with shape [*, {sizes}], but got "
-            f"input of size {list(input.shape)}: normalized_shape must equal the input's trailing "
-            "sizes"
+            f"Given normalized_shape=[{wanted}], expected input with shape [*, {wanted}], but got "
+            f"input of size {list(sizes(input.shape))}: normalized_shape must equal the input's "
+            "trailing sizes"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layers import check_tensor
+from .layers import check_tensor, sizes
 
 
 def check_one_of_mask_and_lengths(mask: Any, lengths: Any) -> None:
@@ -39,10 +39,10 @@ def check_mask(mask: Any, shapes: list[tuple[int, ...]], input: Tensor) -> None:
         for shape in shapes
     )
     if not fits:
-        allowed = " or ".join(f"{shape}" for shape in shapes)
+        allowed = " or ".join([f"{sizes(shape)}" for shape in shapes])
         raise ValueError(
-            f"`mask` has shape {tuple(mask.shape)}, which does not fit `input` of shape "
-            f"{tuple(input.shape)}: give one of shape {allowed}, or with 1 in place of a size"
+            f"`mask` has shape {sizes(mask.shape)}, which does not fit `input` of shape "
+            f"{sizes(input.shape)}: give one of shape {allowed}, or with 1 in place of a size"
         )
 
 
@@ -52,7 +52,7 @@ def check_lengths(lengths: Any, input: Tensor, channel_axis: int) -> None:
     if len(positions) != 1:
         raise ValueError(
             f"`lengths` goes with inputs of one dimension of positions, but `input` has shape "
-            f"{tuple(input.shape)}: give a `mask`"
+            f"{sizes(input.shape)}: give a `mask`"
         )
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(
@@ -61,8 +61,8 @@ def check_lengths(lengths: Any, input: Tensor, channel_axis: int) -> None:
         )
     if lengths.shape != input.shape[:1]:
         raise ValueError(
-            f"`lengths` has shape {tuple(lengths.shape)}, but `input` of shape "
-            f"{tuple(input.shape)} needs one length for each sample, shape {(input.shape[0],)}"
+            f"`lengths` has shape {sizes(lengths.shape)}, but `input` of shape "
+            f"{sizes(input.shape)} needs one length for each sample, shape {sizes(input.shape[:1])}"
         )
     if lengths.device != input.device:
         raise RuntimeError(
@@ -76,7 +76,7 @@ def check_lengths(lengths: Any, input: Tensor, channel_axis: int) -> None:
             wrong = most if most > positions[0] else least
             raise ValueError(
                 f"`lengths` holds {wrong}, but each must be from 0 to {positions[0]}, the "
-                f"positions of `input` of shape {tuple(input.shape)}"
+                f"positions of `input` of shape {sizes(input.shape)}"
             )
 
 
