@@ -179,7 +179,6 @@ def _wraps_a_method(module: Module, forward: Any, methods: Mapping[str, str]) ->
     return any(inner == method for method in held) and not _holds(forward, inner)
 
 
-@functools.lru_cache(256)
 def _added(old: Kind, new: Kind) -> frozenset[str]:
     """Names that mean something to `new` and nothing to `old`; options yield to the instance's."""
     names = {
