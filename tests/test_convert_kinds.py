@@ -195,6 +195,34 @@ def test_a_class_nothing_can_be_derived_from_is_said() -> None:
     assert type(model[1]) is truenorm.LayerNorm
 
 
+@pytest.mark.parametrize("how", ["plain", "buffer", "submodule"])
+def test_an_attribute_that_truenorms_class_needs_is_said(how: str) -> None:
+    layer = nn.BatchNorm2d(5)
+    if how == "plain":
+        layer._act = "mine"  # type: ignore[assignment]
+    elif how == "buffer":
+        layer.register_buffer("_act", torch.ones(3))
+    else:
+        layer._act = nn.PReLU()
+    held = layer._act
+    with pytest.warns(UserWarning, match=r"left 1 layer.*an attribute '_act' of its"):
+        convert(layer)
+    assert type(layer) is nn.BatchNorm2d
+    assert layer._act is held
+    del layer._act
+    assert type(convert(layer)) is truenorm.BatchNorm2d
+
+
+def test_a_lazy_layer_of_a_users_class() -> None:
+    class MyLazy(nn.LazyBatchNorm1d):
+        pass
+
+    layer = convert(MyLazy())
+    assert isinstance(layer, MyLazy)
+    layer(torch.randn(4, 5))
+    assert type(layer) is truenorm.BatchNorm1d  # type: ignore[comparison-overlap]
+
+
 class Double(Module):
     def forward(self, w: Tensor) -> Tensor:
         return 2.0 * w

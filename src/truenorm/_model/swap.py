@@ -17,6 +17,8 @@ from weakref import WeakValueDictionary
 
 from torch.nn import Module
 
+from ..nn._options import Attribute
+
 Kind = type[Module]
 
 _PARTS = "_truenorm_parts"  # of a class made by `derived`: truenorm's, and the user's
@@ -177,8 +179,27 @@ def _wraps_a_method(module: Module, forward: Any, methods: Mapping[str, str]) ->
     return any(inner == method for method in held) and not _holds(forward, inner)
 
 
+def _added(old: Kind, new: Kind) -> frozenset[str]:
+    """Names that mean something to `new` and nothing to `old`; options yield to the instance's."""
+    names = {
+        name
+        for kind in new.__mro__
+        for name, value in vars(kind).items()
+        if not isinstance(value, Attribute)
+    }
+    return frozenset(names.difference(*(vars(kind) for kind in old.__mro__)))
+
+
 def obstacle(module: Module, new: Kind) -> str | None:
     """Why a layer cannot be made one of class `new`; None where it can."""
+    held = vars(module)
+    places: list[dict[str, Any]] = [held, held["_parameters"], held["_buffers"], held["_modules"]]
+    for place in places:
+        for name in sorted(place.keys() & _added(core(module), new)):
+            return (
+                f"it holds an attribute {name!r} of its user's, which has a meaning in the class "
+                "that it would get: give it another name first"
+            )
     forward = vars(module).get("forward")
     methods = _methods(module)
     kept = forward is None or "forward" in methods or _wraps_a_method(module, forward, methods)

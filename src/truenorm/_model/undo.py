@@ -30,8 +30,9 @@ class Undo:
     def note_changes(self) -> None:
         self._after = {m: (type(m), _state(m)) for m in self._before}
         for module, (_, before) in self._before.items():
-            for name, after in self._after[module][1]["_buffers"].items():
-                if isinstance(after, Tensor) and after is not before["_buffers"].get(name):
+            buffers = before.get("_buffers", {})
+            for name, after in self._after[module][1].get("_buffers", {}).items():
+                if isinstance(after, Tensor) and after is not buffers.get(name):
                     self._values[after] = after.detach().clone()
 
     def back(self) -> None:

@@ -13,7 +13,7 @@ from .._axes import BATCH
 from .._ops import eager, synchronized
 from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
-from ._options import More, with_options
+from ._options import DEFAULTS, More, with_options
 from ._padded import Padded
 from ._policy import SmallBatches
 
@@ -34,13 +34,17 @@ class BatchForward(Activated, Padded, FixedRank, Spanning, SmallBatches, Running
         momentum, eps = self.momentum, self.eps
         if (mean is None) != (var is None):
             return None
-        if (not self.training or self._truenorm_options.statistics_frozen) and mean is not None:
+        training = self.training
+        options = self._truenorm_options if training else DEFAULTS
+        if (not training or (options is not DEFAULTS and options.statistics_frozen)) and (
+            mean is not None
+        ):
             if not eps >= 0:
                 return None
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
         if not (eps > 0 and (momentum is None or 0 <= momentum <= 1)):
             return None
-        if self._truenorm_options.process_group is not None:
+        if options is not DEFAULTS and options.process_group is not None:
             return None
         # a batch that is computed again in the backward pass moves nothing
         if mean is None or not self.track_running_stats or eager.graph_task() != -1:

@@ -13,7 +13,7 @@ from .._axes import group
 from .._ops import eager, synchronized
 from ._activation import Activated
 from ._base import Direct, Spanning
-from ._options import More, with_options
+from ._options import DEFAULTS, More, with_options
 from ._padded import Padded
 
 
@@ -51,7 +51,7 @@ class GroupNorm(Activated, Padded, Direct, Spanning, torch.nn.GroupNorm):
             return None
         if not (eps >= 0 and self.num_groups > 0):
             return None
-        if self._truenorm_options.process_group is not None:
+        if self._truenorm_options is not DEFAULTS:  # a process group: others are kept from here
             return None
         return eager.call(eager.OWN, input, weight, bias, (), eager.group(self.num_groups), eps)
 

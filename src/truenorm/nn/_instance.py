@@ -13,7 +13,7 @@ from .._axes import instance
 from .._ops import Running, eager, synchronized
 from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
-from ._options import More, with_options
+from ._options import DEFAULTS, More, with_options
 from ._padded import Padded
 from ._policy import Policed
 
@@ -33,12 +33,13 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
         momentum, eps = self.momentum, self.eps
         if not (eps >= 0 and (momentum is None or 0 <= momentum <= 1)):
             return None
-        given = not self.training or self._truenorm_options.statistics_frozen
+        options = self._truenorm_options
+        given = not self.training or (options is not DEFAULTS and options.statistics_frozen)
         if given and self.track_running_stats:
             if mean is None or var is None:
                 return None
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
-        if self._truenorm_options.process_group is not None:
+        if options is not DEFAULTS and options.process_group is not None:
             return None
         # a batch that is computed again in the backward pass moves nothing
         if mean is None or var is None or eager.graph_task() != -1:

@@ -88,7 +88,7 @@ class Option(NamedTuple):
     check: Callable[[Any], None]
 
 
-class _Attribute:
+class Attribute:
     """An option as its layer shows it, unless the layer holds something else by that name."""
 
     def __init__(self, name: str) -> None:
@@ -123,7 +123,7 @@ class Configurable(torch.nn.Module):
         super().__init_subclass__(**kwargs)
         for name, option in vars(cls).get("_own_options", {}).items():
             if option is not None:
-                setattr(cls, name, _Attribute(name))
+                setattr(cls, name, Attribute(name))
         found: dict[str, Option | None] = {
             name: option
             for base in reversed(cls.__mro__)
