@@ -22,10 +22,16 @@ def like(kinds: Any) -> dict[type[Module], type[Module]]:
     return {ours: theirs for ours, theirs in TORCHS.items() if theirs in kinds}
 
 
+def chosen(layer: Any) -> dict[str, Any]:
+    """The options of a layer of truenorm's that differ from their defaults."""
+    found: dict[str, Any] = layer._chosen()
+    return found
+
+
 def beyond(layer: Any) -> dict[str, Any]:
     """The options of a layer that make it compute something else than torch's class does."""
-    chosen: dict[str, Any] = layer._chosen() if type(layer) in TORCHS else {}
-    return {name: value for name, value in chosen.items() if name in _OTHERWISE}
+    held = chosen(layer) if type(layer) in TORCHS else {}
+    return {name: value for name, value in held.items() if name in _OTHERWISE}
 
 
 def stranger(layer: Module, options: dict[str, Any], to: str, remedy: str) -> str:

@@ -19,8 +19,8 @@ _REMEDY = (
     "its per-sample gradients would be wrong; set it back (truenorm.unfuse for an activation), or "
     "give the model torch's layers (truenorm.revert)"
 )
-# what a BatchNorm has and the layer in its place takes too
-_KEPT = ("activation", "negative_slope", "alpha", "approximate", "channel_axis")
+# of a BatchNorm's options those that are about its batch, which the layer in its place has not
+_OF_BATCHES = nn.BatchNorm1d._options.keys() - nn.GroupNorm._options.keys()
 
 
 def register(opacus: Any) -> None:
@@ -59,11 +59,10 @@ def _fixer(fix: Callable[..., Module]) -> Callable[..., Module]:
     def fix_ours(module: Module, **kwargs: Any) -> Module:
         from ..convert import convert
 
-        options: dict[str, Any] = module._chosen()  # type: ignore[operator]
         fixed = convert(fix(module, **kwargs))
-        for name in _KEPT:
-            if name in options:
-                setattr(fixed, name, options[name])
+        for name, value in layers.chosen(module).items():
+            if name not in _OF_BATCHES and name != "process_group":
+                setattr(fixed, name, value)
         return fixed
 
     return fix_ours
