@@ -1,15 +1,20 @@
 # Everything is installed into .venv, at the exact versions of constraints.txt; `make` alone lists
 # the targets. The package is installed editable and without build isolation, so that it is built
 # against .venv's own torch. (A build in isolation takes its pins from PIP_CONSTRAINT up to pip
-# 25.2, from PIP_BUILD_CONSTRAINT in later ones.)
+# 25.2, from PIP_BUILD_CONSTRAINT in later ones.) `make test TORCH=2.14.1` tests with another torch,
+# in an environment of its own.
 
 PYTHON ?= python3
 SHELL := /bin/bash
 
-VENV := .venv
+TORCH ?=
+VENV := .venv$(addprefix -,$(TORCH))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL_LOG := build/install.log
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+# pip's option for the folder that the native library is built in
+BUILD_DIR := $(if $(TORCH),--config-settings build-dir=build/torch-$(TORCH))
 CPP := $(wildcard csrc/*.cpp csrc/*.h tools/*.cpp)
 BUILT_FROM := $(CPP) CMakeLists.txt pyproject.toml build_backend/truenorm_build.py
 
@@ -18,7 +23,7 @@ BUILT_FROM := $(CPP) CMakeLists.txt pyproject.toml build_backend/truenorm_build.
 export TRUENORM_WERROR ?= ON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types format docs wheel verify bench bench-quick bench-cuda sanitize mutate neon \
+.PHONY: help run test test-all lint types format docs wheel verify bench bench-quick bench-cuda sanitize mutate neon \
 	clean
 
 help:  ## list the targets
@@ -28,8 +33,14 @@ help:  ## list the targets
 run: $(VENV)/demo  ## install what is needed, and show what the library does
 	@$(BIN)/truenorm demo
 
-test: lint types  ## what CI checks: lint, types, tests
-	@$(BIN)/python -m pytest
+# a worker for each processor, to what memory holds; tests that share something stay on one worker
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
+
+test: $(if $(TORCH),$(VENV)/dev,lint types)  ## what CI checks: lint, types, tests (TORCH=2.14.1: tests with that torch)
+	@$(PYTEST)
+
+test-all: lint types  ## the same, and the promises under every instruction set of the machine
+	@$(PYTEST) --every-instruction-set
 
 lint: $(VENV)/dev  ## style of the Python and the C++
 	@$(BIN)/ruff check --quiet .
@@ -83,14 +94,14 @@ sanitize: build/sanitize/_native.so  ## the tests of kernels and pool under ASan
 
 # the kernels alone: no torch is needed for that, and none for aarch64 is at hand
 DIGEST_FLAGS := -std=c++20 -O3 -DNDEBUG -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi -Werror
-DIGEST_SOURCES := csrc/kernels.cpp csrc/dispatch.cpp tools/kernel_digest.cpp
+DIGEST_SOURCES := $(wildcard csrc/kernels*.cpp) csrc/dispatch.cpp tools/kernel_digest.cpp
 NEON_CXX ?= aarch64-linux-gnu-g++
 NEON_RUN ?= qemu-aarch64
 
 neon:  ## the kernels on an emulated aarch64: the bits of this machine (needs g++, its cross form, qemu-user)
 	@mkdir -p build/neon
-	@$(NEON_CXX) $(DIGEST_FLAGS) -Icsrc -static -DTRUENORM_ISA=neon $(DIGEST_SOURCES) -o build/neon/neon
-	@$(CXX) $(DIGEST_FLAGS) -Icsrc -DTRUENORM_ISA=baseline $(DIGEST_SOURCES) -o build/neon/here
+	@$(NEON_CXX) $(DIGEST_FLAGS) -Icsrc -static -DTRUENORM_ISA=neon -DTRUENORM_HAS_neon $(DIGEST_SOURCES) -o build/neon/neon
+	@$(CXX) $(DIGEST_FLAGS) -Icsrc -DTRUENORM_ISA=baseline -DTRUENORM_HAS_baseline $(DIGEST_SOURCES) -o build/neon/here
 	@build/neon/here | tee build/neon/here.txt
 	@$(NEON_RUN) build/neon/neon | tee build/neon/neon.txt
 	@test "$$(cut -d' ' -f1 build/neon/here.txt)" = "$$(cut -d' ' -f1 build/neon/neon.txt)"
@@ -99,7 +110,7 @@ mutate: $(VENV)/dev  ## break the kernels on purpose, and see the tests notice
 	@$(BIN)/python tools/mutate.py
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- set-up, redone only when what it is made from changes ----------------------------------------
@@ -107,12 +118,17 @@ clean:  ## remove what the other targets made
 # What pip says goes to a log, whose end is shown when it fails.
 define pip_install
 	@mkdir -p $(dir $(INSTALL_LOG))
-	@$(PIP) install -v --progress-bar off -c constraints.txt $(1) \
+	@$(PIP) install -v --progress-bar off -c $(CONSTRAINTS) $(1) \
 		> $(INSTALL_LOG) 2>&1 || { grep -v '^Requirement already' $(INSTALL_LOG) | tail -n 60; \
 		echo "The whole log: $(INSTALL_LOG)"; exit 1; } >&2
 endef
 
-$(VENV)/tools: constraints.txt
+# what another torch brings along is its own matter: Triton, and CUDA's libraries
+$(VENV)/constraints.txt: constraints.txt
+	@mkdir -p $(VENV)
+	@{ grep -vE '^(torch|triton)==' $<; echo 'torch==$(TORCH)'; } > $@
+
+$(VENV)/tools: $(CONSTRAINTS)
 	@echo "Setting up $(VENV) (a minute or two the first time) ..."
 	@$(PYTHON) -m venv $(VENV)
 	$(call pip_install,torch scikit-build-core cmake ninja)
@@ -122,7 +138,7 @@ $(VENV)/tools: constraints.txt
 # and the stamp is not made, so that the next `make` looks for a compiler again.
 define install
 	@echo "Installing truenorm[$(1)] ..."
-	$(call pip_install,--no-build-isolation --editable '.[$(1)]')
+	$(call pip_install,--no-build-isolation $(BUILD_DIR) --editable '.[$(1)]')
 	@if compgen -G '$(VENV)/lib/python3*/site-packages/truenorm/_native.so' > /dev/null; \
 		then touch $(2); else sed -nE 's/^.*(truenorm: .* plain PyTorch ops.*)$$/\1/p' $(INSTALL_LOG); fi
 endef

@@ -14,16 +14,17 @@ constexpr int64_t kResidual = 8, kByOutput = 16;
 
 using Maybe = std::optional<Tensor>;
 
-Epilogue epilogue(const Tensor& x, const Maybe& residual, int64_t act, double parameter) {
-  STD_TORCH_CHECK(act >= 0 && act <= int64_t(Act::relu6), "truenorm: no such activation");
-  if (residual) {
-    const auto of_x = x.sizes(), of_residual = residual->sizes();
-    STD_TORCH_CHECK(
-        residual->scalar_type() == x.scalar_type() &&
-            std::equal(of_x.begin(), of_x.end(), of_residual.begin(), of_residual.end()),
-        "truenorm: the residual's shape and dtype must be the input's");
-  }
+Epilogue epilogue(const Tensor& x, const Geometry& g, const Maybe& residual, int64_t act,
+                  double parameter) {
+  check::activation(act);
+  check::residual(residual, x, g);
   return {residual, {Act(act), parameter}};
+}
+
+void expect_parameters(const Tensor& x, const Geometry& g, const Maybe& weight, const Maybe& bias,
+                       int64_t feature_dims) {
+  check::parameter("weight", weight, x, g, feature_dims);
+  check::parameter("bias", bias, x, g, feature_dims);
 }
 
 // Memory for y where it is written over x: x itself, if that is laid out for the kernels.
@@ -40,7 +41,6 @@ void finish(const Tensor& x, const Tensor& y, const Geometry& g) {
 std::tuple<Tensor, Tensor> forward_to(const Tensor& x, const Tensor& y, const Geometry& g,
                                       const Maybe& weight, const Maybe& bias, double eps,
                                       const Epilogue& after) {
-  STD_TORCH_CHECK(g.numel() > 0, "truenorm::forward takes no empty tensor: it has no moments");
   const Tensor mean = empty(g.num_statistics(), ScalarType::Double);
   const Tensor var = empty(g.num_statistics(), ScalarType::Double);
   forward_into(x, weight, bias, g, eps, y, doubles(mean), doubles(var), false, after);
@@ -52,7 +52,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, Maybe weight, Maybe 
                                            bool centred, double eps, int64_t act,
                                            double parameter) {
   const Geometry g = geometry_of(x, {num_groups, feature_dims, centred});
-  const Epilogue after = epilogue(x, residual, act, parameter);
+  check::has_values("forward", x, g);
+  expect_parameters(x, g, weight, bias, feature_dims);
+  const Epilogue after = epilogue(x, g, residual, act, parameter);
   const Tensor y = new_result(g, x.scalar_type());
   const auto [mean, var] = forward_to(x, y, g, weight, bias, eps, after);
   return {y, mean, var};
@@ -62,7 +64,10 @@ std::tuple<Tensor, Tensor> forward_over(const Tensor& x, Maybe weight, Maybe bia
                                         int64_t num_groups, int64_t feature_dims, bool centred,
                                         double eps, int64_t act, double parameter) {
   const Geometry g = geometry_of(x, {num_groups, feature_dims, centred});
-  const Epilogue after = epilogue(x, residual, act, parameter);
+  check::has_values("forward", x, g);
+  check::written("x", x);
+  expect_parameters(x, g, weight, bias, feature_dims);
+  const Epilogue after = epilogue(x, g, residual, act, parameter);
   const Tensor y = over_input(x, g);
   const auto statistics = forward_to(x, y, g, weight, bias, eps, after);
   finish(x, y, g);
@@ -81,7 +86,10 @@ void apply_to(const Tensor& x, const Tensor& y, const Geometry& g, const Tensor&
 Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& var, Maybe weight, Maybe bias,
              Maybe residual, double eps, int64_t act, double parameter) {
   const Geometry g = geometry_of(x, {0, 0, true});
-  const Epilogue after = epilogue(x, residual, act, parameter);
+  check::statistic("mean", mean, x, g);
+  check::statistic("var", var, x, g);
+  expect_parameters(x, g, weight, bias, 0);
+  const Epilogue after = epilogue(x, g, residual, act, parameter);
   const Tensor y = new_result(g, x.scalar_type());
   apply_to(x, y, g, mean, var, weight, bias, eps, after);
   return y;
@@ -90,7 +98,11 @@ Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& var, Maybe weigh
 void apply_over(const Tensor& x, const Tensor& mean, const Tensor& var, Maybe weight, Maybe bias,
                 Maybe residual, double eps, int64_t act, double parameter) {
   const Geometry g = geometry_of(x, {0, 0, true});
-  const Epilogue after = epilogue(x, residual, act, parameter);
+  check::written("x", x);
+  check::statistic("mean", mean, x, g);
+  check::statistic("var", var, x, g);
+  expect_parameters(x, g, weight, bias, 0);
+  const Epilogue after = epilogue(x, g, residual, act, parameter);
   const Tensor y = over_input(x, g);
   apply_to(x, y, g, mean, var, weight, bias, eps, after);
   finish(x, y, g);
@@ -113,7 +125,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
                                                     bool centred, double eps, bool fixed,
                                                     int64_t act, double parameter, int64_t needs) {
   const Geometry g = geometry_of(x, {num_groups, feature_dims, centred});
-  Epilogue after = epilogue(x, residual, act, parameter);
+  check::gradient(grad, x, g);
+  check::statistic("mean", mean, x, g);
+  check::statistic("var", var, x, g);
+  expect_parameters(x, g, weight, bias, feature_dims);
+  check::needs(needs, kInput | kWeight | kBias | kResidual | kByOutput);
+  Epilogue after = epilogue(x, g, residual, act, parameter);
+  check::holds_output(needs & kByOutput, residual);
   after.act.by_output = needs & kByOutput;
   const Params params(x, weight, g, feature_dims);
   Maybe of_x, of_weight, of_bias, of_residual;

@@ -5,8 +5,23 @@
 #include "kernels.h"
 
 namespace truenorm {
+
+namespace avx512 {
+extern const InstructionSet instruction_set;
+}
+namespace avx2 {
+extern const InstructionSet instruction_set;
+}
+namespace baseline {
+extern const InstructionSet instruction_set;
+}
+namespace neon {
+extern const InstructionSet instruction_set;
+}
+
 namespace {
 
+// TRUENORM_HAS_*: which of them this library was built with
 const InstructionSet* choose() {
   const char* wanted = std::getenv("TRUENORM_ISA");
   const bool any = wanted == nullptr || *wanted == '\0';
@@ -15,17 +30,23 @@ const InstructionSet* choose() {
   };
 #if defined(TRUENORM_X86)
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c");
+  [[maybe_unused]] const bool has_avx2 = __builtin_cpu_supports("avx2") &&
+                                         __builtin_cpu_supports("fma") &&
+                                         __builtin_cpu_supports("f16c");
+#endif
+#if defined(TRUENORM_HAS_avx512)
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (has_avx512 && asked(avx512::instruction_set)) return &avx512::instruction_set;
+#endif
+#if defined(TRUENORM_HAS_avx2)
   if (has_avx2 && asked(avx2::instruction_set)) return &avx2::instruction_set;
-  if (asked(baseline::instruction_set)) return &baseline::instruction_set;
-#elif defined(__aarch64__)
+#endif
+#if defined(TRUENORM_HAS_neon)
   if (asked(neon::instruction_set)) return &neon::instruction_set;
-#else
+#endif
+#if defined(TRUENORM_HAS_baseline)
   if (asked(baseline::instruction_set)) return &baseline::instruction_set;
 #endif
   return nullptr;

@@ -3,7 +3,10 @@
 // before anything is changed; _ops/eager.py then goes the long way, where errors are worded.
 #include <torch/csrc/stable/library.h>
 
+#include <stdexcept>
+#include <string>
 #include <tuple>
+#include <utility>
 
 #include "tensors.h"
 
@@ -33,51 +36,53 @@ struct Record {
     values[size(g) - 2] = eps;
     values[size(g) - 1] = double(form.bits);
   }
+  // Read before what it says of x is known.
+  static Form form(const Tensor& record) {
+    const bool whole =
+        record.scalar_type() == ScalarType::Double && record.numel() > 2 && record.is_contiguous();
+    check::memory("record", record);
+    const double bits = whole ? doubles(record)[record.numel() - 1] : -1.0;
+    if (!(bits >= 0.0 && bits < 0x1p53))
+      check::wrong_record(record, "as eager_forward or eager_apply has made it");
+    return {int64_t(bits)};
+  }
+  static void expect_of(const Tensor& record, const Geometry& g) {
+    if (record.numel() != size(g)) check::wrong_record(record, "of an x of this shape");
+  }
 };
 
-void expect(bool in_order) { STD_TORCH_CHECK(in_order, "truenorm: no call for the short way"); }
+// What is not in order, in the words of checks.h.
+template <class Body>
+auto in_order(const Body& body) {
+  try {
+    return body();
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(std::string("truenorm: no call for the short way: ") + error.what());
+  }
+}
 
-bool is_floating(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
-         type == ScalarType::Half;
+void expect(bool held, const char* words) {
+  if (!held) throw std::runtime_error(words);
 }
 
 // The axes of x, which has values, and more than one to a statistic where one has no variance.
 Axes axes_of(const Tensor& x, Form form) {
+  expect(form.bits >= 0, "`form` must be a sum of the flags of _ops/eager.py, and is negative");
+  expect(x.numel() > 0, "`x` is empty: it has no moments; pass a tensor that holds values");
+  if (form.feature_dims() > 0) return {form.num_groups(), form.feature_dims(), form.centred()};
   const auto sizes = x.sizes();
   const int64_t dim = int64_t(sizes.size());
-  expect(is_floating(x.scalar_type()) && x.numel() > 0);
-  if (form.feature_dims() > 0) {
-    expect(form.feature_dims() <= dim);
-    return {form.num_groups(), form.feature_dims(), form.centred()};
-  }
-  expect(dim >= 2);
+  if (dim < 2) return {0, 0, true};  // which geometry_of refuses
   const int64_t groups = form.group_per_channel() ? sizes[1] : form.num_groups();
-  expect(groups == 0 || sizes[1] % groups == 0);
   int64_t values = 1;
   for (int64_t d = 2; d < dim; ++d) values *= sizes[d];
   if (groups == 0)
     values *= sizes[0];
   else if (!form.group_per_channel())  // as torch: fails only where the whole batch has one value
     values *= sizes[0] * (sizes[1] / groups);
-  expect(form.fixed() || values != 1);
+  expect(form.fixed() || values != 1,
+         "`x` has one value per statistic, which has no variance: pass more than one");
   return {groups, 0, true};
-}
-
-// A weight or bias: shaped like the channels.
-void expect_parameter(const Tensor& p, const Geometry& g, int64_t feature_dims) {
-  const auto sizes = p.sizes();
-  expect(is_floating(p.scalar_type()));
-  if (feature_dims == 0) {
-    expect(sizes.size() == 1 && sizes[0] == g.c);
-    return;
-  }
-  expect(int64_t(sizes.size()) == feature_dims &&
-         std::equal(sizes.begin(), sizes.end(), g.sizes.end() - feature_dims));
-}
-
-void expect_parameter(const std::optional<Tensor>& p, const Geometry& g, int64_t feature_dims) {
-  if (p) expect_parameter(*p, g, feature_dims);
 }
 
 struct Running {
@@ -89,16 +94,20 @@ struct Running {
 std::tuple<Tensor, Tensor> normalize(const Tensor& x, const std::optional<Tensor>& weight,
                                      const std::optional<Tensor>& bias, Form form, double eps,
                                      const Running* running) {
-  const Geometry g = geometry_of(x, axes_of(x, form));
-  expect_parameter(weight, g, form.feature_dims());
-  expect_parameter(bias, g, form.feature_dims());
-  if (running) {
-    expect_parameter(running->mean, g, 0);
-    expect_parameter(running->var, g, 0);
-    const auto& batches = running->num_batches_tracked;
-    expect(batches ? batches->scalar_type() == ScalarType::Long && batches->numel() == 1
-                   : !std::isnan(running->momentum));
-  }
+  const Geometry g = in_order([&] {
+    Geometry found = geometry_of(x, axes_of(x, form));
+    check::parameter("weight", weight, x, found, form.feature_dims());
+    check::parameter("bias", bias, x, found, form.feature_dims());
+    if (running) {
+      expect(found.num_statistics() % found.c == 0 && form.feature_dims() == 0 &&
+                 found.groups() == found.c,
+             "`form` must be one value per channel, or per sample and channel, where there are "
+             "running statistics: BATCH or INSTANCE of _ops/eager.py");
+      check::running(running->mean, running->var, running->num_batches_tracked,
+                     std::isnan(running->momentum), found.c);
+    }
+    return found;
+  });
   const Tensor y = new_result(g, x.scalar_type());
   const int64_t count = g.num_statistics();
   const Tensor record = form.saves() ? Record::of(g) : Tensor();
@@ -130,11 +139,17 @@ std::tuple<Tensor, Tensor> apply(const Tensor& x, std::optional<Tensor> weight,
                                  std::optional<Tensor> bias, const Tensor& mean, const Tensor& var,
                                  int64_t bits, double eps) {
   const Form form{bits};
-  const Geometry g = geometry_of(x, axes_of(x, form));
-  expect_parameter(weight, g, 0);
-  expect_parameter(bias, g, 0);
-  expect_parameter(mean, g, 0);
-  expect_parameter(var, g, 0);
+  const Geometry g = in_order([&] {
+    Geometry found = geometry_of(x, axes_of(x, form));
+    expect(found.over_batch() && form.feature_dims() == 0,
+           "`form` must be one value per channel where the statistics are given: BATCH of "
+           "_ops/eager.py");
+    check::statistic("mean", mean, x, found);
+    check::statistic("var", var, x, found);
+    check::parameter("weight", weight, x, found, 0);
+    check::parameter("bias", bias, x, found, 0);
+    return found;
+  });
   const Tensor y = new_result(g, x.scalar_type());
   const Values<double> m(mean), v(var);
   Tensor record;
@@ -153,20 +168,22 @@ std::tuple<Tensor, Tensor> apply(const Tensor& x, std::optional<Tensor> weight,
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
                                             const Tensor& record, std::optional<Tensor> weight) {
-  expect(record.scalar_type() == ScalarType::Double && record.numel() > 2);
+  const auto [form, g] = in_order([&] {
+    const Form kept = Record::form(record);
+    Geometry found = geometry_of(x, axes_of(x, kept));
+    Record::expect_of(record, found);
+    check::gradient(grad, x, found);
+    check::parameter("weight", weight, x, found, kept.feature_dims());
+    return std::pair{kept, std::move(found)};
+  });
   const double* const mean = doubles(record);
-  const double* const end = mean + record.numel();
-  const Form form{int64_t(end[-1])};
-  const Geometry g = geometry_of(x, axes_of(x, form));
-  expect(record.numel() == Record::size(g));
-  expect_parameter(weight, g, form.feature_dims());
   const Params params(x, weight, g, form.feature_dims());
   std::optional<Tensor> of_x, of_weight, of_bias;
   if (form.bits & kInput) of_x = new_result(g, x.scalar_type());
   if (form.bits & kWeight) of_weight = params.gradient();
   if (form.bits & kBias) of_bias = params.gradient();
-  backward_into(grad, x, mean, mean + g.num_statistics(), weight, g, end[-2], form.fixed(), of_x,
-                of_weight, of_bias);
+  backward_into(grad, x, mean, mean + g.num_statistics(), weight, g, mean[Record::size(g) - 2],
+                form.fixed(), of_x, of_weight, of_bias);
   const auto found = [](const std::optional<Tensor>& t) { return t ? *t : Tensor(); };
   return {found(of_x), found(of_weight), found(of_bias)};
 }

@@ -90,33 +90,38 @@ template <class P, bool Gradient, bool Residual, class T, class Made, class Z>
 TN_INLINE void act_run(const ActInputs<T>& in, T* out, int64_t len, bool stream, const Made& made,
                        const Z& z_of) {
   constexpr int In = 1 + Gradient + Residual;
-  const auto step = [&](const ActInputs<T>& from, int64_t place, T* to, bool past_caches) TN_FLAT {
-#pragma GCC unroll 8
-    for (int j = 0; j < kStep; j += P::size) {
-      const P x = P::load(from.x + j);
-      P z;
-      if constexpr (Residual) {
-        const P residual = P::load(from.residual + j);
-        z = z_of(x, &residual, place + j);
-      } else {
-        z = z_of(x, nullptr, place + j);
-      }
-      P grad;
-      if constexpr (Gradient) grad = P::load(from.grad + j);
-      for (int k = 0; k < 2; ++k) {
-        if constexpr (Gradient)
-          z.v[k] = made.gradient(grad.v[k], z.v[k]);
-        else
-          z.v[k] = made.value(z.v[k]);
-      }
-      if (past_caches)
+  const auto pair = [&](const ActInputs<T>& from, int64_t place, int j) TN_FLAT {
+    const P x = P::load(from.x + j);
+    P z;
+    if constexpr (Residual) {
+      const P residual = P::load(from.residual + j);
+      z = z_of(x, &residual, place + j);
+    } else {
+      z = z_of(x, nullptr, place + j);
+    }
+    P grad;
+    if constexpr (Gradient) grad = P::load(from.grad + j);
+    for (int k = 0; k < 2; ++k) {
+      if constexpr (Gradient)
+        z.v[k] = made.gradient(grad.v[k], z.v[k]);
+      else
+        z.v[k] = made.value(z.v[k]);
+    }
+    return z;
+  };
+  const auto step = [&](const ActInputs<T>& from, int64_t place, T* to) TN_FLAT {
+    TN_UNROLL for (int j = 0; j < kStep; j += P::size) {
+      const P z = pair(from, place, j);
+      if (stream)
         P::stream(to + j, z);
       else
         P::store(to + j, z);
     }
   };
-  const auto edge = [&](const ActInputs<T>& from, int64_t place, T* to)
-                        __attribute__((noinline)) { step(from, place, to, false); };
+  const auto edge = [&](const ActInputs<T>& from, int64_t place, T* to) __attribute__((noinline)) {
+#pragma GCC unroll 1
+    for (int j = 0; j < kStep; j += P::size) P::store(to + j, pair(from, place, j));
+  };
   if (len < kStep) {
     Padded<T, kStep> copies[In], made_here;
     ActInputs<T> from{nullptr, Padded<T, kStep>::fill(copies[0], in.x, len, T{}), nullptr};
@@ -134,7 +139,7 @@ TN_INLINE void act_run(const ActInputs<T>& in, T* out, int64_t len, bool stream,
   const int64_t end = begin + (len - begin) / kStep * kStep;
   if (begin > 0) edge(in, 0, first.values);
   if (end < len) edge(in.from(len - kStep), len - kStep, last.values);
-  for (int64_t i = begin; i < end; i += kStep) step(in.from(i), i, out + i, stream);
+  for (int64_t i = begin; i < end; i += kStep) step(in.from(i), i, out + i);
   std::memcpy(out, first.values, size_t(begin) * sizeof(T));
   std::memcpy(out + end, last.values + (kStep - (len - end)), size_t(len - end) * sizeof(T));
 }

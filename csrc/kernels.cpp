@@ -1,40 +1,24 @@
-// The table of kernels.h, for one instruction set.
+// What one instruction set offers: the tables that kernels_*.cpp fill.
 #include "kernels.h"
 
-#include "kernel_activation.h"
-#include "kernel_elementwise.h"
-#include "kernel_gradients.h"
-#include "kernel_local_response.h"
-#include "kernel_local_response_exact.h"
-#include "kernel_moments.h"
-#include "simd.h"
+#include "masked_kernels.h"
 
 #if !defined(TRUENORM_ISA)
 #error "compile once per instruction set, with TRUENORM_ISA naming it"
 #endif
 
-namespace truenorm {
-namespace {
-
-template <class T>
-constexpr Kernels<T> kernels_of() {
-  return {
-      moments<T>,       column_moments<T>,  apply<T>,      apply_each<T>,      apply_row<T>,
-      act<T>,           act_each<T>,        act_row<T>,    grad_sums<T>,       column_grad_sums<T>,
-      row_grad_sums<T>, row_param_sums<T>,  grad_apply<T>, grad_apply_each<T>, grad_apply_row<T>,
-      grad_scale<T>,    grad_scale_each<T>, widen<T>,      narrow<T>,          response<T>,
-      response_exact<T>};
-}
-
-}  // namespace
-
 #define TN_STRING_(x) #x
 #define TN_STRING(x) TN_STRING_(x)
 
-namespace TRUENORM_ISA {
-extern const InstructionSet instruction_set;
-const InstructionSet instruction_set = {TN_STRING(TRUENORM_ISA), kernels_of<double>(),
-                                        kernels_of<float>(), kernels_of<bf16>(), kernels_of<f16>()};
-}  // namespace TRUENORM_ISA
+namespace truenorm::TRUENORM_ISA {
 
-}  // namespace truenorm
+extern const Kernels<double> f64;
+extern const Kernels<float> f32;
+extern const Kernels<bf16> bf;
+extern const Kernels<f16> hf;
+extern const MaskedSet masked_set;
+
+extern const InstructionSet instruction_set;
+const InstructionSet instruction_set = {TN_STRING(TRUENORM_ISA), &f64, &f32, &bf, &hf, &masked_set};
+
+}  // namespace truenorm::TRUENORM_ISA

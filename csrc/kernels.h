@@ -1,5 +1,6 @@
-// The inner loops, one table of function pointers per element type; kernels.cpp fills it once for
-// each instruction set. Nothing here knows of tensors, threads or layers.
+// The inner loops, one table of function pointers per element type; kernels_*.cpp fill them once
+// for each instruction set, and kernels.cpp puts them together. Nothing here knows of tensors,
+// threads or layers.
 //
 // Promises, kept by every function: moments are summed in float64; sums of gradients in the type
 // they are computed in, for eight steps at most, and then in float64; both over fixed lanes, so a
@@ -106,45 +107,28 @@ struct Kernels {
                          double* scratch, bool repairing);
 };
 
+struct MaskedSet;  // masked_kernels.h
+
 struct InstructionSet {
   const char* name;
-  Kernels<double> f64;
-  Kernels<float> f32;
-  Kernels<bf16> bf;
-  Kernels<f16> hf;
+  const Kernels<double>* f64;
+  const Kernels<float>* f32;
+  const Kernels<bf16>* bf;
+  const Kernels<f16>* hf;
+  const MaskedSet* masked;
 };
 
 template <class T>
 const Kernels<T>& table(const InstructionSet& set) {
   if constexpr (std::is_same_v<T, double>)
-    return set.f64;
+    return *set.f64;
   else if constexpr (std::is_same_v<T, float>)
-    return set.f32;
+    return *set.f32;
   else if constexpr (std::is_same_v<T, bf16>)
-    return set.bf;
+    return *set.bf;
   else
-    return set.hf;
+    return *set.hf;
 }
-
-#if defined(TRUENORM_X86)
-namespace avx2 {
-extern const InstructionSet instruction_set;
-}
-namespace avx512 {
-extern const InstructionSet instruction_set;
-}
-namespace baseline {
-extern const InstructionSet instruction_set;
-}
-#elif defined(__aarch64__)
-namespace neon {
-extern const InstructionSet instruction_set;
-}
-#else
-namespace baseline {
-extern const InstructionSet instruction_set;
-}
-#endif
 
 // The one in use: the best of this machine, or the one that TRUENORM_ISA names; null if it names
 // one that is not here.

@@ -42,10 +42,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor
                                            std::optional<Tensor> bias, int64_t num_groups,
                                            int64_t feature_dims, bool centred, double eps) {
   const Geometry g = geometry_of(x, {num_groups, feature_dims, centred});
+  check::has_values("forward", x, g);
+  check::parameter("weight", weight, x, g, feature_dims);
+  check::parameter("bias", bias, x, g, feature_dims);
   const Tensor y = new_result(g, x.scalar_type());
   const Tensor mean = empty(g.num_statistics(), ScalarType::Double);
   const Tensor var = empty(g.num_statistics(), ScalarType::Double);
-  STD_TORCH_CHECK(g.numel() > 0, "truenorm::forward takes no empty tensor: it has no moments");
   forward_into(x, weight, bias, g, eps, y, doubles(mean), doubles(var), false);
   return {y, mean, var};
 }
@@ -53,6 +55,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor
 Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& var, std::optional<Tensor> weight,
              std::optional<Tensor> bias, double eps) {
   const Geometry g = geometry_of(x, {0, 0, true});
+  check::statistic("mean", mean, x, g);
+  check::statistic("var", var, x, g);
+  check::parameter("weight", weight, x, g, 0);
+  check::parameter("bias", bias, x, g, 0);
   const Tensor y = new_result(g, x.scalar_type());
   if (g.numel() == 0) return y;
   const Values<double> m(mean), v(var);
@@ -66,6 +72,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
                                             int64_t num_groups, int64_t feature_dims, bool centred,
                                             double eps, bool fixed, int64_t needs) {
   const Geometry g = geometry_of(x, {num_groups, feature_dims, centred});
+  check::gradient(grad, x, g);
+  check::statistic("mean", mean, x, g);
+  check::statistic("var", var, x, g);
+  check::parameter("weight", weight, x, g, feature_dims);
+  check::needs(needs, kInput | kWeight | kBias);
   const Params params(x, weight, g, feature_dims);
   std::optional<Tensor> of_x, of_weight, of_bias;
   if (needs & kInput) of_x = new_result(g, x.scalar_type());
@@ -85,8 +96,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
 // Mean and biased variance per channel of (N, C, *), and no output.
 std::tuple<Tensor, Tensor> moments(const Tensor& x) {
   const Geometry g = geometry_of(x, {0, 0, true});
+  check::has_values("moments", x, g);
   const Tensor mean = empty(g.c, ScalarType::Double), var = empty(g.c, ScalarType::Double);
-  STD_TORCH_CHECK(g.numel() > 0, "truenorm::moments takes no empty tensor: it has no moments");
   const Tensor dense = laid_out(x, g);
   with_type(x, [&]<class T>(T) {
     run(Forward<T>{g, table<T>(kernels()), 0.0, static_cast<const T*>(dense.const_data_ptr()),
@@ -100,6 +111,12 @@ Tensor backward_of_part(const Tensor& grad, const Tensor& x, const Tensor& mean,
                         std::optional<Tensor> weight, const Tensor& mean_grad,
                         const Tensor& mean_grad_x_hat, double eps) {
   const Geometry g = geometry_of(x, {0, 0, true});
+  check::gradient(grad, x, g);
+  check::statistic("mean", mean, x, g);
+  check::statistic("var", var, x, g);
+  check::parameter("weight", weight, x, g, 0);
+  check::statistic("mean_grad", mean_grad, x, g);
+  check::statistic("mean_grad_x_hat", mean_grad_x_hat, x, g);
   const Tensor grad_x = new_result(g, x.scalar_type());
   if (g.numel() == 0) return grad_x;
   const Tensor dense_x = laid_out(x, g);
@@ -128,16 +145,19 @@ Tensor backward_of_part(const Tensor& grad, const Tensor& x, const Tensor& mean,
 void update_running(const Tensor& running_mean, const Tensor& running_var,
                     std::optional<Tensor> num_batches_tracked, const Tensor& x, const Tensor& mean,
                     const Tensor& var, std::optional<double> momentum) {
+  const int64_t channels = running_mean.numel();
+  check::running(running_mean, running_var, num_batches_tracked, !momentum, channels);
+  check::observed(mean, var, channels, x);
   if (mean.numel() == 0) return;
   const Values<double> means(mean), vars(var);
   // of x only the shape counts: how many values each new statistic spans
   move_both(running_mean, running_var, num_batches_tracked, means.get(), vars.get(),
-            mean.numel() / running_mean.numel(), x.numel() / mean.numel(),
-            momentum.value_or(std::nan("")));
+            mean.numel() / channels, x.numel() / mean.numel(), momentum.value_or(std::nan("")));
 }
 
 Tensor local_response(const Tensor& x, int64_t size, double alpha, double beta, double k) {
   const Geometry g = geometry_of(x, {0, 0, true});
+  check::window(size);
   Tensor y = new_result(g, x.scalar_type());
   if (g.numel() == 0) return y;
   const Tensor dense = laid_out(x, g);
@@ -151,6 +171,8 @@ Tensor local_response(const Tensor& x, int64_t size, double alpha, double beta, 
 Tensor local_response_backward(const Tensor& grad, const Tensor& x, int64_t size, double alpha,
                                double beta, double k) {
   const Geometry g = geometry_of(x, {0, 0, true});
+  check::window(size);
+  check::gradient(grad, x, g);
   Tensor grad_x = new_result(g, x.scalar_type());
   if (g.numel() == 0) return grad_x;
   const Tensor dense_x = laid_out(x, g);

@@ -36,7 +36,8 @@ void tiles(const Geometry& g, const Kernels<T>& kernels, const T* grad, const T*
   const ResponseTile whole{g.c, 0, rows ? g.s : 0, size, alpha / double(size), beta, k};
   const bool fast = in_float<T>(whole);
   const int64_t reach = std::min(size / 2, g.c - 1) + std::min(size - 1 - size / 2, g.c - 1);
-  const int64_t padded = rows ? size * ceil_div(width, kAligned) * kAligned
+  const int64_t window = std::min(size, kResponseSizes);  // of those that go to float
+  const int64_t padded = rows ? window * ceil_div(width, kAligned) * kAligned
                               : ceil_div(g.c, kAligned) * kAligned + 2 * kResponseSizes;
   const int64_t wide = 5 * ((g.c + reach) * (rows ? width : 1) + kAligned);
   parallel(samples * per_sample, width * g.c * (grad ? 8 : 4), [&](int64_t i) {

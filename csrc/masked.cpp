@@ -9,28 +9,12 @@
 
 namespace truenorm {
 
-const MaskedSet& masked_set() {
-  const InstructionSet* const used = &kernels();
-#if defined(TRUENORM_X86)
-  if (used == &avx512::instruction_set) return avx512::masked_set;
-  if (used == &avx2::instruction_set) return avx2::masked_set;
-  return baseline::masked_set;
-#elif defined(__aarch64__)
-  (void)used;
-  return neon::masked_set;
-#else
-  (void)used;
-  return baseline::masked_set;
-#endif
-}
+const MaskedSet& masked_set() { return *kernels().masked; }
 
 namespace {
 
 // In memory [N, S, C] batch statistics see the samples as one.
 Valid valid_of(const Tensor& mask, const Geometry& g) {
-  STD_TORCH_CHECK(
-      mask.scalar_type() == ScalarType::Bool && mask.is_contiguous() && mask.numel() == g.n * g.s,
-      "truenorm: a mask must be a contiguous boolean tensor (N, *positions)");
   const bool channels = g.memory == Memory::channels, one = channels && g.over_batch();
   return Valid(static_cast<const bool*>(mask.const_data_ptr()), one ? 1 : g.n,
                one ? g.n * g.s : g.s, channels);
@@ -81,6 +65,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
                                                    std::optional<Tensor> bias, int64_t num_groups,
                                                    double eps, double padding_value) {
   const Geometry g = geometry_of(x, {num_groups, 0, true});
+  check::has_values("masked_forward", x, g);
+  check::mask(mask, x, g);
+  check::parameter("weight", weight, x, g, 0);
+  check::parameter("bias", bias, x, g, 0);
   const Tensor y = new_result(g, x.scalar_type());
   const int64_t statistics = g.num_statistics();
   const Tensor mean = empty(statistics, ScalarType::Double),
@@ -96,6 +84,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
                                             std::optional<Tensor> weight, int64_t num_groups,
                                             double eps, int64_t needs) {
   const Geometry g = geometry_of(x, {num_groups, 0, true});
+  check::has_values("masked_backward", x, g);
+  check::gradient(grad, x, g);
+  check::mask(mask, x, g);
+  check::statistic("mean", mean, x, g);
+  check::statistic("var", var, x, g);
+  check::parameter("weight", weight, x, g, 0);
+  check::needs(needs, kInput | kWeight | kBias);
   const Valid valid = valid_of(mask, g);
   const Tensor dense_x = laid_out(x, g), dense_grad = laid_out_like(x, grad, g);
   const Params params(x, weight, g, 0);

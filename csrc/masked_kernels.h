@@ -52,24 +52,4 @@ const MaskedKernels<T>& masked_table() {
     return masked_set().hf;
 }
 
-#if defined(TRUENORM_X86)
-namespace avx2 {
-extern const MaskedSet masked_set;
-}
-namespace avx512 {
-extern const MaskedSet masked_set;
-}
-namespace baseline {
-extern const MaskedSet masked_set;
-}
-#elif defined(__aarch64__)
-namespace neon {
-extern const MaskedSet masked_set;
-}
-#else
-namespace baseline {
-extern const MaskedSet masked_set;
-}
-#endif
-
 }  // namespace truenorm

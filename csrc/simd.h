@@ -40,6 +40,7 @@ typedef uint16_t vus __attribute__((vector_size(kBytes)));
 typedef uint16_t vh __attribute__((vector_size(kBytes / 2)));
 // as many narrow elements as there are doubles in a vector
 typedef float vf_half __attribute__((vector_size(kBytes / 2)));
+typedef int32_t vi_half __attribute__((vector_size(kBytes / 2)));
 typedef uint32_t vu_half __attribute__((vector_size(kBytes / 2)));
 typedef uint16_t vh_half __attribute__((vector_size(kBytes / 4)));
 
@@ -55,44 +56,47 @@ TN_INLINE void store_raw(T* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
-// ---- scalar float16, for instruction sets without a conversion
-
-TN_INLINE float half_to_float(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000u) << 16;
-  const uint32_t magnitude = h & 0x7fffu;
-  uint32_t bits;
-  if (magnitude >= 0x7c00u) {
-    bits = 0x7f800000u | (magnitude & 0x3ffu) << 13;
-  } else if (magnitude >= 0x400u) {
-    bits = (magnitude << 13) + 0x38000000u;
-  } else {
-    const float subnormal = float(magnitude) * 0x1p-24f;
-    std::memcpy(&bits, &subnormal, 4);
-  }
-  bits |= sign;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
+TN_INLINE float to_float(uint32_t v) { return float(v); }
+TN_INLINE vf to_float(vu v) { return __builtin_convertvector((vi)v, vf); }
+TN_INLINE vf_half to_float(vu_half v) {
+  return __builtin_convertvector((vi_half)v, vf_half);  // less than 2^31, which takes fewer steps
 }
 
-TN_INLINE uint16_t float_to_half(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
-  bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return sign | 0x7e00u;
-  if (bits >= 0x47800000u) return sign | 0x7c00u;  // 65536 and above
-  if (bits < 0x38800000u) {                        // below the smallest normal, 2^-14
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    // adding 2^-1 aligns the last half bit with the last float bit: the addition rounds to even
-    const float aligned = magnitude + 0.5f;
-    uint32_t aligned_bits;
-    std::memcpy(&aligned_bits, &aligned, 4);
-    return sign | uint16_t(aligned_bits - 0x3f000000u);
-  }
-  bits += 0xfffu + (bits >> 13 & 1u);
-  return sign | uint16_t((bits - 0x38000000u) >> 13);
+template <class To, class From>
+TN_INLINE To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// ---- float16 for instruction sets without a conversion, one value or a vector of them: what may
+// be is computed, and then chosen from, since a branch for every lane takes longer
+
+// U: 32 bits for each value, the half's in the lower ones; signed ones compare faster.
+template <class V, class I, class U>
+TN_INLINE V half_to_float(U h) {
+  const U sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+  const I size = bits_of<I>(magnitude);
+  const U subnormal = bits_of<U>(V(to_float(magnitude) * 0x1p-24f));
+  const U scaled = magnitude << 13;
+  const U normal = size >= 0x7c00 ? scaled + 0x70000000u : scaled + 0x38000000u;
+  const U bits = size >= 0x400 ? normal : subnormal;
+  return bits_of<V>(U(bits | sign));
+}
+
+template <class U, class I, class V>
+TN_INLINE U float_to_half(V f) {
+  const U all = bits_of<U>(f), sign = all >> 16 & 0x8000u, bits = all & 0x7fffffffu;
+  const I size = bits_of<I>(bits);
+  // below the smallest normal, 2^-14, adding 2^-1 aligns the last half bit with the last float bit:
+  // the addition rounds to even
+  const U small = bits_of<U>(V(bits_of<V>(bits) + 0.5f)) - 0x3f000000u;
+  const U normal = (bits + 0xfffu + (bits >> 13 & 1u) - 0x38000000u) >> 13;
+  const U none = U{} + 0x7e00u, infinite = U{} + 0x7c00u;
+  const U finite = size < 0x38800000 ? small : normal;
+  const U number = size >= 0x47800000 ? infinite : finite;  // 65536 and above
+  return sign | (size > 0x7f800000 ? none : number);
 }
 
 TN_INLINE vd widen_half(vf_half v) {
@@ -235,9 +239,7 @@ struct Lane<f16> {
 #elif defined(__F16C__)
     return (vf)_mm256_cvtph_ps(load_raw<__m128i>(p));
 #else
-    vf v;
-    for (int i = 0; i < F; ++i) v[i] = half_to_float(p[i].bits);
-    return v;
+    return half_to_float<vf, vi>(widen_bits(load_raw<vh>(p)));
 #endif
   }
   TN_INLINE void store(f16* p, V v) {
@@ -247,7 +249,7 @@ struct Lane<f16> {
 #elif defined(__F16C__)
     store_raw(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-    for (int i = 0; i < F; ++i) p[i].bits = float_to_half(v[i]);
+    store_raw(p, narrow_bits(float_to_half<vu, vi>(v)));
 #endif
   }
   TN_INLINE vd load_double(const f16* p) {
@@ -256,9 +258,7 @@ struct Lane<f16> {
 #elif defined(__F16C__)
     return widen_half((vf_half)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)));
 #else
-    vd v;
-    for (int i = 0; i < D; ++i) v[i] = double(half_to_float(p[i].bits));
-    return v;
+    return widen_half(half_to_float<vf_half, vi_half>(widen_bits_half(load_raw<vh_half>(p))));
 #endif
   }
   TN_INLINE void store_double(f16* p, vd v) {
@@ -270,7 +270,8 @@ struct Lane<f16> {
         _mm_cvtps_ph((__m128)narrowed, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storel_epi64((__m128i*)p, half);
 #else
-    for (int i = 0; i < D; ++i) p[i].bits = float_to_half(narrowed[i]);
+    const vu_half bits = float_to_half<vu_half, vi_half>(narrowed);
+    store_raw(p, __builtin_convertvector(bits, vh_half));
 #endif
   }
 };
@@ -353,7 +354,9 @@ TN_INLINE double to_double(bf16 value) {
   std::memcpy(&f, &bits, 4);
   return double(f);
 }
-TN_INLINE double to_double(f16 value) { return double(half_to_float(value.bits)); }
+TN_INLINE double to_double(f16 value) {
+  return double(half_to_float<float, int32_t>(uint32_t(value.bits)));
+}
 
 // Fewer than N values, padded with `fill`, so that one vector code serves them too.
 template <class T, int N = kLanes>

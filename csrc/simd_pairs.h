@@ -9,6 +9,14 @@ namespace {
 constexpr int kStep = 32;  // values that the inner loops take side by side
 constexpr uintptr_t kLine = 64;
 
+// A step, pair by pair: side by side where these are a few instructions. Without fused operations a
+// pair of half precision is hundreds, which gain nothing by it and take the compiler a minute.
+#if defined(TRUENORM_X86) && !defined(__FMA__)
+#define TN_UNROLL _Pragma("GCC unroll 1")
+#else
+#define TN_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 // Past the caches; `p` on a vector's boundary.
 template <class T, class V>
 TN_INLINE void store_streaming(T* p, V v) {

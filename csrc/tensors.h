@@ -9,10 +9,16 @@
 
 #include <optional>
 
+#include "checks.h"
 #include "layers.h"
 #include "parallel.h"
 
 namespace truenorm {
+
+// its name up to torch 2.11
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -81,6 +87,7 @@ namespace {
 }
 
 [[maybe_unused]] Geometry geometry_of(const Tensor& x, const Axes& axes) {
+  check::input(x, axes);
   return geometry(x.sizes().data(), x.strides().data(), x.dim(), axes);
 }
 

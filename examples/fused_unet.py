@@ -6,10 +6,12 @@ in each block. `convert` and `fuse` make each norm, its sum and its activation o
 the same, the picture is as clean.
 
     python examples/fused_unet.py
+    python examples/fused_unet.py --size 48
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 import time
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 import truenorm
 
-STEPS, SIZE, NOISE = 24, 96, 0.15
+NOISE = 0.15
 
 
 class Block(nn.Module):
@@ -64,22 +66,24 @@ class UNet(nn.Module):
         return x - noise
 
 
-def photographs() -> Tensor:
-    """Pieces of scikit-learn's two photographs, in [0, 1]."""
+def photographs(size: int) -> Tensor:
+    """Square pieces of scikit-learn's two photographs, in [0, 1]."""
     pieces = []
     for photo in load_sample_images().images:
         image = torch.tensor(photo).permute(2, 0, 1) / 255
-        tiles = image.unfold(1, SIZE, SIZE).unfold(2, SIZE, SIZE)
+        tiles = image.unfold(1, size, size).unfold(2, size, size)
         pieces.append(tiles.permute(1, 2, 0, 3, 4).flatten(0, 1))
     return torch.cat(pieces)
 
 
-def train(model: nn.Module, clean: Tensor, recompute: bool) -> tuple[list[float], float]:
+def train(
+    model: nn.Module, clean: Tensor, steps: int, recompute: bool
+) -> tuple[list[float], float]:
     """Losses, and the median seconds of a step."""
     torch.manual_seed(1)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses, seconds = [], []
-    for _ in range(STEPS):
+    for _ in range(steps):
         chosen = clean[torch.randint(len(clean), (8,))]
         noisy = chosen + NOISE * torch.randn_like(chosen)
         start = time.perf_counter()
@@ -97,8 +101,12 @@ def train(model: nn.Module, clean: Tensor, recompute: bool) -> tuple[list[float]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="A U-Net as it is written, fused, recomputed.")
+    parser.add_argument("--steps", type=int, default=24, help="steps of training (24)")
+    parser.add_argument("--size", type=int, default=96, help="height and width of a piece (96)")
+    given = parser.parse_args()
     torch.manual_seed(0)
-    pieces = photographs()
+    pieces = photographs(given.size)
     unseen, clean = pieces[::5], torch.cat([pieces[k::5] for k in range(1, 5)])
     written = UNet()
     fused = truenorm.fuse(truenorm.convert(copy.deepcopy(written)))
@@ -108,7 +116,7 @@ def main() -> None:
     print(f"{len(clean)} pieces of photographs, {len(unseen)} unseen; noise {before:.4f}")
     times = {}
     for name, model in (("as written", written), ("fused", fused), ("recomputed", lean)):
-        losses, times[name] = train(model, clean, recompute=name == "recomputed")
+        losses, times[name] = train(model, clean, given.steps, name == "recomputed")
         with torch.no_grad():
             left = F.mse_loss(model(noisy), unseen).item()
         faster = times["as written"] / times[name]

@@ -124,6 +124,14 @@ def uses_running(layer: Any) -> bool:
     return not layer.training and layer.running_mean is not None
 
 
+def eps_of_torch(dtype: torch.dtype) -> float:
+    """What torch's own rms_norm takes for eps=None: x / y of a value whose square is nothing."""
+    x = torch.full((1,), 2.0**-14 if dtype.itemsize == 2 else 2.0**-40, dtype=dtype)
+    y = torch.nn.functional.rms_norm(x, (1,))
+    # an epsilon is a power of two, which the output's rounding hides
+    return float(2.0 ** round(float((2.0 * (x / y).abs().double().log2()).item())))
+
+
 def exact(layer: Any, x: Tensor, grad: Tensor) -> Result:
     """What the float64 reference says the layer gives."""
     weight, bias = _parameter(layer, "weight"), _parameter(layer, "bias")

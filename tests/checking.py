@@ -18,7 +18,7 @@ def check_layer(
     wanted: the reference's, where the caller has it already.
     """
     if grad is None:
-        grad = torch.randn(x.shape, dtype=torch.float64).to(x.dtype)
+        grad = torch.randn(x.shape, dtype=torch.float64).to(x)
     wanted = exact(layer, x, grad) if wanted is None else wanted
     got = run(layer, x, grad)
     assert got.output.dtype == x.dtype

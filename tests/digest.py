@@ -1,58 +1,230 @@
-"""Prints a digest of what every layer computes; test_kernels.py runs it per instruction set."""
+"""Prints a digest of the bits that every layer computes, a line for each kind of input.
+
+test_instruction_sets.py runs it once under each instruction set. What the tests of the promises
+hold of one set's results then holds of all, so the inputs here are theirs: promises.py has them.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
-from promises import CASES, bits, layouts
+from cases import run
+from promises import (
+    CASES,
+    LARGE,
+    LARGEST,
+    NOT_FINITE,
+    OFFSETS,
+    SCALES,
+    Drawn,
+    alone_and_among,
+    at_offset,
+    at_scale,
+    cancelling_channels,
+    cancelling_rows,
+    layouts,
+    misaligned,
+    not_finite,
+    over_float16,
+    rounded_together,
+    same_values,
+    trainings,
+)
+from torch import Tensor
 
 import truenorm
+import truenorm.functional as F
 from truenorm._ops.masked import masked_backward, masked_forward
 
-torch.manual_seed(3)
-digest = hashlib.sha256()
-for case in CASES:
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        layer = case.build(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        for name in ("contiguous", "channels_last"):
-            place = layouts(case.shape).get(name, torch.clone)
-            x, grad = place(case.input(dtype)), torch.randn(case.shape).to(dtype)
-            for part in bits(layer, x, grad):
-                digest.update(part.numpy().tobytes())
-# what float32 cannot hold beside what it can: the results of two kernels in one tile
-layer = truenorm.LocalResponseNorm(5, alpha=0.3)
-x = torch.randn(2, 19, 301) * 10.0 ** torch.empty(2, 19, 301).uniform_(-30, 30)
-for part in bits(layer, x, torch.randn(2, 19, 301)):
-    digest.update(part.numpy().tobytes())
-# lengths, random positions, and runs of a few, in short rows and long ones
-for shape in ((3, 5, 37), (4, 3, 5000), (3, 70, 23, 31)):
-    size = torch.Size(shape[2:]).numel()
-    lengths = torch.arange(size) < torch.tensor([size, 5, size // 2, 0])[: shape[0], None]
-    few = (torch.arange(size) // 20 % 3 == 1).repeat(shape[0], 1)
-    for mask in (lengths, torch.rand(shape[0], size) < 0.5, few):
-        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            for groups in (0, 1, shape[1]):
-                for offset in (0.0, 30.0):
-                    for place in layouts(shape).values():
-                        x = place((torch.randn(shape) + offset).to(dtype))
-                        made = masked_forward(x, mask, None, None, groups, 1e-5, 1.5)
-                        found = masked_backward(x, x, mask, *made[1:3], None, groups, 1e-5, 7)
-                        for part in (*made, *found):
-                            digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
-# each activation, with and without a residual, by rows, by columns and element by element
-for act in range(9):
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        for make, shape in (("BatchNorm2d", (3, 70, 9, 7)), ("LayerNorm", (5, 131))):
-            for place in layouts(shape).values():
+Parts = Iterator[Iterable[Tensor | None]]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+KINDS: dict[str, Callable[[], Parts]] = {}
+
+
+def kind(function: Callable[[], Parts]) -> Callable[[], Parts]:
+    KINDS[function.__name__] = function
+    return function
+
+
+def layer_parts(layer: Any, x: Tensor, grad: Tensor) -> list[Tensor | None]:
+    """Output, gradients and running statistics, from a fixed state."""
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    parts = [*run(layer, x, grad), *(value.clone() for value in layer.state_dict().values())]
+    layer.load_state_dict(state)
+    return parts
+
+
+def everywhere(drawn: Drawn) -> Parts:
+    """In every layout, in training and, where that is another thing, in evaluation."""
+    case, layer, x, grad = drawn
+    for training in trainings(case):
+        layer.train(training)
+        for place in layouts(x.shape).values():
+            yield layer_parts(layer, place(x), place(grad))
+
+
+@kind
+def plain() -> Parts:
+    for case in CASES:
+        for dtype in DTYPES:
+            layer = case.build(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            grad = torch.randn(case.shape, dtype=torch.float64).to(dtype)
+            yield from everywhere(Drawn(case, layer, case.input(dtype), grad))
+
+
+@kind
+def offsets() -> Parts:
+    for case in CASES:
+        for offset in OFFSETS:
+            yield from everywhere(at_offset(case, offset))
+
+
+@kind
+def scales() -> Parts:
+    for case in CASES:
+        for scale in SCALES:
+            yield from everywhere(at_scale(case, scale))
+        for largest in LARGEST:
+            yield from everywhere(over_float16(case, largest))
+    # what float32 cannot hold beside what it can: the results of two kernels in one tile
+    layer = truenorm.LocalResponseNorm(5, alpha=0.3)
+    x = torch.randn(2, 19, 301) * 10.0 ** torch.empty(2, 19, 301).uniform_(-30, 30)
+    yield layer_parts(layer, x, torch.randn(2, 19, 301))
+
+
+@kind
+def nan_and_infinity() -> Parts:
+    for case in CASES:
+        for bad in NOT_FINITE:
+            for dtype in (torch.float32, *HALVES):
+                yield from everywhere(not_finite(case, bad, dtype)[0])
+
+
+@kind
+def alignments() -> Parts:
+    for case in CASES:
+        for dtype in (torch.float32, torch.bfloat16):
+            layer, x, grad = case.build(), case.input(dtype), torch.randn(case.shape).to(dtype)
+            for elsewhere in misaligned(x):
+                yield layer_parts(layer, elsewhere, grad)
+
+
+@kind
+def batches() -> Parts:
+    for case in CASES:
+        for dtype in (torch.float64, torch.float32):
+            for pair in alone_and_among(case, dtype):
+                for drawn in pair:
+                    drawn.layer.train("Batch" not in case.layer)
+                    yield layer_parts(drawn.layer, drawn.x, drawn.grad)
+
+
+@kind
+def past_the_caches() -> Parts:
+    for case in LARGE:
+        layer = case.build().eval()
+        for dtype in (torch.float32, torch.bfloat16):
+            shape = (case.shape[0] * (4 // dtype.itemsize), *case.shape[1:])
+            x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+            yield layer_parts(layer, x, grad)
+            if len(shape) > 2:
+                last = {"memory_format": torch.channels_last}
+                yield layer_parts(layer, x.contiguous(**last), grad.contiguous(**last))
+
+
+@kind
+def half_precision() -> Parts:
+    for dtype in HALVES:
+        for offset in (0.0, 0.4, 40.0):
+            x, weight, bias = cancelling_rows(dtype, offset)
+            yield (F.layer_norm(x, (96,), weight, bias),)
+            x, weight, bias = cancelling_channels(dtype, offset)
+            for place in layouts(x.shape).values():
+                yield (F.batch_norm(place(x), None, None, weight, bias, training=True),)
+        x, weight, bias = same_values(dtype)
+        yield (F.instance_norm(x, weight=weight, bias=bias),)
+    layer, x = rounded_together()
+    yield (layer(x).detach(),)
+
+
+@kind
+def masked() -> Parts:
+    # lengths, random positions, and runs of a few, in short rows and long ones
+    for shape in ((3, 5, 37), (4, 3, 5000), (3, 70, 23, 31)):
+        size = torch.Size(shape[2:]).numel()
+        lengths = torch.arange(size) < torch.tensor([size, 5, size // 2, 0])[: shape[0], None]
+        few = (torch.arange(size) // 20 % 3 == 1).repeat(shape[0], 1)
+        for mask in (lengths, torch.rand(shape[0], size) < 0.5, few):
+            for dtype in DTYPES:
+                for groups in (0, 1, shape[1]):
+                    for offset in (0.0, 30.0):
+                        x = (torch.randn(shape) + offset).to(dtype)
+                        for place in layouts(shape).values():
+                            yield from masked_parts(place(x), mask, groups)
+            # what a mask leaves out may be anything, and what it leaves in too
+            for bad in NOT_FINITE:
+                x = torch.randn(shape)
+                x[1, 1] = bad
+                x.flatten(2).transpose(0, 1)[:, ~mask] = bad
+                for place in layouts(shape).values():
+                    yield from masked_parts(place(x), mask, shape[1])
+
+
+def masked_parts(x: Tensor, mask: Tensor, groups: int) -> Parts:
+    made = masked_forward(x, mask, None, None, groups, 1e-5, 1.5)
+    yield made
+    yield masked_backward(x, x, mask, *made[1:3], None, groups, 1e-5, 7)
+
+
+@kind
+def activated() -> Parts:
+    # each activation, with and without a residual, by rows, by columns and element by element
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1e-40, 3e38, -3e38])
+    for act in range(9):
+        for dtype in DTYPES:
+            for make, shape in (("BatchNorm2d", (3, 70, 9, 7)), ("LayerNorm", (5, 131))):
                 axes = (0, 0, True) if make == "BatchNorm2d" else (1, 1, True)
-                x, r = (place((4 * torch.randn(shape)).to(dtype)) for _ in range(2))
-                for residual in (r, None) if act else (r,):
-                    forward = torch.ops.truenorm.forward_act.default
-                    backward = torch.ops.truenorm.backward_act.default
-                    given = x, None, None, residual, *axes, 1e-5, act, 0.3
-                    y, mean, var = forward(*given)
-                    parts = r, x, mean, var, None, None, residual, *axes, 1e-5, False, act, 0.3
-                    for part in (y, *backward(*parts, 15 if residual is not None else 7)):
-                        digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
-print(digest.hexdigest())
+                for hard in (False, True):
+                    x, r = ((4 * torch.randn(shape)).to(dtype) for _ in range(2))
+                    if hard:
+                        r.view(-1)[11 : 11 + 8] = special.to(dtype)
+                        x.view(-1)[-8:] = special.to(dtype)
+                    for place in layouts(shape).values():
+                        for residual in (place(r), None) if act else (place(r),):
+                            yield from activated_parts(place(x), place(r), residual, axes, act)
+
+
+def activated_parts(
+    x: Tensor, grad: Tensor, residual: Tensor | None, axes: tuple[int, int, bool], act: int
+) -> Parts:
+    forward = torch.ops.truenorm.forward_act.default
+    backward = torch.ops.truenorm.backward_act.default
+    y, mean, var = forward(x, None, None, residual, *axes, 1e-5, act, 0.3)
+    yield (y,)
+    given = grad, x, mean, var, None, None, residual, *axes, 1e-5, False, act, 0.3
+    yield backward(*given, 15 if residual is not None else 7)
+
+
+def add(digest: Any, part: Tensor | None) -> None:
+    if part is None:
+        return
+    part = part.detach().contiguous()
+    if part.is_floating_point() and bool(part.isnan().any()):
+        # that it is a NaN is promised, and not which one of the many
+        part = torch.where(part.isnan(), torch.nan, part)
+    digest.update(part.view(-1).view(torch.uint8).numpy())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name, make in KINDS.items():
+        torch.manual_seed(3)
+        found = hashlib.sha256()
+        for parts in make():
+            for part in parts:
+                add(found, part)
+        print(name, found.hexdigest(), flush=True)

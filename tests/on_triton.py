@@ -1,8 +1,9 @@
 """Layers on the Triton kernels: on the GPU where there is one, else in Triton's interpreter.
 
-`DEVICE` is where tensors must be. `triton_kernels()` routes truenorm's operators to the kernels
-while it is open, on a CPU, whose own kernels would otherwise serve them. `small_tiles()` cuts small
-cases into as many tiles, chunks and programs as large ones.
+`DEVICE` is where tensors must be; with TRUENORM_TESTS_PRETEND=1 a GPU that is pretended, which
+shows what in these tests would fail on a real one. `triton_kernels()` routes truenorm's operators
+to the kernels while it is open, on a CPU, whose own kernels would otherwise serve them.
+`small_tiles()` cuts small cases into as many tiles, chunks and programs as large ones.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from truenorm._ops import operators
 
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+PRETENDS = os.environ.get("TRUENORM_TESTS_PRETEND") == "1" and not HAS_CUDA
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
+if PRETENDS:
+    from pretended import DEVICE, held
 
 if os.environ.get("FAIL_WITHOUT_CUDA") == "1" and not HAS_CUDA:
     raise RuntimeError("FAIL_WITHOUT_CUDA=1, and torch sees no CUDA device on this machine")
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+needs_gpu = pytest.mark.skipif(not (HAS_CUDA or PRETENDS), reason="needs a GPU, or one pretended")
 needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")
 
 
@@ -72,16 +77,45 @@ class _Routed(TorchDispatchMode):
 
 
 @contextmanager
+def launches() -> Iterator[None]:
+    """Kernels are given what is as aligned as torch's allocator makes it: what Triton compiles for
+    anything else adds up in another order.
+    """
+    if HAS_CUDA:
+        yield
+        return
+    import numpy as np
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        for name, value in given.items():
+            # running statistics are the layer's own, wherever they lie, and not added up
+            if isinstance(value, torch.Tensor) and self.fn.__name__ != "update_running":
+                assert value.data_ptr() % 16 == 0, (self.fn.__name__, name)
+        if PRETENDS:
+            for name, value in given.items():
+                assert not isinstance(value, torch.Tensor) or value.device == DEVICE, name
+            args = tuple(map(held, args))
+        # numpy warns of what a GPU computes in silence: Inf and NaN, the lanes outside a mask
+        with np.errstate(all="ignore"):
+            launch(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", checked)
+        yield
+
+
+@contextmanager
 def triton_kernels() -> Iterator[None]:
     """truenorm's operators run the Triton kernels, and did so at least once."""
     if HAS_CUDA:
         assert truenorm.info().cuda == "triton"
         yield
         return
-    import numpy as np
-
-    # numpy warns of what a GPU computes in silence: Inf and NaN, and the lanes outside a mask
-    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"), _Routed() as mode:
+    with pytest.MonkeyPatch.context() as patch, launches(), _Routed() as mode:
         patch.setattr(_triton, "why_plain", lambda index: "")
         yield
     assert mode.served

@@ -1,14 +1,19 @@
-"""What the tests of the numerical promises share: shapes that reach every path of the kernels."""
+"""What the tests of the numerical promises and digest.py share: shapes that reach every path of the
+kernels, and the inputs on which a promise is hard to keep.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from cases import AFFINE, LAYOUTS, Case, run
 from torch import Tensor
+
+import truenorm
+from truenorm import reference
 
 FIXED = {"affine": True, "track_running_stats": True}
 
@@ -65,6 +70,20 @@ IDS = [case.id for case in CASES]
 # layers whose result for a sample must not depend on the others in the batch
 ALONE = [case for kind in ("instance", "group", "trailing", "response") for case in SHAPES[kind]]
 
+# Results of 32 MiB and more are written past the caches. The same samples fewer at a time are not.
+LARGE = [
+    Case("InstanceNorm2d", (16,), AFFINE, (10, 16, 237, 239)),
+    Case("GroupNorm", (3, 33), {}, (21, 33, 113, 115)),
+    Case("LayerNorm", ((1001,),), {}, (8900, 1001)),
+    Case("BatchNorm2d", (37,), {}, (30, 37, 87, 91)),
+]
+
+OFFSETS = (1e2, 1e4, 1e6)
+SCALES = (1e-30, 1e-18, 1e18, 1e30)
+# the largest absolute values of inputs that span float16's range, or lie at its lower end
+LARGEST = (65504.0, 1.0, 6e-5)
+NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
+
 
 def layouts(shape: tuple[int, ...]) -> dict[str, Callable[[Tensor], Tensor]]:
     """Those layouts that differ for this rank."""
@@ -99,3 +118,105 @@ def bits(layer: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+# ------------------------------------------------------------- inputs
+
+
+class Drawn(NamedTuple):
+    """A layer with an input for it and a gradient of its output."""
+
+    case: Case
+    layer: Any
+    x: Tensor
+    grad: Tensor
+
+
+def at_offset(case: Case, offset: float) -> Drawn:
+    layer = case.build()
+    if "Batch" in case.layer:
+        # evaluation against statistics of data like this: running_mean far from zero too
+        layer.running_mean.normal_(offset)
+    return Drawn(case, layer, case.input(offset=offset), torch.randn(case.shape))
+
+
+def at_scale(case: Case, scale: float) -> Drawn:
+    layer = case.build()
+    if "Local" not in case.layer:
+        # an eps that leaves values of this size their own variance
+        layer.eps = 1e-5 * scale * scale
+    x = (case.input(torch.float64) * scale).float()
+    return Drawn(case, layer, x, torch.randn(case.shape))
+
+
+def over_float16(case: Case, largest: float) -> Drawn:
+    layer = case.build()
+    if "Local" not in case.layer:
+        layer.eps = 1e-5 * min(largest, 1.0) ** 2
+    x = torch.empty(case.shape).uniform_(-largest, largest).half()
+    # the input's gradient is of the size of grad / x: of 1, so that float16 can hold it
+    return Drawn(case, layer, x, (torch.randn(case.shape) * largest / 8).half())
+
+
+def not_finite(
+    case: Case, bad: float, dtype: torch.dtype = torch.float32
+) -> tuple[Drawn, Tensor, tuple[int, ...]]:
+    """One bad value among others: with the clean input, and where it is."""
+    layer, clean, grad = case.build(), case.input(dtype), torch.randn(case.shape).to(dtype)
+    spoilt, where = clean.clone(), tuple(size // 2 for size in case.shape)
+    spoilt[where] = bad
+    return Drawn(case, layer, spoilt, grad), clean, where
+
+
+def misaligned(x: Tensor) -> Iterator[Tensor]:
+    """The same values at twenty places in memory."""
+    for shift in range(20):
+        yield x.new_empty(x.numel() + shift)[shift:].view(x.shape).copy_(x)
+
+
+def alone_and_among(case: Case, dtype: torch.dtype) -> Iterator[tuple[Drawn, Drawn]]:
+    """A sample by itself, and as the last one of a batch, in every layout."""
+    layer = case.build(dtype=dtype)
+    others = torch.randn(6, *case.shape[1:], dtype=dtype) * 1e3
+    for place in layouts(case.shape).values():
+        x, grad = case.input(dtype)[:1], torch.randn(1, *case.shape[1:], dtype=dtype)
+        yield (
+            Drawn(case, layer, place(x), place(grad)),
+            Drawn(case, layer, place(torch.cat([others, x])), place(torch.cat([others, grad]))),
+        )
+
+
+def cancelling_rows(dtype: torch.dtype, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, weight and bias of a LayerNorm(96) that leaves half of its rows next to nothing."""
+    x = torch.randn(64, 96)
+    # the same few values in every row, so that one bias per column takes all of them to nearly zero
+    x[::2] = x[0]
+    x = (x + offset).to(dtype)
+    weight = torch.randn(96).to(dtype).float()
+    x_hat = reference.layer_norm(x.double(), (96,))
+    # a float32 bias that leaves of each row's output what float32 cannot hold beside it
+    bias = -(x_hat[0] * weight)
+    return x, weight, bias.float()
+
+
+def cancelling_channels(dtype: torch.dtype, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a BatchNorm: one value of each channel comes out as next to nothing."""
+    x = (torch.randn(5, 70, 9, 11) + offset).to(dtype)
+    x_hat = reference.batch_norm(x.double(), None, None, None, None, training=True)
+    weight = torch.randn(70)
+    return x, weight, (-(x_hat[0, :, 0, 0] * weight)).float()
+
+
+def same_values(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Channels of one value each, weight and bias of an InstanceNorm."""
+    x = torch.tensor([0.05, 3.0, 1234.5, -0.7]).to(dtype).view(1, 4, 1, 1).expand(3, 4, 5, 7)
+    return x.contiguous(), torch.randn(4), torch.randn(4)
+
+
+def rounded_together() -> tuple[Any, Tensor]:
+    # x · weight + bias = 2^24 + 2^16 + 1 + 2^-30: just above half way between two floats, which are
+    # half way and above half way between two bfloat16. In double it is exactly half way.
+    layer = truenorm.BatchNorm1d(1, eps=0.0).eval()
+    layer.weight.data.fill_(16519105 / 2**24)
+    layer.bias.data.fill_(2**24 + 2**16)
+    return layer, torch.full((40, 1), 1.015625, dtype=torch.bfloat16)

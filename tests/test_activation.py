@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case
+from cases import CASES, Case, eps_of_torch
 from tolerances import relative
 from torch import Tensor
 
@@ -23,8 +23,8 @@ ONE = next(case for case in LAYERS if case.layer == "BatchNorm2d")
 FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
     "relu": ({}, lambda z: z.clamp(min=0)),
     "relu6": ({}, lambda z: z.clamp(0, 6)),
-    "leaky_relu": ({"negative_slope": 0.2}, lambda z: torch.where(z > 0, z, 0.2 * z)),
-    "elu": ({"alpha": 0.7}, lambda z: torch.where(z > 0, z, 0.7 * (z.clamp(max=0).exp() - 1))),
+    "leaky_relu": ({"leaky_relu_slope": 0.2}, lambda z: torch.where(z > 0, z, 0.2 * z)),
+    "elu": ({"elu_alpha": 0.7}, lambda z: torch.where(z > 0, z, 0.7 * (z.clamp(max=0).exp() - 1))),
     "gelu": ({}, lambda z: z * 0.5 * (1 + torch.erf(z * 0.5**0.5))),
     "silu": ({}, lambda z: z / (1 + (-z).exp())),
     "hardswish": ({}, lambda z: z * (z + 3).clamp(0, 6) / 6),
@@ -52,7 +52,7 @@ def test_against_the_formula(case: Case, training: bool, residual: bool) -> None
     if case.layer == "SyncBatchNorm" and training:
         theirs.__class__ = torch.nn.BatchNorm1d  # torch's asks for CUDA
     if getattr(theirs, "eps", 1) is None:
-        theirs.eps = torch.finfo(torch.float32).eps
+        theirs.eps = eps_of_torch(torch.float32)
     x = case.input(offset=2.0).requires_grad_()
     r = case.input().requires_grad_() if residual else None
     wide = [t.detach().double().requires_grad_() for t in (x, r) if t is not None]
@@ -86,7 +86,7 @@ def test_every_activation(activation: str) -> None:
 
 def test_gelu_by_tanh() -> None:
     x = torch.randn(4, 7)
-    layer = truenorm.LayerNorm(7, activation="gelu", approximate="tanh")
+    layer = truenorm.LayerNorm(7, activation="gelu", gelu_approximate="tanh")
     expected = F.gelu(F.layer_norm(x, (7,)), approximate="tanh")
     torch.testing.assert_close(layer(x), expected)
     assert not torch.equal(layer(x), F.gelu(F.layer_norm(x, (7,))))
@@ -191,13 +191,13 @@ def test_nested() -> None:
 def test_options_of_a_layer() -> None:
     layer = truenorm.BatchNorm1d(5)
     held = set(vars(layer))
-    layer.activation, layer.negative_slope = "leaky_relu", 0.3
-    assert repr(layer).endswith("activation='leaky_relu', negative_slope=0.3)")
+    layer.activation, layer.leaky_relu_slope = "leaky_relu", 0.3
+    assert repr(layer).endswith("activation='leaky_relu', leaky_relu_slope=0.3)")
     x = torch.randn(4, 5)
     torch.testing.assert_close(
         layer(x), F.leaky_relu(F.batch_norm(x, None, None, training=True), 0.3)
     )
-    layer.activation, layer.negative_slope = None, 0.01
+    layer.activation, layer.leaky_relu_slope = None, 0.01
     assert set(vars(layer)) == held
     assert set(layer.state_dict()) == set(torch.nn.BatchNorm1d(5).state_dict())
 
@@ -207,10 +207,12 @@ def test_options_are_checked() -> None:
         truenorm.BatchNorm2d(5, activation="swish")
     layer = truenorm.LayerNorm(5)
     for value in (float("nan"), "0.1", True):
-        with pytest.raises(ValueError, match="`negative_slope` must be a finite number"):
-            layer.negative_slope = value
-    with pytest.raises(ValueError, match=r"`approximate` must be .none. or .tanh., but got 'erf'"):
-        layer.approximate = "erf"
+        with pytest.raises(ValueError, match="`leaky_relu_slope` must be a finite number"):
+            layer.leaky_relu_slope = value
+    with pytest.raises(
+        ValueError, match=r"`gelu_approximate` must be .none. or .tanh., but got 'erf'"
+    ):
+        layer.gelu_approximate = "erf"
     assert not layer._chosen()
 
 
@@ -237,7 +239,7 @@ def test_half_precision_keeps_its_dtype() -> None:
     x, r = torch.randn(2, 8, 64).bfloat16()
     y = layer(x, residual=r)
     assert y.dtype == torch.bfloat16
-    wide = F.gelu(F.rms_norm(x.double(), (64,), eps=torch.finfo(torch.bfloat16).eps) + r.double())
+    wide = F.gelu(F.rms_norm(x.double(), (64,), eps=eps_of_torch(torch.bfloat16)) + r.double())
     # the norm's output, the sum and the activation are rounded one by one
     assert relative(y, wide) < 3 * 2.0**-8
 
@@ -259,10 +261,10 @@ def test_fold_keeps_a_layer_with_an_activation() -> None:
 
 
 def test_revert_refuses_an_activation_and_forgets_its_coefficients() -> None:
-    model = torch.nn.Sequential(truenorm.LayerNorm(4, activation="elu", alpha=2.0))
+    model = torch.nn.Sequential(truenorm.LayerNorm(4, activation="elu", elu_alpha=2.0))
     with pytest.raises(ValueError, match=r"`model` has 1 layer\(s\) with an activation.*'0'"):
         truenorm.revert(model)
     assert type(model[0]) is truenorm.LayerNorm
     model[0].activation = None
     assert type(truenorm.revert(model)[0]) is torch.nn.LayerNorm
-    assert "alpha" not in vars(model[0])
+    assert "elu_alpha" not in vars(model[0])

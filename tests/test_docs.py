@@ -219,8 +219,8 @@ def test_a_broken_link_is_an_error(verified: Path, tmp_path: Path) -> None:
 def test_an_option_that_is_told_nowhere_is_an_error(
     builder: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(builder.api._OPTIONS, "frozen")
-    with pytest.raises(LookupError, match=r"api\.py: say what frozen is for"):
+    monkeypatch.delitem(builder.api._OPTIONS, "statistics_frozen")
+    with pytest.raises(LookupError, match=r"api\.py: say what statistics_frozen is for"):
         builder.api.pages()
 
 

@@ -28,7 +28,7 @@ FUNCTIONS = F.__all__
 OWN_ARGUMENTS = {
     "process_group": None,
     "channel_axis": 1,
-    "frozen": False,
+    "statistics_frozen": False,
     "on_single": "error",
     "skip_nonfinite": False,
     "virtual_batch_size": None,
@@ -37,11 +37,11 @@ OWN_ARGUMENTS = {
     "rmax": 3.0,
     "dmax": 5.0,
     "activation": None,
-    "inplace": False,
+    "overwrite_input": False,
     # each is of one activation, and without it nothing asks for it
-    "negative_slope": 0.01,
-    "alpha": 1.0,
-    "approximate": "none",
+    "leaky_relu_slope": 0.01,
+    "elu_alpha": 1.0,
+    "gelu_approximate": "none",
 }
 
 

@@ -149,6 +149,18 @@ def test_a_model_with_hooks_is_not_called() -> None:
     assert not seen
 
 
+def test_a_constant_leaves_nothing() -> None:
+    class WithConstant(Block):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return self.norm(self.first(x)) + torch.arange(8.0)
+
+    model = randomize(WithConstant(6)).eval()
+    before = set(vars(model))
+    result = fold(model, torch.randn(2, 6, 8, 8), inplace=True)
+    assert [f.name for f in result.folded] == ["norm"]
+    assert set(vars(model)) == before
+
+
 class Skip(Module):
     """The convolution's output goes two ways."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import gc
 import io
+import os
 import pickle
+import random
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -59,7 +62,7 @@ def pair(model: nn.Module) -> tuple[Any, Any]:
     return theirs, ours
 
 
-def calls(model: nn.Module, x: Tensor) -> int:
+def calls(model: Callable[[Tensor], Any], x: Tensor) -> int:
     """How many layers' calls did more than the norm."""
     count = 0
     layer = truenorm.nn._activation.Activated
@@ -104,8 +107,9 @@ def test_blocks(how: str, training: bool) -> None:
     x = torch.randn(2, 6, 9, 7)
     as_it_was.train(training), fused.train(training)
     assert calls(copy.deepcopy(fused), x) == FOUND[how]
-    assert type(fused).__name__ == "FusedResidual"
+    assert type(fused) is not Residual
     assert isinstance(fused, Residual)
+    assert repr(fused) == repr(as_it_was)
     assert list(fused.state_dict()) == list(as_it_was.state_dict())
     same(as_it_was, fused, x)
     assert truenorm.unfuse(fused) is fused
@@ -218,8 +222,130 @@ class Constant(Residual):
         return self.act(self.bn1(x)) + torch.arange(7.0)
 
 
+class Random(Residual):
+    def forward(self, x: Tensor) -> Any:
+        y = self.act(self.bn1(x))
+        return y if random.random() < 2.0 else x
+
+
+class ByGradients(Residual):
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self.bn1(x)) if torch.is_grad_enabled() else self.bn1(x)
+
+
+class ByType(Residual):
+    def forward(self, x: Tensor) -> Any:
+        return self.bn1(x) if type(x) is Tensor else self.act(self.bn1(x))
+
+
+class ByTypeOfAValue(Residual):
+    def forward(self, x: Tensor) -> Any:
+        return self.bn1(x) if isinstance(x.double(), Tensor) else self.act(self.bn1(x))
+
+
+class ByCaughtError(Residual):
+    def forward(self, x: Tensor) -> Any:
+        try:
+            y = self.bn1(x) if x.sum() > -1e9 else x
+        except torch.fx.proxy.TraceError:
+            y = self.bn1(x)
+        return self.act(y)
+
+
+class ByBuffer(Residual):
+    def forward(self, x: Tensor) -> Any:
+        if self.bn1.num_batches_tracked == 1:
+            return x
+        return self.act(self.bn1(x))
+
+
+class ByParameters(Residual):
+    def forward(self, x: Tensor) -> Any:
+        if next(self.parameters()).dtype == torch.float64:
+            return x
+        return self.act(self.bn1(x))
+
+
+class ByEnvironment(Residual):
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self.bn1(x)) if "PLAIN" not in os.environ else x
+
+
+class Prints(Residual):
+    def forward(self, x: Tensor) -> Any:
+        print(end="")
+        return self.act(self.bn1(x))
+
+
+SEEN: list[Any] = []
+
+
+class Lists(Residual):
+    def forward(self, x: Tensor) -> Any:
+        y = self.act(self.bn1(x))
+        SEEN.append(0)
+        return y
+
+
+class ListsItsOwn(Residual):
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.seen: list[Any] = []
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.act(self.bn1(x))
+        self.seen.append(0)
+        return y
+
+
+class ResidualOverwritten(Residual):
+    def forward(self, x: Tensor) -> Any:
+        y = x * 1.0
+        z = self.bn1(x) + y
+        y.add_(1.0)
+        return F.relu(z) + y
+
+
+class OverwrittenThroughAView(Residual):
+    def forward(self, x: Tensor) -> Any:
+        y = x.detach().clone()
+        z = self.bn1(y)
+        y.view(-1).add_(1.0)
+        return F.relu(z + y) + x
+
+
+class OwnGELU(nn.GELU):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2.0
+
+
+class OwnActivation(Residual):
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.act = OwnGELU()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self.bn1(x))
+
+
+class OwnNorm(truenorm.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input) * 2.0
+
+
+class OwnLayer(Residual):
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.bn1 = OwnNorm(6)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self.bn1(x))
+
+
 LEFT_ALONE = [Optional_, ByTraining, ByValue, UsedTwice, OntoTheOther, InputOverwritten]
-LEFT_ALONE += [InAMode, Remembers, Constant]
+LEFT_ALONE += [InAMode, Remembers, Constant, Random, ByGradients, ByType, ByTypeOfAValue]
+LEFT_ALONE += [ByCaughtError, ByBuffer, ByParameters, ByEnvironment, Prints, Lists, ListsItsOwn]
+LEFT_ALONE += [ResidualOverwritten, OverwrittenThroughAView, OwnActivation, OwnLayer]
 
 
 @pytest.mark.parametrize("kind", LEFT_ALONE)
@@ -228,10 +354,15 @@ def test_what_is_left_alone(kind: type[Residual]) -> None:
     assert type(fused) is kind
     x = torch.randn(2, 6, 9, 7)
     assert set(vars(fused)) == set(vars(as_it_was))
+    assert not SEEN
+    assert not getattr(fused, "seen", None)
     assert calls(copy.deepcopy(fused), x) == 0
-    if kind not in (InputOverwritten, Remembers):  # which has no gradient; which is not copied
+    SEEN.clear()
+    # which have no gradient; which is not copied
+    if kind not in (InputOverwritten, OverwrittenThroughAView, Remembers):
         same(as_it_was, fused, x)
     torch.testing.assert_close(fused.eval()(x), as_it_was.eval()(x))
+    SEEN.clear()
 
 
 def test_hooks_keep_a_layer() -> None:
@@ -248,7 +379,7 @@ def test_a_broadcast_sum_is_torchs() -> None:
             return F.relu(self.bn1(x) + shift)
 
     as_it_was, fused = pair(Broadcast("module"))
-    assert type(fused).__name__ == "FusedBroadcast"
+    assert type(fused) is not Broadcast
     x = torch.randn(2, 6, 9, 7)
     for shift in (torch.randn(6, 1, 1), torch.randn(2, 6, 9, 7).double()):
         torch.testing.assert_close(fused(x, shift), as_it_was(x, shift))
@@ -269,6 +400,73 @@ def test_copies_and_pickles() -> None:
     same(copy.deepcopy(fused), read, x)
 
 
+def test_what_a_class_says_about_copies_stands() -> None:
+    class Forgetful(Residual):
+        def __getstate__(self) -> Any:
+            state = dict(vars(self))
+            state["cache"] = None
+            return state
+
+    _, fused = pair(Forgetful("module"))
+    fused.cache = lambda: 0
+    twin = copy.deepcopy(fused)
+    assert twin.cache is None
+    assert type(twin) is type(fused)
+    assert calls(twin, torch.randn(2, 6, 9, 7)) == 2
+
+
+def test_a_list_of_subclasses_is_left_alone() -> None:
+    class Listed(Residual):
+        known: ClassVar[dict[str, type]] = {}
+
+        def __init_subclass__(cls, *, needed: int) -> None:
+            Listed.known[cls.__name__] = cls
+
+    _, fused = pair(Listed("module"))
+    assert type(fused) is not Listed
+    assert not Listed.known
+
+
+def test_a_profiler_goes_on() -> None:
+    profiler = cProfile.Profile()
+    with profiler:
+        _, fused = pair(Residual("module"))
+        assert calls(fused, torch.randn(2, 6, 9, 7)) == 2
+
+
+def test_inputs_that_are_no_tensors() -> None:
+    class Maybe(Residual):
+        def forward(self, x: Tensor, more: Any) -> Any:
+            y = self.bn1(x)
+            if isinstance(x, (list, tuple)):
+                return x
+            return self.act(y if more is None else y + more)
+
+    as_it_was, fused = pair(Maybe("module"))
+    x = torch.randn(2, 6, 9, 7)
+    for more, found in ((torch.randn(2, 6, 9, 7), 1), (None, 0), (2.0, 0)):
+        twin = copy.deepcopy(fused)
+        assert calls(lambda x: twin(x, more), x) == found
+        torch.testing.assert_close(fused(x, more), as_it_was(x, more))
+    with pytest.raises(TypeError, match=r"Maybe.forward\(\) missing 1 required positional"):
+        fused(x)
+
+
+def test_other_readers_see_the_forward_as_written() -> None:
+    as_it_was, fused = pair(Residual("module"))
+    x, other = torch.randn(2, 6, 9, 7), torch.randn(3, 6, 5, 4)
+    as_it_was.eval(), fused.eval()
+    graphs = [torch.fx.symbolic_trace(m) for m in (as_it_was, fused)]
+    assert str(graphs[0].graph) == str(graphs[1].graph)
+    torch.testing.assert_close(graphs[1](other), as_it_was(other))
+    with torch.no_grad():
+        traced = torch.jit.trace(fused, x)
+        torch.testing.assert_close(traced(x), as_it_was(x))
+    for strict in (True, False):
+        exported = torch.export.export(fused, (x,), strict=strict)
+        torch.testing.assert_close(exported.module()(x), as_it_was(x))
+
+
 def test_compiled() -> None:
     as_it_was, fused = pair(nn.Sequential(Residual("module"), Residual("elu")))
     x = torch.randn(2, 6, 9, 7)
@@ -282,7 +480,7 @@ def test_revert_and_fold_unfuse() -> None:
     folding = truenorm.fold(fused.eval())
     assert len(folding.folded) == 3
     torch.testing.assert_close(folding.model(x), as_it_was.eval()(x), rtol=1e-4, atol=1e-4)
-    assert type(fused).__name__ == "FusedResidual"
+    assert type(fused) is not Residual
     truenorm.revert(fused)
     assert type(fused) is Residual
     assert type(fused.bn1) is nn.BatchNorm2d

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, LAYOUTS, Case
+from cases import CASES, LAYOUTS, Case, eps_of_torch
 from pooling import only_native
 from tolerances import assert_gradient, assert_output, last_place
 from torch import Tensor
@@ -29,13 +29,13 @@ LAYERS += [
 EVERY = pytest.mark.parametrize("case", LAYERS, ids=[case.id for case in LAYERS])
 KINDS: list[dict[str, Any]] = [
     {"activation": "relu"},
-    {"activation": "leaky_relu", "negative_slope": 0.2},
+    {"activation": "leaky_relu", "leaky_relu_slope": 0.2},
     {"activation": "relu6"},
     {"activation": "hardswish"},
-    {"activation": "elu", "alpha": 0.7},
+    {"activation": "elu", "elu_alpha": 0.7},
     {"activation": "silu"},
     {"activation": "gelu"},
-    {"activation": "gelu", "approximate": "tanh"},
+    {"activation": "gelu", "gelu_approximate": "tanh"},
     {},
 ]
 
@@ -54,7 +54,7 @@ def exact(z: Tensor, options: dict[str, Any]) -> Tensor:
             return torch.where(z > 0, z, 0.7 * torch.expm1(z.clamp(max=0)))
         case "silu":
             return z / (1 + (-z).exp())
-        case "gelu" if "approximate" in options:
+        case "gelu" if "gelu_approximate" in options:
             u = (2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)  # 1 + tanh(u) = 2 / (1 + e^(−2 u))
             return z * torch.sigmoid(2 * u)
         case "gelu":
@@ -69,7 +69,7 @@ def wide_twin(layer: Any, case: Case) -> Any:
     if case.layer == "SyncBatchNorm":
         twin.__class__ = torch.nn.BatchNorm1d  # torch's asks for CUDA
     if getattr(twin, "eps", 1) is None:
-        twin.eps = torch.finfo(next(layer.parameters()).dtype).eps
+        twin.eps = eps_of_torch(next(layer.parameters()).dtype)
     return twin.double()
 
 
@@ -201,9 +201,9 @@ def test_in_place_without_gradients(case: Case, layout: str) -> None:
     if layout == "channels_last" and len(case.shape) != 4:
         layout = "sliced"
     options = KINDS[LAYERS.index(case) % len(KINDS)]
-    layer = case._replace(kwargs={**case.kwargs, **options, "inplace": True}).build()
+    layer = case._replace(kwargs={**case.kwargs, **options, "overwrite_input": True}).build()
     usual = copy.deepcopy(layer)
-    usual.inplace = False
+    usual.overwrite_input = False
     x, r = (placed(case, torch.float32, 0.0, layout).detach() for _ in range(2))
     for training in (True, False):
         layer.train(training), usual.train(training)
@@ -219,9 +219,9 @@ def test_in_place_without_gradients(case: Case, layout: str) -> None:
 
 
 def test_in_place_keeps_what_the_gradient_needs() -> None:
-    layer = truenorm.BatchNorm2d(5, activation="silu", inplace=True)
+    layer = truenorm.BatchNorm2d(5, activation="silu", overwrite_input=True)
     usual = copy.deepcopy(layer)
-    usual.inplace = False
+    usual.overwrite_input = False
     leaf = torch.randn(3, 5, 7, 9, requires_grad=True)
     g = torch.randn(3, 5, 7, 9)
     made = [torch.autograd.grad(m(leaf * 2), leaf, g)[0] for m in (layer, usual)]
@@ -229,14 +229,14 @@ def test_in_place_keeps_what_the_gradient_needs() -> None:
 
 
 def test_in_place_is_refused() -> None:
-    layer = truenorm.BatchNorm2d(5, activation="relu", inplace=True)
+    layer = truenorm.BatchNorm2d(5, activation="relu", overwrite_input=True)
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(RuntimeError, match=r"`input` \(3, 5, 7, 9\) is a leaf that requires grad"):
         layer(torch.randn(3, 5, 7, 9, requires_grad=True))
     with pytest.raises(RuntimeError, match="is expanded: several of its elements are one in mem"):
         layer(torch.randn(3, 5, 1, 9).expand(3, 5, 7, 9))
-    with pytest.raises(TypeError, match="`inplace` m"):
-        layer.inplace = "yes"
+    with pytest.raises(TypeError, match="`overwrite_input` m"):
+        layer.overwrite_input = "yes"
     for name, value in layer.state_dict().items():
         assert torch.equal(value, before[name]), name
 

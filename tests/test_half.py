@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from promises import cancelling_channels, cancelling_rows, rounded_together, same_values
 from tolerances import assert_output
-from torch import Tensor
 
 import truenorm
 from truenorm import reference
@@ -13,23 +13,11 @@ from truenorm import reference
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
-def cancelling(dtype: torch.dtype, offset: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Input and weight, half of whose rows are equal, and room for a bias."""
-    x = torch.randn(64, 96)
-    # the same few values in every row, so that one bias per column takes all of them to nearly zero
-    x[::2] = x[0]
-    x = (x + offset).to(dtype)
-    weight = torch.randn(96).to(dtype).float()
-    return x, weight, torch.empty(96)
-
-
 @HALVES
 @pytest.mark.parametrize("offset", [0.0, 0.4, 40.0])
 def test_layer_norm_where_weight_and_bias_cancel(dtype: torch.dtype, offset: float) -> None:
-    x, weight, bias = cancelling(dtype, offset)
+    x, weight, bias = cancelling_rows(dtype, offset)
     x_hat = reference.layer_norm(x.double(), (96,))
-    # a float32 bias that leaves of each row's output what float32 cannot hold beside it
-    bias.copy_(-(x_hat[0] * weight))
     assert (x_hat * weight + bias)[::2].abs().max() < 1e-6
     y = truenorm.functional.layer_norm(x, (96,), weight, bias)
     exact = reference.layer_norm(x.double(), (96,), weight.double(), bias.double())
@@ -47,11 +35,7 @@ def test_layer_norm_where_weight_and_bias_cancel(dtype: torch.dtype, offset: flo
 def test_batch_norm_where_weight_and_bias_cancel(
     dtype: torch.dtype, memory_format: torch.memory_format, offset: float
 ) -> None:
-    x = (torch.randn(5, 70, 9, 11) + offset).to(dtype)
-    # one value of each channel comes out as next to nothing
-    x_hat = reference.batch_norm(x.double(), None, None, None, None, training=True)
-    weight = torch.randn(70)
-    bias = (-(x_hat[0, :, 0, 0] * weight)).float()
+    x, weight, bias = cancelling_channels(dtype, offset)
     y = truenorm.functional.batch_norm(
         x.contiguous(memory_format=memory_format), None, None, weight, bias, training=True
     )
@@ -78,9 +62,8 @@ def test_an_infinite_value_stays_infinite_in_evaluation(dtype: torch.dtype) -> N
 
 @HALVES
 def test_equal_values_leave_exactly_the_bias(dtype: torch.dtype) -> None:
-    x = torch.tensor([0.05, 3.0, 1234.5, -0.7]).to(dtype).view(1, 4, 1, 1).expand(3, 4, 5, 7)
-    bias = torch.randn(4)
-    y = truenorm.functional.instance_norm(x.contiguous(), weight=torch.randn(4), bias=bias)
+    x, weight, bias = same_values(dtype)
+    y = truenorm.functional.instance_norm(x, weight=weight, bias=bias)
     assert torch.equal(y, bias.to(dtype).view(1, 4, 1, 1).expand(3, 4, 5, 7))
 
 
@@ -88,10 +71,5 @@ def test_equal_values_leave_exactly_the_bias(dtype: torch.dtype) -> None:
     truenorm.info().cpu != "native", reason="a promise of the native kernels, not of plain ops"
 )
 def test_a_product_and_a_sum_are_rounded_together() -> None:
-    # x · weight + bias = 2^24 + 2^16 + 1 + 2^-30: just above half way between two floats, which are
-    # half way and above half way between two bfloat16. In double it is exactly half way.
-    layer = truenorm.BatchNorm1d(1, eps=0.0).eval()
-    layer.weight.data.fill_(16519105 / 2**24)
-    layer.bias.data.fill_(2**24 + 2**16)
-    x = torch.full((40, 1), 1.015625, dtype=torch.bfloat16)
+    layer, x = rounded_together()
     assert layer(x).unique().tolist() == [2.0**24 + 2**17]

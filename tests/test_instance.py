@@ -10,6 +10,7 @@ from cases import LAYOUTS, randomize, run
 from checking import check_layer, same_layout
 from tolerances import assert_output
 
+import truenorm
 from truenorm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LazyInstanceNorm1d, reference
 
 SHAPES = {
@@ -182,3 +183,36 @@ def test_lazy_reads_its_channels_off_the_first_input() -> None:
     assert type(layer) is InstanceNorm1d
     assert layer.num_features == 5
     check_layer(randomize(layer), x)
+
+
+@pytest.mark.parametrize("way", ["layer", "mask", "compiled", "activation", "converted"])
+@pytest.mark.parametrize("shape", [(2, 4, 3, 7), (4, 3, 7)], ids=["batched", "unbatched"])
+def test_another_channel_count_warns_as_torch(shape: tuple[int, ...], way: str) -> None:
+    x = data(*shape)
+    theirs = torch.nn.InstanceNorm2d(5)
+    with pytest.warns(UserWarning, match="does not match num_features") as of_torch:
+        expected = theirs(x)
+    layer: Any = InstanceNorm2d(5, activation="relu" if way == "activation" else None)
+    if way == "converted":
+        layer = truenorm.convert(theirs)
+    given = {"mask": torch.ones(shape[-2:], dtype=torch.bool).expand(x.shape[:-3] + shape[-2:])}
+    if way == "compiled":
+        torch.compiler.reset()
+        y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    else:
+        with pytest.warns(UserWarning, match="does not match num_features") as seen:
+            y = layer(x, **(given if way == "mask" else {}))
+        assert len(seen) == len(of_torch) == 1
+        # with a mask there is a dimension more by then
+        assert way == "mask" or str(seen[0].message) == str(of_torch[0].message)
+    expected = expected.relu() if way == "activation" else expected
+    torch.testing.assert_close(y, expected)
+
+
+def test_another_channel_count_is_an_error_where_something_has_that_size() -> None:
+    for options in ({"affine": True}, {"track_running_stats": True}):
+        layer = InstanceNorm2d(5, **options)
+        before = {k: v.clone() for k, v in layer.state_dict().items()}
+        with pytest.raises(ValueError, match=r"match num_features \(5\), but got: 4"):
+            layer(data(2, 4, 3, 7))
+        assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())

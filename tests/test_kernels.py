@@ -6,16 +6,32 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from cases import AFFINE, Case, exact, run
+from cases import Case, exact, run
 from checking import check_layer, same_layout
-from promises import ALONE, CASES, IDS, SHAPES, bits, layouts, same, threads, trainings
+from promises import (
+    ALONE,
+    CASES,
+    IDS,
+    LARGE,
+    LARGEST,
+    NOT_FINITE,
+    OFFSETS,
+    SCALES,
+    SHAPES,
+    alone_and_among,
+    at_offset,
+    at_scale,
+    bits,
+    layouts,
+    misaligned,
+    not_finite,
+    over_float16,
+    same,
+    threads,
+    trainings,
+)
 from tolerances import FLOAT32_FORWARD, FLOAT32_GRADIENT, relative
 
 import truenorm
@@ -46,15 +62,11 @@ def test_every_mix_of_memory_formats(case: Case, dtype: torch.dtype) -> None:
 
 
 @ALL
-@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("offset", OFFSETS)
 def test_offsets(case: Case, offset: float) -> None:
-    layer = case.build()
-    if "Batch" in case.layer:
-        # evaluation against statistics of data like this: running_mean far from zero too
-        layer.running_mean.normal_(offset)
+    _, layer, x, grad = at_offset(case, offset)
     for training in trainings(case):
         layer.train(training)
-        x, grad = case.input(offset=offset), torch.randn(case.shape)
         wanted = exact(layer, x, grad)
         # in units of the output's standard deviation, which the largest weight sets; where nothing
         # is subtracted and no weight applied, of the values themselves
@@ -86,12 +98,9 @@ def test_the_output_keeps_the_memory_format(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "Local" not in c.layer])
-@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
+@pytest.mark.parametrize("scale", SCALES)
 def test_scales(case: Case, scale: float) -> None:
-    layer = case.build()
-    # an eps that leaves values of this size their own variance
-    layer.eps = 1e-5 * scale * scale
-    x, grad = (case.input(torch.float64) * scale).float(), torch.randn(case.shape)
+    _, layer, x, grad = at_scale(case, scale)
     wanted = exact(layer, x, grad)
     for place in layouts(case.shape).values():
         got = run(layer, place(x), grad)
@@ -104,9 +113,8 @@ def test_scales(case: Case, scale: float) -> None:
 @pytest.mark.parametrize("case", SHAPES["response"], ids=lambda c: c.id)
 @pytest.mark.parametrize("scale", [1e-30, 1e18, 1e30])
 def test_local_response_scales(case: Case, scale: float) -> None:
-    layer = case.build()
     # at 1e30 the result itself is 1e30 / 1e60^0.75: small, but never an infinity on the way
-    x, grad = (case.input(torch.float64) * scale).float(), torch.randn(case.shape)
+    _, layer, x, grad = at_scale(case, scale)
     for layer.k in (1.0, 0.0):
         wanted = exact(layer, x, grad)
         for name in ("contiguous", "channels_last"):
@@ -120,13 +128,10 @@ def test_local_response_scales(case: Case, scale: float) -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "Local" not in c.layer])
-@pytest.mark.parametrize("largest", [65504.0, 1.0, 6e-5])
+@pytest.mark.parametrize("largest", LARGEST)
 def test_the_whole_range_of_float16(case: Case, largest: float) -> None:
-    layer = case.build()
-    layer.eps = 1e-5 * min(largest, 1.0) ** 2
-    x = torch.empty(case.shape).uniform_(-largest, largest).half()
-    # the input's gradient is of the size of grad / x: of 1, so that float16 can hold it
-    check_layer(layer, x, (torch.randn(case.shape) * largest / 8).half())
+    _, layer, x, grad = over_float16(case, largest)
+    check_layer(layer, x, grad)
 
 
 # ------------------------------------------------------------- 4. bit for bit the same
@@ -153,9 +158,7 @@ def test_the_same_bits_every_time_and_at_every_alignment(case: Case) -> None:
     layer = case.build()
     x, grad = case.input(), torch.randn(case.shape)
     expected = bits(layer, x, grad)
-    for shift in range(20):
-        room = torch.empty(x.numel() + shift)
-        elsewhere = room[shift:].view(case.shape).copy_(x)
+    for elsewhere in misaligned(x):
         assert same(bits(layer, elsewhere, grad), expected)
 
 
@@ -163,12 +166,9 @@ def test_the_same_bits_every_time_and_at_every_alignment(case: Case) -> None:
 @pytest.mark.parametrize("case", ALONE, ids=lambda c: c.id)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_sample_does_not_depend_on_the_batch(case: Case, dtype: torch.dtype) -> None:
-    layer = case.build(dtype=dtype)
-    others = torch.randn(6, *case.shape[1:], dtype=dtype) * 1e3
-    for place in layouts(case.shape).values():
-        x, grad = case.input(dtype)[:1], torch.randn(1, *case.shape[1:], dtype=dtype)
-        alone = run(layer, place(x), place(grad))
-        among = run(layer, place(torch.cat([others, x])), place(torch.cat([others, grad])))
+    for one, all_of_it in alone_and_among(case, dtype):
+        alone = run(one.layer, one.x, one.grad)
+        among = run(all_of_it.layer, all_of_it.x, all_of_it.grad)
         assert torch.equal(among.output[-1:], alone.output)
         assert torch.equal(among.input[-1:], alone.input)
 
@@ -201,15 +201,6 @@ def test_a_sample_does_not_depend_on_the_batch_in_evaluation(case: Case) -> None
         assert torch.equal(layer(place(torch.cat([others, x])))[-1:], layer(place(x)))
 
 
-# Results of 32 MiB and more are written past the caches. The same samples fewer at a time are not.
-LARGE = [
-    Case("InstanceNorm2d", (16,), AFFINE, (10, 16, 237, 239)),
-    Case("GroupNorm", (3, 33), {}, (21, 33, 113, 115)),
-    Case("LayerNorm", ((1001,),), {}, (8900, 1001)),
-    Case("BatchNorm2d", (37,), {}, (30, 37, 87, 91)),
-]
-
-
 @only_native
 @pytest.mark.parametrize("case", LARGE, ids=lambda c: c.id)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -229,38 +220,15 @@ def test_the_same_bits_past_the_caches(case: Case, dtype: torch.dtype) -> None:
         assert torch.equal(large.input, torch.cat([part.input for part in parts]))
 
 
-@only_native
-def test_every_instruction_set_gives_the_same_bits() -> None:
-    digests = {}
-    for name in ("baseline", "avx2", "avx512", "neon"):
-        environment = {**os.environ, "TRUENORM_ISA": name}
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("digest.py"))],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        if "is not an instruction set of this machine" in done.stderr:
-            continue
-        assert done.returncode == 0, done.stderr
-        digests[name] = done.stdout
-    assert truenorm.info().instruction_set in digests
-    assert len(set(digests.values())) == 1, digests
-
-
 # ------------------------------------------------------------- 5. NaN and Inf stay where they are
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", NOT_FINITE)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_nan_and_inf_stay_in_their_own_statistic(case: Case, bad: float) -> None:
-    layer = case.build()
     axes = {"Batch": (1,), "Insta": (0, 1), "Group": (0, 1), "Layer": (0,), "RMSNo": (0,)}
     for place in layouts(case.shape).values():
-        clean, grad = case.input(), torch.randn(case.shape)
-        spoilt = clean.clone()
-        where = tuple(size // 2 for size in case.shape)
-        spoilt[where] = bad
+        (_, layer, spoilt, grad), clean, where = not_finite(case, bad)
         # which values may differ: those that share the statistic, or the window
         touched = torch.zeros(case.shape, dtype=torch.bool)
         if "Local" in case.layer:

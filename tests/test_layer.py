@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYOUTS, exact, randomize, run
+from cases import LAYOUTS, eps_of_torch, exact, randomize, run
 from checking import check_layer, same_layout
 from tolerances import FLOAT32_GRADIENT, assert_output
 
 import truenorm
-from truenorm import LayerNorm, RMSNorm, reference
+from truenorm import LayerNorm, RMSNorm, functional, reference
 
 SHAPES = [
     ((7,), (3, 5, 7)),
@@ -82,13 +82,29 @@ def test_rms_norm_without_weight() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_rms_norm_takes_eps_none_from_the_input(dtype: torch.dtype) -> None:
-    layer = RMSNorm(33, elementwise_affine=False)
-    assert layer.eps is None
+@pytest.mark.parametrize("way", ["short", "gradient", "functional", "mask", "compiled", "plain"])
+def test_rms_norm_takes_eps_none_as_torch_does(dtype: torch.dtype, way: str) -> None:
+    layer, theirs = RMSNorm(33, elementwise_affine=False), torch.nn.RMSNorm(33)
+    assert layer.eps is theirs.eps is None
     # values as small as the root of eps, so that eps counts
-    x = data(5, 33, offset=0.0, dtype=torch.float64) * torch.finfo(dtype).eps ** 0.5
+    x = data(5, 33, offset=0.0, dtype=torch.float64) * eps_of_torch(dtype) ** 0.5
     x = x.to(dtype)
-    assert_output(layer(x), reference.rms_norm(x, (33,)))
+    match way:
+        case "short":
+            y = layer(x)
+        case "gradient":
+            y = layer(x.requires_grad_())
+        case "functional":
+            y = functional.rms_norm(x, (33,))
+        case "mask":
+            y = layer(x, mask=torch.ones(5, 33, dtype=torch.bool))
+        case "compiled":
+            y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+        case "plain":
+            y = torch.func.vmap(layer)(x)
+    assert_output(y.detach(), reference.rms_norm(x, (33,)))
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (33,)))
+    torch.testing.assert_close(y, theirs.to(dtype)(x))
 
 
 def test_rms_norm_keeps_the_mean() -> None:

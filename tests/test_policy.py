@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def test_frozen_is_evaluation(make: Callable[[], Any]) -> None:
     assert truenorm.freeze(layer) is layer
     layer.train()
     before = state(layer)
-    assert "frozen=True" in repr(layer)
+    assert "statistics_frozen=True" in repr(layer)
     for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert_same(run(other, x, grad), wanted)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -70,7 +71,7 @@ def test_frozen_is_evaluation(make: Callable[[], Any]) -> None:
     assert_same(state(layer), before)
     truenorm.unfreeze(layer)(x)
     assert not torch.equal(layer.running_mean, before[0])
-    assert "frozen" not in vars(layer)
+    assert "_truenorm_options" not in vars(layer)
 
 
 @EVERY
@@ -85,12 +86,12 @@ def test_frozen_in_the_state(make: Callable[[], Any]) -> None:
     assert list(saved) == list(theirs.state_dict())
     ours = nn.Sequential(make())
     ours.load_state_dict(saved, strict=True)
-    assert ours[0].frozen
+    assert ours[0].statistics_frozen
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    assert ours[0].frozen  # torch's state says nothing about it
+    assert ours[0].statistics_frozen  # torch's state says nothing about it
     other = nn.Sequential(make())
     other.load_state_dict(theirs.state_dict(), strict=True)
-    assert not other[0].frozen
+    assert not other[0].statistics_frozen
 
 
 def test_frozen_sends_nothing() -> None:
@@ -107,11 +108,11 @@ def test_what_cannot_be_frozen_changes_nothing() -> None:
     model = nn.Sequential(truenorm.BatchNorm1d(3), nn.BatchNorm1d(3))
     with pytest.raises(ValueError, match=r"'1', that is torch.*convert\(model\) first"):
         truenorm.freeze(model)
-    assert not model[0].frozen
+    assert not model[0].statistics_frozen
     model[1] = truenorm.BatchNorm1d(3, track_running_stats=False)
     with pytest.raises(ValueError, match=r"'1', that has no running statistics"):
         truenorm.freeze(model)
-    assert not model[0].frozen
+    assert not model[0].statistics_frozen
     with pytest.raises(ValueError, match=r"no truenorm layer with running statistics"):
         truenorm.freeze(nn.Linear(3, 3))
     with pytest.raises(TypeError, match=r"`model` must be a torch.nn.Module"):
@@ -384,3 +385,137 @@ def test_two_forwards_of_one_network_before_a_backward() -> None:
     (one * two).sum().backward()
     assert weight.grad is not None
     assert first.merge(second).count == 12
+
+
+# --- frozen means frozen, whoever resets, converts or copies
+
+
+def mixed() -> nn.Sequential:
+    """A frozen layer, and one that is not."""
+    model = nn.Sequential(warm(truenorm.BatchNorm1d(5), 4, 5), warm(truenorm.BatchNorm1d(5), 4, 5))
+    truenorm.freeze(model[0])
+    return model.train()
+
+
+def test_update_bn_leaves_frozen_statistics() -> None:
+    model = mixed()
+    before, moving = state(model[0]), state(model[1])
+    momenta = [layer.momentum for layer in model]
+    batches = [data(4, 5) for _ in range(3)]
+    torch.optim.swa_utils.update_bn(batches, model)
+    assert_same(state(model[0]), before)
+    assert [layer.momentum for layer in model] == momenta
+    assert not torch.equal(model[1].running_mean, moving[0])
+    seen = torch.stack([model[0](b).mean(0) for b in batches]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, seen)
+    assert model[1].num_batches_tracked == 3
+
+
+def test_update_bn_of_an_averaged_model() -> None:
+    model = mixed()
+    before = state(model[0])
+    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    averaged.update_parameters(model)
+    averaged.update_parameters(model)
+    torch.optim.swa_utils.update_bn([data(4, 5)], averaged)
+    for layer in (averaged.module[0], model[0]):
+        assert layer.statistics_frozen
+        assert_same(state(layer), before)
+
+
+@EVERY
+@pytest.mark.parametrize("reset", ["reset_running_stats", "reset_parameters"])
+def test_resetting_leaves_frozen_statistics(make: Callable[[], Any], reset: str) -> None:
+    layer = truenorm.freeze(make())
+    before = state(layer)
+    getattr(layer, reset)()
+    assert_same(state(layer), before)
+    assert bool((layer.weight == 1).all()) == (reset == "reset_parameters")
+    getattr(truenorm.unfreeze(layer), reset)()
+    assert not layer.running_mean.any()
+
+
+KEPT: list[dict[str, Any]] = [
+    {"statistics_frozen": True},
+    {"activation": "leaky_relu", "leaky_relu_slope": 0.3},
+    {"channel_axis": -1},
+    {"skip_nonfinite": True},
+    {"overwrite_input": True, "activation": "relu"},
+]
+NOT_KEPT: list[dict[str, Any]] = [
+    {"virtual_batch_size": 2},
+    {"renorm": True},
+    {"on_single": "skip"},
+]
+
+
+@pytest.mark.parametrize("options", KEPT, ids=str)
+def test_our_sync_conversion_keeps_options(options: dict[str, Any]) -> None:
+    layer = warm(truenorm.BatchNorm1d(5, **options), 4, 5, 5)
+    model = nn.Sequential(nn.Sequential(layer), nn.Linear(5, 5), nn.BatchNorm1d(5)).train()
+    x, before = data(4, 5, 5), state(layer)
+    twin = copy.deepcopy(layer)
+    converted: Any = truenorm.SyncBatchNorm.convert_sync_batchnorm(model)
+    found = converted[0][0]
+    assert type(found) is type(converted[2]) is truenorm.SyncBatchNorm
+    assert found._chosen() == options
+    assert converted[2]._chosen() == {}
+    torch.testing.assert_close(found(x.clone()), twin(x.clone()))
+    assert torch.equal(found.running_mean, before[0]) == ("statistics_frozen" in options)
+    alone = truenorm.SyncBatchNorm.convert_sync_batchnorm(twin)
+    assert alone._chosen() == options  # type: ignore[operator]
+
+
+def test_our_sync_conversion_keeps_the_group() -> None:
+    layer = truenorm.BatchNorm1d(5, process_group="world")
+    converted: Any = truenorm.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(layer))
+    assert converted[0].process_group == "world"
+    again: Any = truenorm.SyncBatchNorm.convert_sync_batchnorm(converted)
+    assert again[0].process_group == "world"
+
+
+@pytest.mark.parametrize("options", NOT_KEPT, ids=str)
+@pytest.mark.parametrize("how", ["class method", "convert"])
+def test_sync_refuses_what_is_for_one_process(options: dict[str, Any], how: str) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(5), truenorm.BatchNorm1d(5, **options))
+    name, value = next(iter(options.items()))
+    call: Any = truenorm.SyncBatchNorm.convert_sync_batchnorm
+    if how == "convert":
+        call = functools.partial(truenorm.convert, sync=True)
+    with pytest.raises(ValueError, match=rf"layer, '1', whose `{name}` \(={value!r}\).*set layer"):
+        call(model)
+    assert type(model[0]) is nn.BatchNorm1d
+    assert model[1]._chosen() == options
+
+
+@pytest.mark.parametrize("options", KEPT + NOT_KEPT, ids=str)
+def test_torchs_sync_conversion_refuses_what_it_would_drop(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(5), truenorm.BatchNorm1d(5, **options))
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=rf"layer, '1', with .*{name}=.*sync=True"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert model[1]._chosen() == options
+    plain: Any = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(truenorm.BatchNorm1d(5)))
+    assert type(plain[0]) is nn.SyncBatchNorm
+    mine: Any = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(5)), "group")
+    assert mine[0].process_group == "group"
+
+
+@pytest.mark.parametrize("library", [nn, truenorm], ids=["torch", "truenorm"])
+def test_sync_conversion_refuses_lazy_layers(library: Any) -> None:
+    model = nn.Sequential(truenorm.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match=r"`module` has a lazy layer, '0', .*call the model once"):
+        library.SyncBatchNorm.convert_sync_batchnorm(model)
+    model(data(4, 5))
+    converted = library.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert converted[0].num_features == 5
+
+
+def test_frozen_through_every_conversion() -> None:
+    model = truenorm.freeze(truenorm.convert(nn.Sequential(nn.BatchNorm1d(5))))
+    for sync in (None, True, False):
+        truenorm.convert(model, sync=sync)
+        assert model[0].statistics_frozen
+    with pytest.raises(ValueError, match="1 frozen layer"), truenorm.reverted(model):
+        pass
+    assert model[0].statistics_frozen

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, IDS, Case, exact, randomize, run
+from cases import CASES, IDS, Case, eps_of_torch, exact, randomize, run
 from tolerances import FLOAT64, relative
 
 from truenorm import reference
@@ -140,10 +140,10 @@ def test_backward_is_the_derivative_of_forward(name: str, affine: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_eps_none_of_rms_norm_is_that_of_the_input(dtype: torch.dtype) -> None:
+def test_eps_none_of_rms_norm_is_that_of_torch(dtype: torch.dtype) -> None:
     x = (torch.randn(3, 5) * 0.03).to(dtype)
     y = reference.rms_norm(x, (5,))
-    assert close(y, F.rms_norm(x.double(), (5,), eps=torch.finfo(dtype).eps))
+    assert close(y, F.rms_norm(x.double(), (5,), eps=eps_of_torch(dtype)))
     assert not close(y, F.rms_norm(x.double(), (5,)))
 
 

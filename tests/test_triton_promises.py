@@ -210,6 +210,30 @@ def test_a_sample_does_not_depend_on_the_batch(case: Case, cut: str) -> None:
         assert torch.equal(among.input[-1:], alone.input)
 
 
+def misaligned(x: Tensor) -> Tensor:
+    """The same values and strides, one value further than where torch puts tensors."""
+    room = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    return room[1:].as_strided(x.shape, x.stride(), 1).copy_(x)
+
+
+@BY_CUT
+@pytest.mark.parametrize("case", CASES + RESPONSES[:1], ids=lambda case: case.id)
+def test_bits_do_not_depend_on_where_a_tensor_lies(case: Case, cut: str) -> None:
+    """A part of a larger tensor: `triton_kernels` minds that kernels see none of it."""
+    layer = case.build().to(DEVICE)
+    for name in layouts(case):
+        x = LAYOUTS[name](case.input().to(DEVICE))
+        grad = LAYOUTS[name](torch.randn(case.shape).to(DEVICE))
+        moved = [misaligned(t) for t in (x, grad)]
+        assert all(t.data_ptr() % 16 and t.stride() == x.stride() for t in moved)
+        with CUTS[cut](), triton_kernels():
+            assert same(bits(layer, x, grad), bits(layer, *moved))
+    for parameter in layer.parameters():
+        parameter.data = misaligned(parameter.data)
+    with CUTS[cut](), triton_kernels():
+        assert same(bits(layer, x, grad), bits(layer, *moved))
+
+
 @BY_CUT
 def test_a_sample_does_not_depend_on_the_batch_in_evaluation(cut: str) -> None:
     case = CASES[0]

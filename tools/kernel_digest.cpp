@@ -120,9 +120,9 @@ int main() {
   const InstructionSet* set = instruction_set();
   if (!set) return 1;
   Digest digest;
-  run(set->f64, digest);
-  run(set->f32, digest);
-  run(set->bf, digest);
-  run(set->hf, digest);
+  run(*set->f64, digest);
+  run(*set->f32, digest);
+  run(*set->bf, digest);
+  run(*set->hf, digest);
   std::printf("%016llx %s\n", static_cast<unsigned long long>(digest.state), set->name);
 }

@@ -1,8 +1,9 @@
 """Breaks the native kernels on purpose, one place at a time, and expects the tests to notice.
 
-Each mutation replaces one piece of csrc/ in a copy of the tree, builds it, and runs some tests
-against it, those of the promises if it names no others; the exit status is 1 if any survives. Run
-by `make mutate`; words after the command pick the mutations whose description has one of them.
+Each mutation of mutations.py replaces one piece of csrc/ in a copy of the tree, which is built and
+tested; the exit status is 1 if any survives. While one is tested the next is built, with little
+optimization and for the instruction sets that it needs. Run by `make mutate`; words after the
+command pick the mutations whose description has one of them.
 """
 
 from __future__ import annotations
@@ -12,237 +13,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+
+from mutations import MUTATIONS, Mutation
+
+import truenorm
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Mutation(NamedTuple):
-    """What is broken, where, and how; `select` names the tests that must notice, `isa` where."""
-
-    promise: str
-    file: str
-    old: str
-    new: str
-    select: str
-    isa: str = ""
-    tests: tuple[str, ...] = ("tests/test_kernels.py", "tests/test_half.py")
-
-
-FUSED = ("tests/test_fused.py",)
-MUTATIONS = [
-    Mutation(
-        "1 sums about zero instead of about a value of the row",
-        "kernel_moments.h",
-        "const vd shift = splat<vd>(to_double(origin));",
-        "const vd shift = splat<vd>(0.0 * to_double(origin));",
-        "offsets",
-    ),
-    Mutation(
-        "1 sums about zero at any offset",
-        "kernel_moments.h",
-        "kFarOff = 0x1p10;",
-        "kFarOff = 0x1p200;",
-        "offsets",
-    ),
-    Mutation(
-        "1 the mean as one float",
-        "coefficients.h",
-        "bias - (mean - double(hi)) * slope;",
-        "bias - 0.0 * (mean - double(hi)) * slope;",
-        "offsets",
-    ),
-    Mutation(
-        "1 one-pass column moments",
-        "kernel_moments.h",
-        "shift[v] = Lane<T>::load_double(x + v * D);",
-        "shift[v] = vd{} * Lane<T>::load_double(x + v * D);",
-        "offsets or formats",
-    ),
-    Mutation(
-        "1 the unbiased variance",
-        "rows_forward.cpp",
-        "f.var[statistic] = m.m2 / m.count;",
-        "f.var[statistic] = m.m2 / (m.count - 1.0);",
-        "formats",
-    ),
-    Mutation(
-        "1 the gradient without its x̂ term",
-        "coefficients.h",
-        "slope(A(-rstd * mean_grad_x_hat))",
-        "slope(A(0.0 * mean_grad_x_hat))",
-        "formats",
-    ),
-    Mutation(
-        "1 the output gradient read in its own memory format",
-        "library.cpp",
-        "return laid_out(grad.scalar_type() == type ? grad : torch::stable::to(grad, type), g);",
-        "return grad.scalar_type() == type ? grad : torch::stable::to(grad, type);",
-        "formats",
-    ),
-    Mutation(
-        "1 positions left over by folding are forgotten",
-        "channels_forward.cpp",
-        "for (int64_t j = 0; j < cut.left_over; ++j) {\n        double value;",
-        "for (int64_t j = 1; j < cut.left_over; ++j) {\n        double value;",
-        "formats",
-    ),
-    Mutation(
-        "2 1/std and its slope as one float32 number",
-        "kernel_elementwise.h",
-        "v[0].v[k] * scale + ((v[1].v[k] - hi) * rstd * slope + shift);",
-        "v[0].v[k] * scale + ((v[1].v[k] - hi) * (rstd * slope) + shift);",
-        "scales",
-    ),
-    Mutation(
-        "3 half precision with coefficients of one float, where parts of it cancel",
-        "kernel_elementwise.h",
-        "y.v[k] + fused(d.v[k], scale_rest[k], shift_rest[k]);",
-        "y.v[k];",
-        "cancel",
-    ),
-    Mutation(
-        "3 half precision with x̂ as one float, where it and the bias cancel",
-        "kernel_elementwise.h",
-        "fused(weight, rest, fused(weight, near, load_raw<vf>(by.bias + at)));",
-        "weight * (near + rest) + load_raw<vf>(by.bias + at);",
-        "cancel",
-    ),
-    Mutation(
-        "3 an infinite value that becomes NaN in half precision",
-        "kernel_elementwise.h",
-        "out.v[k] = out.v[k] == out.v[k] ? out.v[k] : y.v[k];",
-        "out.v[k] = out.v[k];",
-        "infinite",
-    ),
-    Mutation(
-        "3 bfloat16 by truncation",
-        "simd.h",
-        "return bits + 0x7fffu + (bits >> 16 & 1u);",
-        "return bits;",
-        "formats",
-    ),
-    Mutation(
-        "4 a fused operation that is none, where the processor has none",
-        "simd.h",
-        "(inexact & even & ((away & 2) - 1))",
-        "(inexact & even & 0)",
-        "rounded_together",
-        isa="baseline",
-    ),
-    Mutation(
-        "1 a channel read once over the batch: not its first sample",
-        "rows_forward.cpp",
-        "for (int64_t n = g.n - 1; n >= 0; --n) apply",
-        "for (int64_t n = g.n - 1; n > 0; --n) apply",
-        "formats",
-    ),
-    Mutation(
-        "4 pieces cut by the number of threads",
-        "rows_forward.cpp",
-        "const int64_t pieces = ceil_div(len, kPiece);\n",
-        "const int64_t kPiece = 20000 / int64_t(torch::stable::get_num_threads());\n"
-        "  const int64_t pieces = ceil_div(len, kPiece);\n",
-        "threads",
-    ),
-    Mutation(
-        "4 cut by the batch",
-        "channels.h",
-        "rows_per_piece = std::max(kMinRows, kPiece / cols);",
-        "rows_per_piece = std::max<int64_t>(2, kMinRows / g.n);",
-        "batch or among",
-    ),
-    Mutation(
-        "1 the last values of a run counted twice",
-        "kernel_moments.h",
-        "if (keep) v = unread<P>(v, n * P::size, k, keep, unread_value);",
-        "",
-        "formats",
-    ),
-    Mutation(
-        "1 padding that is counted",
-        "kernel_moments.h",
-        "Padded<T, kStep>::fill(padded, p, len, origin)",
-        "Padded<T, kStep>::fill(padded, p, len, p[0])",
-        "formats",
-    ),
-    Mutation(
-        "4 sums for weight and bias cut by what fits in cache",
-        "rows_elementwise.cpp",
-        "std::max<int64_t>(8, fit / 8 * 8);",
-        "5;",
-        "threads",
-    ),
-    Mutation(
-        "3 the lines at the edges of what goes past the caches",
-        "kernel_map.h",
-        "std::memcpy(out, edge, size_t(i) * sizeof(T));",
-        "std::memcpy(out, edge, size_t(i - 1) * sizeof(T));",
-        "past_the_caches",
-    ),
-    Mutation(
-        "1 local response: the window that a gradient reaches, mirrored",
-        "kernel_local_response.h",
-        "of_across.run[j] = across + j - after;",
-        "of_across.run[j] = across + j - before;",
-        "formats",
-    ),
-    Mutation(
-        "2 local response in float32 at any scale",
-        "kernel_local_response.h",
-        "p.value = (vf)((vi)p.value | outside);",
-        "p.value = (vf)((vi)p.value | (outside & 0));",
-        "response",
-    ),
-    Mutation(
-        "5 local response: a whole tile again in float64 for one of its values",
-        "kernel_local_response_exact.h",
-        "if (!std::isfinite(to_double(out[i + j])))",
-        "if (len > 0)",
-        "nan",
-    ),
-    Mutation(
-        "fused: the residual left out",
-        "kernel_activation.h",
-        "if (residual) z.v[k] += residual->v[k];",
-        "if (residual) z.v[k] += 0 * residual->v[k];",
-        "values",
-        tests=FUSED,
-    ),
-    Mutation(
-        "fused: the last values of a run from another place",
-        "kernel_activation.h",
-        "last.values + (kStep - (len - end))",
-        "last.values",
-        "values",
-        tests=FUSED,
-    ),
-    Mutation(
-        "fused: ReLU's gradient everywhere",
-        "kernel_activation.h",
-        "return z <= 0 ? below(grad) : high;",
-        "return z < 0 && z > 0 ? below(grad) : high;",
-        "values",
-        tests=FUSED,
-    ),
-    Mutation(
-        "fused: the output taken for the residual",
-        "activated.cpp",
-        "after.act.by_output = needs & kByOutput;",
-        "after.act.by_output = false;",
-        "values",
-        tests=FUSED,
-    ),
-    Mutation(
-        "fused: in place into a copy",
-        "activated.cpp",
-        "  torch::stable::copy_(to, y);",
-        "  (void)y;",
-        "in_place",
-        tests=FUSED,
-    ),
-]
+BEST = truenorm.info().instruction_set
+# the same bits as -O3 gives, since no operation is contracted, in half the compiler's time
+FLAGS = "-O1 -DNDEBUG"
 
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -255,51 +37,96 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-def build(source: Path, build_dir: Path) -> Path:
-    """The library of a tree; broken code may well warn."""
-    define = [f"-DPython_EXECUTABLE={sys.executable}", "-DTRUENORM_WERROR=OFF"]
-    steps = [
-        ["cmake", "-S", source, "-B", build_dir, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"],
-        ["cmake", "--build", build_dir],
-    ]
-    steps[0] += define
-    for step in steps:
-        done = run(*step)
-        if done.returncode:
-            raise SystemExit(f"the build failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    return build_dir / "_native.so"
+def must(*command: str | Path) -> None:
+    done = run(*command)
+    if done.returncode:
+        raise SystemExit(f"the build failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+
+
+def runs_here(name: str) -> bool:
+    return not run(sys.executable, "-c", "import truenorm", TRUENORM_ISA=name).returncode
+
+
+class Builder:
+    """A copy of the sources, and per choice of instruction sets a build of them as they are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tree, self.build = folder / "tree", folder / "build"
+        self.folder, self.built = folder, 0
+        self.tree.mkdir()
+        for name in ("CMakeLists.txt", "build_backend", "csrc"):
+            source = ROOT / name
+            copy = shutil.copytree if source.is_dir() else shutil.copy2
+            copy(source, self.tree / name)
+
+    def _start_from(self, sets: tuple[str, ...]) -> None:
+        """The unbroken build, whose objects are newer than the sources."""
+        shutil.rmtree(self.build, ignore_errors=True)
+        whole = self.folder / "-".join(sets)
+        if not whole.exists():
+            # broken code may well warn
+            define = [f"-DPython_EXECUTABLE={sys.executable}", "-DTRUENORM_WERROR=OFF"]
+            define += ["-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_FLAGS={FLAGS}"]
+            define += [f"-DTRUENORM_INSTRUCTION_SETS={';'.join(sets)}"]
+            must("cmake", "-S", self.tree, "-B", self.build, "-G", "Ninja", *define)
+            must("cmake", "--build", self.build)
+            shutil.copytree(self.build, whole)
+        else:
+            shutil.copytree(whole, self.build)
+
+    def library(self, mutation: Mutation) -> Path:
+        """A library of its own with the mutation in it."""
+        self._start_from(mutation.sets or (BEST,))
+        target = self.tree / "csrc" / mutation.file
+        original, times = target.read_text(), os.stat(target)
+        if original.count(mutation.old) != mutation.times:
+            raise SystemExit(f"{mutation.file} no longer has {mutation.old!r}: update mutations.py")
+        target.write_text(original.replace(mutation.old, mutation.new))
+        try:
+            must("cmake", "--build", self.build)
+        finally:
+            target.write_text(original)
+            os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
+        self.built += 1
+        return shutil.copy(self.build / "_native.so", self.folder / f"{self.built}.so")
+
+
+def noticed(mutation: Mutation, library: Path) -> tuple[bool, str]:
+    """Whether a test failed, and the end of what pytest said."""
+    name = (mutation.sets or (BEST,))[0]
+    done = run(
+        sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+        *mutation.tests, "-k", mutation.select,
+        TRUENORM_LIBRARY=str(library), TRUENORM_ISA=name, OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    library.unlink()
+    return done.returncode == 1, done.stdout[-1500:]
 
 
 def main() -> int:
-    survivors = []
-    with tempfile.TemporaryDirectory() as temporary:
-        tree, build_dir = Path(temporary, "tree"), Path(temporary, "build")
-        tree.mkdir()
-        for name in ("CMakeLists.txt", "build_backend", "csrc"):
-            source = ROOT / name
-            copy = shutil.copytree if source.is_dir() else shutil.copy
-            copy(source, tree / name)
-        chosen = [m for m in MUTATIONS if any(word in m.promise for word in sys.argv[1:] or [""])]
+    begun = time.monotonic()
+    words = sys.argv[1:] or [""]
+    chosen = [m for m in MUTATIONS if any(word in m.promise for word in words)]
+    absent = {name for m in chosen for name in m.sets if not runs_here(name)}
+
+    def judge(mutation: Mutation, library: Path) -> bool:
+        was, said = noticed(mutation, library)
+        end = "" if was else f"\n{said}"
+        print(f"{'noticed ' if was else 'SURVIVED'}  {mutation.promise}{end}", flush=True)
+        return was
+
+    judged: list[Future[bool]] = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as testing:
+        builder = Builder(Path(folder))
         for mutation in chosen:
-            target = tree / "csrc" / mutation.file
-            original = target.read_text()
-            if original.count(mutation.old) < 1:
-                raise SystemExit(f"{mutation.file} no longer has {mutation.old!r}: update the list")
-            target.write_text(original.replace(mutation.old, mutation.new))
-            library = build(tree, build_dir)
-            done = run(
-                sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-                *mutation.tests, "-k", mutation.select,
-                TRUENORM_LIBRARY=str(library), TRUENORM_ISA=mutation.isa,
-            )  # fmt: skip
-            target.write_text(original)
-            noticed = done.returncode == 1
-            print(f"{'noticed ' if noticed else 'SURVIVED'}  {mutation.promise}", flush=True)
-            if not noticed:
-                survivors.append(mutation.promise)
-                print(done.stdout[-1500:], flush=True)
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations noticed")
-    return 1 if survivors else 0
+            if absent & set(mutation.sets):
+                print(f"left out  {mutation.promise}: not of this machine", flush=True)
+                continue
+            judged.append(testing.submit(judge, mutation, builder.library(mutation)))
+        good = sum(future.result() for future in judged)
+    minutes = (time.monotonic() - begun) / 60
+    print(f"{good} of {len(judged)} mutations noticed, in {minutes:.0f} minutes")
+    return 0 if good == len(judged) else 1
 
 
 if __name__ == "__main__":

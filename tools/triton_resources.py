@@ -1,124 +1,26 @@
 """Compiles every Triton kernel ahead of time, as its launches would, and reports what it takes.
 
-No GPU is needed: the host side runs on tensors without memory, each launch is recorded instead of
-made, compiled for the compute capability given, and assembled; cuobjdump, which Triton carries,
-tells registers and bytes of stack, where spilled registers are. Exit status: 1 where there is one.
+No GPU is needed (triton_compile.py). Layouts are written as values to a thread, threads to a warp
+and warps, by units and values of a tile. Exit status: 1 where a kernel spills, or, with --batches,
+where one is laid out in another way for two samples than for one, which would change the order of
+a sample's sums.
 
     python tools/triton_resources.py --capability 80 90 --quick
+    python tools/triton_resources.py --batches
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+import triton.language as tl
+from triton_compile import Compiled, Launch, compile_for, record, source
 
 from truenorm import _axes
-from truenorm._triton import host
-
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-}
-# a division or a root of float64 is a call, which may need some bytes
-_SPILL = 16
-_OPTIONS = ("num_warps", "enable_fp_fusion")
-
-
-class Launch(NamedTuple):
-    """A kernel as it would have been launched."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-
-def record(run: Callable[[], object]) -> list[Launch]:
-    """The launches that `run` would make."""
-    launches: list[Launch] = []
-
-    def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
-        arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        launches.append(Launch(self, grid, arguments, options))
-
-    original = JITFunction.run
-    JITFunction.run = note  # type: ignore[method-assign]
-    try:
-        run()
-    finally:
-        JITFunction.run = original  # type: ignore[method-assign]
-    return launches
-
-
-def _source(launch: Launch) -> ASTSource:
-    """What Triton would specialize the kernel on: alignment, and sizes of one."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[Any]] = {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        specialized = not parameter.do_not_specialize
-        if isinstance(value, Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value is None or (value == 1 and specialized):
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if specialized and value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes)
-
-
-class Resources(NamedTuple):
-    registers: int
-    stack: int
-    shared: int
-    ptx: str
-
-
-def compile_for(launch: Launch, capability: int) -> Resources:
-    """The kernel compiled and assembled for a compute capability, 80 or 90, say."""
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(_source(launch), target=target, options=launch.options)
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(compiled.asm["cubin"])
-        said = subprocess.run(
-            [str(cuobjdump), "--dump-resource-usage", str(path)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-
-    def number(name: str) -> int:
-        found = re.search(rf"{name}:(\d+)", said)
-        if found is None:
-            raise SystemExit(f"cuobjdump does not say {name}:\n{said}")
-        return int(found.group(1))
-
-    return Resources(number("REG"), number("STACK"), compiled.metadata.shared, compiled.asm["ptx"])
-
+from truenorm._triton import host, view
 
 BATCH, RMS, LAYER = _axes.BATCH, _axes.rms(1), _axes.layer(1)
 _LAST = torch.channels_last
@@ -136,6 +38,7 @@ CASES: tuple[tuple[str, _axes.Axes, tuple[int, ...], bool, bool], ...] = (
     ("InstanceNorm, channels_last small", _axes.instance(320), (2, 320, 16, 16), True, False),
     ("GroupNorm", _axes.group(32), (16, 320, 64, 64), False, False),
     ("GroupNorm, small", _axes.group(32), (2, 1280, 16, 16), False, True),
+    ("GroupNorm, channels_last small", _axes.group(32), (2, 1280, 16, 16), True, True),
     ("GroupNorm, channels_last", _axes.group(32), (16, 320, 64, 64), True, False),
     ("BatchNorm", BATCH, (256, 256, 56, 56), False, True),
     ("BatchNorm", BATCH, (256, 2048, 7, 7), False, False),
@@ -180,10 +83,100 @@ def _response(dtype: torch.dtype) -> list[Launch]:
     return record(run)
 
 
-def _access(ptx: str, what: str) -> int:
-    """Bytes of the widest load or store of global memory."""
-    found = re.findall(rf"{what}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.b(\d+)", ptx)
-    return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
+# axes, shape of a sample, channels_last: statistics of a sample of its own, whole and in chunks,
+# channels that 16 divides and that it does not, groups of one row of threads and of several
+SAMPLES: tuple[tuple[str, _axes.Axes, tuple[int, ...], bool], ...] = (
+    ("LayerNorm", LAYER, (4, 768), False),
+    ("LayerNorm, wide", LAYER, (1, 100_000), False),
+    ("RMSNorm, odd", RMS, (3, 1023), False),
+    *(
+        (f"{kind}{', channels_last' * last}", axes, shape, last)
+        for last in (False, True)
+        for kind, axes, shape in (
+            ("InstanceNorm", _axes.instance(64), (64, 256, 256)),
+            ("InstanceNorm, odd", _axes.instance(30), (30, 128, 128)),
+            ("InstanceNorm, small", _axes.instance(320), (320, 8, 8)),
+            ("InstanceNorm, small, odd", _axes.instance(30), (30, 7, 9)),
+            ("GroupNorm", _axes.group(32), (320, 64, 64)),
+            ("GroupNorm, small", _axes.group(32), (1280, 16, 16)),
+            ("GroupNorm, small, odd", _axes.group(3), (21, 8, 8)),
+        )
+    ),
+)
+
+
+def _of_samples(launches: list[Launch]) -> list[Launch]:
+    """Without those that add up parameters' gradients alone: these do depend on the batch."""
+    return [
+        launch
+        for launch in launches
+        if launch.arguments.get("STATISTICS", True)
+        and not launch.arguments.get("STATISTIC_BY_VALUE", False)
+    ]
+
+
+def compare(dtype: torch.dtype, capability: int, quick: bool) -> tuple[int, int]:
+    """(kernels laid out in another way for more samples, kernels that spill), told line by line."""
+    compiled: dict[str, Compiled] = {}
+
+    def find(launch: Launch) -> Compiled:
+        # the same source is the same machine code
+        key = f"{source(launch).hash()} {launch.options}"
+        if key not in compiled:
+            compiled[key] = compile_for(launch, capability)
+        return compiled[key]
+
+    different = 0
+    for what, axes, shape, last in SAMPLES[-6::2] if quick else SAMPLES:
+        batches = {f"{n} samples": (n, False) for n in (2, 3, 16)}
+        batches["offsets of 64 bits"] = (2, True)
+        alone = _of_samples(_launches(axes, (1, *shape), dtype, last))
+        for name, (n, wide) in batches.items():
+            if wide:
+                narrow_index = view.index
+                view.index = lambda x: tl.int64
+            try:
+                among = _of_samples(_launches(axes, (n, *shape), dtype, last))
+            finally:
+                if wide:
+                    view.index = narrow_index
+            for one, more in zip(alone, among, strict=True):
+                assert one.kernel is more.kernel
+                before, after = find(one), find(more)
+                if before.layouts != after.layouts:
+                    different += 1
+                    print(
+                        f"  {what}, {one.kernel.__name__}, {name}: {'; '.join(after.layouts)}"
+                        f" instead of {'; '.join(before.layouts)}"
+                    )
+    return different, sum(found.spills for found in compiled.values())
+
+
+def report(dtype: torch.dtype, capability: int, quick: bool) -> int:
+    """What every kernel takes, line by line; how many spill."""
+    named = [
+        (what, launch)
+        for what, axes, shape, last, is_quick in CASES
+        if is_quick or not quick
+        for launch in _launches(axes, shape, dtype, last)
+    ]
+    named += [("LocalResponseNorm", launch) for launch in _response(dtype)]
+    spilling = 0
+    for what, launch in named:
+        found = compile_for(launch, capability)
+        tile = "x".join(
+            str(launch.arguments[key])
+            for key in ("BU", "BQ", "BC", "BK", "BP", "BN", "BLOCK")
+            if key in launch.arguments
+        )
+        print(
+            f"  {what:<34}{launch.kernel.__name__:<24}{launch.grid[0]:>8}{tile:>10}"
+            f"{launch.options.get('num_warps', 4):>3}{found.registers:>5}"
+            f"{found.stack:>6}{f'{found.load}/{found.store}':>7}  {'; '.join(found.layouts)}",
+            flush=True,
+        )
+        spilling += found.spills
+    return spilling
 
 
 def main() -> int:
@@ -191,39 +184,28 @@ def main() -> int:
     parser.add_argument("--capability", nargs="+", type=int, default=[90])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument(
+        "--batches", action="store_true", help="compare one sample with several, and no table"
+    )
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
-    spilling = 0
+    spilling = different = 0
     for name in args.dtype:
-        dtype = getattr(torch, name)
-        named = [
-            (what, launch)
-            for what, axes, shape, last, quick in CASES
-            if quick or not args.quick
-            for launch in _launches(axes, shape, dtype, last)
-        ]
-        named += [("LocalResponseNorm", launch) for launch in _response(dtype)]
         for capability in args.capability:
-            head = "kernel, programs, tile, warps, registers, stack, bytes a load/a store"
-            print(f"\n{name}, sm_{capability}: {head}")
-            for what, launch in named:
-                found = compile_for(launch, capability)
-                tile = "x".join(
-                    str(launch.arguments[key])
-                    for key in ("BU", "BQ", "BC", "BK", "BP", "BN", "BLOCK")
-                    if key in launch.arguments
-                )
-                wide = "/".join(str(_access(found.ptx, way)) for way in ("ld", "st"))
-                print(
-                    f"  {what:<34}{launch.kernel.__name__:<24}{launch.grid[0]:>8}{tile:>10}"
-                    f"{launch.options.get('num_warps', 4):>3}{found.registers:>5}"
-                    f"{found.stack:>6}  {wide:>7}",
-                    flush=True,
-                )
-                spilling += found.stack > _SPILL
+            head = "kernel, programs, tile, warps, registers, stack, bytes a load/a store, layouts"
+            print(f"\n{name}, sm_{capability}" + ("" if args.batches else f": {head}"))
+            dtype = getattr(torch, name)
+            if args.batches:
+                others, spills = compare(dtype, capability, args.quick)
+                different += others
+            else:
+                spills = report(dtype, capability, args.quick)
+            spilling += spills
+    if args.batches:
+        print(f"\n{different} of the kernels are laid out in another way for more samples")
     print(f"\n{spilling} of the launches spill")
-    return 1 if spilling else 0
+    return 1 if spilling or different else 0
 
 
 if __name__ == "__main__":

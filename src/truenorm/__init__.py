@@ -14,7 +14,7 @@ from ._pool import empty_cache
 from ._standard import standard_ops
 from ._triton.tune import tune
 from .accumulate import accumulate
-from .convert import convert, revert
+from .convert import convert, revert, reverted
 from .freeze import freeze, unfreeze
 from .moments import Moments
 from .nn import *  # noqa: F403
@@ -42,6 +42,7 @@ __all__ = [
     "recompute_outputs",
     "reference",
     "revert",
+    "reverted",
     "standard_ops",
     "tune",
     "unfreeze",

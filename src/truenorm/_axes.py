@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -55,6 +56,19 @@ def _product(sizes: Sequence[int]) -> int:
     return result
 
 
+# looked up: the short way of small inputs asks at each call
+RMS_EPS = {
+    dtype: torch.finfo(torch.float32 if dtype.itemsize < 4 else dtype).eps
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+}
+
+
+def rms_eps(eps: float | None, dtype: torch.dtype) -> float:
+    """RMSNorm's eps; None is what torch takes: that of the dtype which it computes in."""
+    return RMS_EPS[dtype] if eps is None else eps
+
+
 def ncs(shape: Sequence[int], axes: Axes) -> tuple[int, int, int]:
     """(N, C, S) of a shape."""
     if axes.feature_dims:
@@ -81,14 +95,35 @@ def grouped_view(x: Tensor, axes: Axes) -> tuple[Tensor, list[int]]:
     return x.reshape(n, c, 1, s), [0, 2, 3]
 
 
+def inside_out(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """The dimensions from the innermost in memory to the outermost.
+
+    In comparisons alone: the compiler sorts no sizes that it does not know, but compares them.
+    """
+    order: list[int] = []
+    for d in range(len(sizes)):
+        at = len(order)
+        while at and _is_inside(d, order[at - 1], sizes, strides):
+            at -= 1
+        order.insert(at, d)
+    return order
+
+
+def _is_inside(one: int, other: int, sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    if strides[one] != strides[other]:
+        return strides[one] < strides[other]
+    return sizes[one] < sizes[other]
+
+
 def _fills(sizes: Sequence[int], strides: Sequence[int], start: int, *, ordered: bool) -> bool:
     """Whether these dimensions, in any order unless `ordered`, tile memory from stride `start`."""
-    dims = [(stride, size) for size, stride in zip(sizes, strides, strict=True) if size != 1]
-    dims = dims[::-1] if ordered else sorted(dims)
-    for stride, size in dims:
-        if stride != start:
+    dims = [d for d, size in enumerate(sizes) if size != 1]
+    sizes, strides = [sizes[d] for d in dims], [strides[d] for d in dims]
+    order = range(len(dims))[::-1] if ordered else inside_out(sizes, strides)
+    for d in order:
+        if strides[d] != start:
             return False
-        start *= size
+        start *= sizes[d]
     return True
 
 

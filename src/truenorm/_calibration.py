@@ -18,9 +18,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import _checks, _exchange, nn
 from ._extras import has, require
+from ._model import swap
 from ._ops import channel_moments
 from .moments import Moments, load_named, save_named
 from .nn._base import Spanning
+from .nn._options import STORE, Configurable, options_of
 
 
 class Collected:
@@ -33,7 +35,7 @@ class Collected:
 
     def add(self, name: str, input: Tensor) -> None:
         layer = self.layers[name]
-        axis = getattr(layer, "channel_axis", 1)
+        axis = options_of(layer).channel_axis
         if axis != 1:
             own = isinstance(layer, _InstanceNorm) and input.dim() == layer._get_no_batch_dim()
             input = (input[None] if own else input).movedim(axis, 1)
@@ -72,12 +74,17 @@ def calibrating(
             layer._buffers.update(
                 {k: None if b is None else b.clone() for k, b in layer._buffers.items()}
             )
-            if type(layer) is torch.nn.SyncBatchNorm:
-                layer.__class__ = nn.SyncBatchNorm
-            if isinstance(layer, Spanning) and not sync:
-                vars(layer)["process_group"] = _exchange.ALONE
-            # a frozen layer too is normalized by the batch, as it would be in training
-            vars(layer).pop("frozen", None)
+            theirs = swap.core(layer) is torch.nn.SyncBatchNorm
+            if theirs and swap.obstacle(layer, nn.SyncBatchNorm) is None:
+                swap.become(layer, nn.SyncBatchNorm)
+            if isinstance(layer, Configurable):
+                # a frozen layer too is normalized by the batch, as it would be in training
+                changed: dict[str, Any] = {"statistics_frozen": False}
+                if isinstance(layer, nn.SyncBatchNorm) and not sync:
+                    vars(layer)["process_group"] = _exchange.ALONE
+                elif isinstance(layer, Spanning) and not sync:
+                    changed["process_group"] = _exchange.ALONE
+                layer._take_options(layer._truenorm_options._replace(**changed))
             hooks.append(
                 # after the layer itself has refused what does not fit
                 layer.register_forward_hook(_recording(name, collected), with_kwargs=True)
@@ -89,9 +96,10 @@ def calibrating(
         for hook in hooks:
             hook.remove()
         for layer, kind, held, buffers in before:
-            layer.__class__ = kind
+            if type(layer) is not kind:
+                swap.put(layer, kind)
             layer._buffers.update(buffers)
-            for name in ("process_group", "frozen"):
+            for name in ("process_group", STORE, "_direct"):
                 vars(layer).pop(name, None)
                 if name in held:
                     vars(layer)[name] = held[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, _ops, _standard
+from . import _checks, _ops
 from ._axes import Axes
 from ._ops import Running, masked, sharding
 
@@ -38,7 +38,7 @@ def normalize(
 def _in_order(x: Tensor) -> bool:
     """Whether positions lie in memory as the dimensions say, as those of a mask do."""
     steps = [stride for stride, size in zip(x.stride()[2:], x.shape[2:], strict=True) if size != 1]
-    return steps == sorted(steps, reverse=True)
+    return all(outer >= inner for outer, inner in zip(steps, steps[1:], strict=False))
 
 
 def mask_of(
@@ -90,8 +90,7 @@ def fixed(
         return sharded.by_mask(fixed, x, mask, (mean, var, weight, bias), eps, padding_value)
     valid = against(mask, x)
     kept = torch.where(valid, x, 0.0)
-    apply = _standard.fixed if _standard.wanted() else _ops.normalize_fixed
-    y = apply(kept, mean, var, weight, bias, eps)
+    y = _ops.normalize_fixed(kept, mean, var, weight, bias, eps)
     return torch.where(valid, y, padding_value)
 
 

@@ -35,7 +35,7 @@ def _like(values: Tensor, x: Tensor, axes: Axes) -> Tensor:
     strides = _axes.kept_strides(x, axes)
     if result.stride() == strides:
         return result
-    order = sorted(range(x.dim()), key=lambda d: (strides[d], x.shape[d]), reverse=True)
+    order = _axes.inside_out(x.shape, strides)[::-1]
     back = [order.index(d) for d in range(x.dim())]
     return result.permute(order).contiguous().permute(back)
 
@@ -212,10 +212,13 @@ def all_finite(mean: Tensor, var: Tensor) -> Tensor:
 
 def _window_sum(values: Tensor, size: int, before: int) -> Tensor:
     """Sum over channels c − before … c − before + size − 1 of (N, C, S)."""
-    padded = torch.nn.functional.pad(values, (0, 0, before, size - 1 - before))
     channels = values.shape[1]
+    # of a window there are no more than all channels
+    after = min(size - 1 - before, max(channels - 1, 0))
+    before = min(before, max(channels - 1, 0))
+    padded = torch.nn.functional.pad(values, (0, 0, before, after))
     total = padded.narrow(1, 0, channels)
-    for shift in range(1, size):
+    for shift in range(1, before + after + 1):
         total = total + padded.narrow(1, shift, channels)
     return total
 

@@ -23,10 +23,12 @@ def freeze(model: M) -> M:
     model.eval(). The running statistics no longer move. x, weight and bias have their gradients as
     before (requires_grad_(False) freezes weight and bias). Nothing is sent between processes.
 
-    A frozen layer has `frozen = True`, shows it in its repr, and keeps it through pickle, deepcopy
-    and state_dict: the keys are torch's, and the metadata beside them, which torch.save writes,
-    says which layers are frozen. truenorm's layers read it; torch's load the same file and are not
-    frozen. A state without that record, torch's say, leaves a layer as it is.
+    A frozen layer has `statistics_frozen = True`, shows it in its repr, and keeps it through
+    pickle, deepcopy and state_dict: the keys are torch's, and the metadata beside them, which
+    torch.save writes, says which layers are frozen. truenorm's layers read it; torch's load the
+    same file and are not frozen. A state without that record, torch's say, leaves a layer as it is.
+    Resetting the layer (`reset_running_stats`, which torch.optim.swa_utils.update_bn calls, and
+    `reset_parameters`) leaves frozen statistics as they are.
 
     model: a model or one layer, with BatchNorm, SyncBatchNorm or tracking InstanceNorm of
         truenorm's. Layers without running statistics (GroupNorm, a plain InstanceNorm) are the same
@@ -37,7 +39,7 @@ def freeze(model: M) -> M:
     Nothing is frozen then.
     """
     for layer in _layers(model, "frozen").values():
-        layer.frozen = True
+        layer._choose("statistics_frozen", True)
     return model
 
 
@@ -47,7 +49,7 @@ def unfreeze(model: M) -> M:
     Errors: as for `freeze`.
     """
     for layer in _layers(model, "unfrozen").values():
-        layer.frozen = False
+        layer._choose("statistics_frozen", False)
     return model
 
 

@@ -7,13 +7,14 @@ out in `truenorm.reference`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _axes, _checks, _ops, _padding, _standard
+from . import _axes, _checks, _ops, _padding
 from ._ops.activation import Epilogue
 from .moments import Moments
 
@@ -111,14 +112,9 @@ def batch_norm_tracked(
     if not training:
         _checks.check_running_given(running_mean, "training=False")
         assert running_mean is not None and running_var is not None
-        if _standard.wanted():
-            return _standard.fixed(input, running_mean, running_var, weight, bias, eps)
         return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps, after)
     count = _axes.values_per_statistic(input.shape, _axes.BATCH)
     _checks.check_more_than_one_value(input, count, per_sample=False)
-    if momentum is not None and _standard.wanted():
-        tracked = (running_mean, running_var, num_batches_tracked)
-        return _standard.batch(input, tracked, weight, bias, momentum, eps)
     running = None
     if running_mean is not None and running_var is not None:
         running = _ops.Running(running_mean, running_var, num_batches_tracked, momentum)
@@ -247,15 +243,10 @@ def instance_norm_then(
     if not use_input_stats:
         _checks.check_running_given(running_mean, "use_input_stats=False")
         assert running_mean is not None and running_var is not None
-        if _standard.wanted():
-            return _standard.fixed(input, running_mean, running_var, weight, bias, eps)
         return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps, after)
     axes = _axes.instance(input.shape[1])
     count = _axes.values_per_statistic(input.shape, axes) if input.shape[1] else 0
     _checks.check_more_than_one_value(input, count, per_sample=True)
-    if _standard.wanted():
-        tracked = (running_mean, running_var)
-        return _standard.instance(input, tracked, weight, bias, momentum, eps)
     running = None
     if running_mean is not None and running_var is not None:
         running = _ops.Running(running_mean, running_var, None, momentum)
@@ -335,8 +326,6 @@ def group_norm_then(
     n, c, s = _axes.ncs(input.shape, _axes.BATCH)
     # as torch: an error only where the whole batch has one value per group
     _checks.check_more_than_one_value(input, n * c // num_groups * s, per_sample=False)
-    if _standard.wanted():
-        return _standard.group(input, num_groups, weight, bias, eps)
     return _ops.normalize(input, weight, bias, _axes.group(num_groups), eps, None, after)
 
 
@@ -429,8 +418,6 @@ def layer_norm_then(
     _checks.check_normalized_shape(input, normalized_shape)
     _checks.check_elementwise("weight", weight, input, normalized_shape)
     _checks.check_elementwise("bias", bias, input, normalized_shape)
-    if _standard.wanted():
-        return _standard.layer(input, normalized_shape, weight, bias, eps)
     axes = _axes.layer(len(normalized_shape))
     return _ops.normalize(input, weight, bias, axes, eps, None, after)
 
@@ -443,8 +430,8 @@ def rms_norm(
 ) -> Tensor:
     """Divide by the root mean square over the trailing dimensions named by `normalized_shape`.
 
-    y = x / sqrt(E[x²] + eps) · weight; eps None is torch.finfo(input.dtype).eps. The same in
-    training and evaluation.
+    y = x / sqrt(E[x²] + eps) · weight; eps None is the machine epsilon of the input's
+    dtype, and float32's for float16 and bfloat16. The same in training and evaluation.
 
     Shapes: input (*, *normalized_shape); weight normalized_shape; output like input.
 
@@ -471,11 +458,8 @@ def rms_norm_then(
     _checks.check_tensor("input", input)
     _checks.check_floating(input, complex_too=True)
     _checks.check_normalized_shape(input, normalized_shape)
-    if eps is None:
-        eps = torch.finfo(input.dtype).eps
+    eps = _axes.rms_eps(eps, input.dtype)
     _checks.check_elementwise("weight", weight, input, normalized_shape)
-    if _standard.wanted():
-        return _standard.rms(input, normalized_shape, weight, eps)
     axes = _axes.rms(len(normalized_shape))
     return _ops.normalize(input, weight, None, axes, eps, None, after)
 
@@ -516,6 +500,10 @@ def local_response_norm(
     widened = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if widened and (input.dim() > 3 or device != "cpu"):
         input = input.to(torch.promote_types(input.dtype, torch.float32))
-    if _standard.wanted():
-        return _standard.response(input, size, alpha, beta, k)
     return _ops.local_response_norm(input, size, alpha, beta, k)
+
+
+for _name in __all__:
+    # torch.jit.script asks for it
+    _refuse = partial(_checks.fail_scripting, f"truenorm.functional.{_name}")
+    globals()[_name].__prepare_scriptable__ = partial(_refuse, f"torch.nn.functional.{_name}")

@@ -245,6 +245,11 @@ def layer_norm_backward(
     )
 
 
+def _rms_eps(x: Tensor) -> float:
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return torch.finfo(torch.float32 if half else x.dtype).eps
+
+
 def rms_norm(
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -253,9 +258,9 @@ def rms_norm(
 ) -> Tensor:
     """y = x / sqrt(mean(x²) + eps) · weight, over the trailing dimensions.
 
-    eps None is the machine epsilon of x's dtype.
+    eps None is the machine epsilon of x's dtype, and float32's for half precision.
     """
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = _rms_eps(x) if eps is None else eps
     x, w = x.detach().to(torch.float64), _f64(weight)
     mean_square = (x**2).mean(_trailing(x, normalized_shape), keepdim=True)
     y = x / torch.sqrt(mean_square + eps)
@@ -270,7 +275,7 @@ def rms_norm_backward(
     eps: float | None = None,
 ) -> Gradients:
     """Gradients of `rms_norm`: (g − x̂ · mean(g · x̂)) / rms, without the mean of g."""
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = _rms_eps(x) if eps is None else eps
     x, grad, w = x.detach().to(torch.float64), grad.detach().to(torch.float64), _f64(weight)
     dims = _trailing(x, normalized_shape)
     rstd = 1.0 / torch.sqrt((x**2).mean(dims, keepdim=True) + eps)

@@ -34,7 +34,7 @@ _INTRODUCTION = {
 }
 # what the layers take beyond torch's arguments, and where it is told; when they are built ...
 _OPTIONS = {
-    "frozen": "the running statistics normalize in training too, and stay as they are "
+    "statistics_frozen": "the running statistics normalize in training too, and stay as they are "
     "([frozen statistics](../howto/statistics.md#fine-tuning-with-frozen-statistics))",
     "on_single": "what one value per channel does in training "
     "([one value](../howto/statistics.md#one-value-per-channel))",
@@ -50,10 +50,10 @@ _OPTIONS = {
     "channel_axis": "the dimension of the channels "
     "([channels in another place](../howto/channel-axis.md))",
     "activation": "what is applied to the result ([activation](../howto/activation.md))",
-    "negative_slope": "leaky_relu's slope below zero",
-    "alpha": "elu's value far below zero",
-    "approximate": "how gelu is computed",
-    "inplace": "the input may be overwritten where no gradient needs it "
+    "leaky_relu_slope": "leaky_relu's slope below zero",
+    "elu_alpha": "elu's value far below zero",
+    "gelu_approximate": "how gelu is computed",
+    "overwrite_input": "the input may be overwritten where no gradient needs it "
     "([in place](../howto/activation.md#in-place))",
 }
 # ... and when they are called

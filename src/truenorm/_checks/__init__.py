@@ -11,3 +11,4 @@ from .masks import *  # noqa: F403
 from .models import *  # noqa: F403
 from .policy import *  # noqa: F403
 from .processes import *  # noqa: F403
+from .tracing import *  # noqa: F403

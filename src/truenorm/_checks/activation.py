@@ -30,17 +30,17 @@ def check_coefficient(name: str, activation: str) -> Callable[[Any], None]:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not math.isfinite(value):
             raise ValueError(
-                f"`{name}` must be a finite number, but got {value!r}: it is the {name} of "
+                f"`{name}` must be a finite number, but got {value!r}: it is the coefficient of "
                 f'activation="{activation}"'
             )
 
     return check
 
 
-def check_approximate(value: Any) -> None:
+def check_gelu_approximate(value: Any) -> None:
     if value not in ("none", "tanh"):
         raise ValueError(
-            f'`approximate` must be "none" or "tanh", but got {value!r}: it is how '
+            f'`gelu_approximate` must be "none" or "tanh", but got {value!r}: it is how '
             'activation="gelu" is computed'
         )
 
@@ -83,19 +83,20 @@ def check_residual(residual: Any, input: Any) -> None:
 
 
 def check_may_be_overwritten(input: Any) -> None:
-    """An input of a layer with `inplace=True`."""
+    """An input of a layer with `overwrite_input=True`."""
     if not isinstance(input, Tensor) or input.is_nested:
         return  # the layer says so, or makes a copy
     if input.is_leaf and input.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             f"`input` {tuple(input.shape)} is a leaf that requires grad, which a layer with "
-            "inplace=True may not overwrite: pass input.clone(), or set layer.inplace = False"
+            "overwrite_input=True may not overwrite: pass input.clone(), or set "
+            "layer.overwrite_input = False"
         )
     if any(step == 0 and size > 1 for step, size in zip(input.stride(), input.shape, strict=True)):
         raise RuntimeError(
             f"`input` of shape {tuple(input.shape)} and strides {input.stride()} is expanded: "
-            "several of its elements are one in memory, which a layer with inplace=True cannot "
-            "overwrite: pass input.contiguous(), or set layer.inplace = False"
+            "several of its elements are one in memory, which a layer with overwrite_input=True "
+            "cannot overwrite: pass input.contiguous(), or set layer.overwrite_input = False"
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -55,6 +57,18 @@ def check_num_features(
             f"{input.shape[dim]}. `input` has {_shape(input)}{note}; build the layer with "
             f"num_features={input.shape[dim]}, or permute the input so that its channels are at "
             f"dim={dim}"
+        )
+
+
+def warn_num_features(input: Tensor, dim: int, num_features: int) -> None:
+    """As torch, for an InstanceNorm that has nothing of that size."""
+    # a graph cannot warn: torch's own breaks there
+    if input.shape[dim] != num_features and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"input's size at dim={dim} does not match num_features. "
+            "You can silence this warning by not passing in num_features, "
+            "which is not used because affine=False",
+            stacklevel=2,
         )
 
 

@@ -38,6 +38,14 @@ def check_module(name: str, model: Any) -> None:
         )
 
 
+def check_all_revertible(left: Sequence[tuple[str, str]]) -> None:
+    if left:
+        name, reason = left[0]
+        raise ValueError(
+            f"`model` has {len(left)} layer(s) that cannot be torch's, the first {name!r}: {reason}"
+        )
+
+
 def check_something_tracks(layers: Any) -> None:
     if not layers:
         raise ValueError(
@@ -138,13 +146,13 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a whole number of at least 1, but got {value!r}")
 
 
-def check_foldable(model: Module) -> None:
+def check_foldable(model: Module, frozen: bool) -> None:
     if hasattr(model, "_orig_mod") or isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
             f"`model` is compiled ({type(model).__name__}), and its layers can no longer be "
             "replaced: fold the model first, then compile it"
         )
-    if model.training and not any(getattr(m, "frozen", False) is True for m in model.modules()):
+    if model.training and not frozen:
         raise ValueError(
             "`model` is in training mode, where BatchNorm normalizes by the batch: call "
             "model.eval() first"

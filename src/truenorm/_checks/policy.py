@@ -61,6 +61,9 @@ def check_tracks(option: str, chosen: bool) -> None:
         )
 
 
+FOR_ONE_PROCESS = ("virtual_batch_size", "renorm", "on_single")
+
+
 def check_small_batches(chosen: Mapping[str, Any]) -> None:
     """virtual_batch_size and renorm go neither with each other nor with other processes."""
     size, group = chosen.get("virtual_batch_size"), chosen.get("process_group")
@@ -72,7 +75,7 @@ def check_small_batches(chosen: Mapping[str, Any]) -> None:
     # what recalibrate sets meanwhile is no group
     if group is None or group == "alone":
         return
-    for name in ("virtual_batch_size", "renorm", "on_single"):
+    for name in FOR_ONE_PROCESS:
         if name in chosen:
             raise ValueError(
                 f"`{name}` (={chosen[name]!r}) is for the batch of one process, and "
@@ -80,12 +83,36 @@ def check_small_batches(chosen: Mapping[str, Any]) -> None:
             )
 
 
-def check_no_more_with_policy(given: bool, options: Sequence[str]) -> None:
-    if given:
-        raise NotImplementedError(
-            "`mask`, `lengths` and `residual` do not go with this layer's statistics policy "
-            f"({', '.join(options) or 'accumulate'}): leave one of the two out"
+def check_torch_has(layer: str, chosen: Mapping[str, Any]) -> None:
+    """No options, before torch makes a layer of its own that has none."""
+    if chosen:
+        said = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+        raise ValueError(
+            f"`module` has a layer, {layer or 'itself'!r}, with {said}, which torch's "
+            "SyncBatchNorm would drop: call truenorm.convert(model, sync=True), which keeps it"
         )
+
+
+def check_no_lazy(name: str, layers: Sequence[str]) -> None:
+    if layers:
+        raise ValueError(
+            f"`{name}` has a lazy layer, {layers[0] or 'itself'!r}, that does not know its "
+            "num_features yet: call the model once before"
+        )
+
+
+def check_may_span(layers: Mapping[str, Any], group: Any) -> None:
+    """No layer, by name and options, has one that is for the batch of one process."""
+    for name, options in layers.items():
+        chosen = options.different()
+        for option in FOR_ONE_PROCESS:
+            if option in chosen:
+                raise ValueError(
+                    f"`model` has a layer, {name or 'itself'!r}, whose `{option}` "
+                    f"(={chosen[option]!r}) is for the batch of one process, and `process_group` "
+                    f"(={group!r}) spreads it over several: set layer.{option} back to its default "
+                    "first"
+                )
 
 
 def check_freezable(layers: Mapping[str, Any], why_not: Mapping[str, str], verb: str) -> None:

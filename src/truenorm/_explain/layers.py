@@ -17,6 +17,7 @@ from torch.nn.modules import batchnorm, instancenorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .. import nn
+from .._axes import rms_eps
 from ..convert import convert, revert
 from ..nn._instance import InstanceForward
 from .groups import Sharing
@@ -89,7 +90,7 @@ def _read(layer: Module, x: Tensor) -> Subject:
         kind = "rms" if isinstance(layer, torch.nn.RMSNorm) else "layer"
         assert isinstance(layer, torch.nn.LayerNorm | torch.nn.RMSNorm)
         if layer.eps is None:
-            settings["eps"] = torch.finfo(x.dtype).eps
+            settings["eps"] = rms_eps(None, x.dtype)
         dim = x.dim() - len(layer.normalized_shape)
         sharing = Sharing(kind, shape, leading=dim)  # type: ignore[arg-type]
     return Subject(sharing, settings, weight, bias, dim, unbatched)

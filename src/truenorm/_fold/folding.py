@@ -20,6 +20,7 @@ from .. import nn as ours
 from .._fuse import unfuse
 from .._model.layers import BATCH, INSTANCE, has_hooks, kind_of, norms_of, uses_running
 from .._model.running import Call, check_model, is_batch, run, tensors, untouched
+from ..nn._options import options_of
 from . import arithmetic
 from .graph import LINEAR, Order, find_order, passes
 from .measure import pair_errors, share_of_largest
@@ -122,10 +123,10 @@ def _why_not_norm(norm: Any, kind: str) -> str:
             if norm.training
             else own
         )
-    if getattr(norm, "channel_axis", 1) != 1:
-        return f"its channels are dimension {norm.channel_axis}, and not those of a layer beside it"
-    if getattr(norm, "activation", None) is not None:
-        return f"it ends with an activation ({norm.activation}), which no weights can hold"
+    if (axis := options_of(norm).channel_axis) != 1:
+        return f"its channels are dimension {axis}, and not those of a layer beside it"
+    if (act := options_of(norm).activation) is not None:
+        return f"it ends with an activation ({act}), which no weights can hold"
     if has_hooks(norm):
         return "it has hooks, which would see other values"
     scale, shift = arithmetic.affine(norm)
@@ -342,7 +343,7 @@ def fold(
     where the output changed. The model is unchanged then.
     """
     check_model("model", model)
-    _checks.check_foldable(model)
+    _checks.check_foldable(model, any(options_of(m).statistics_frozen for m in model.modules()))
     if not norms_of(model):
         _checks.fail_no_norms("model", model)
     exact = own = None

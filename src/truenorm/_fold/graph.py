@@ -13,6 +13,7 @@ from torch.fx import Graph, Node, Tracer
 from torch.nn import Module
 
 from .._model.layers import has_hooks, kind_of
+from .._model.leftovers import Attributes
 
 LINEAR = (torch.nn.modules.conv._ConvNd, torch.nn.Linear)
 _PASSING = (torch.nn.Identity, torch.nn.modules.dropout._DropoutNd)
@@ -58,7 +59,11 @@ def _defaults(module: Module) -> dict[str, Any]:
 
 
 def _trace(module: Module) -> Graph:
-    return _Tracer().trace(module, concrete_args=_defaults(module))
+    attributes = Attributes(module.modules())
+    try:
+        return _Tracer().trace(module, concrete_args=_defaults(module))
+    finally:
+        attributes.restore()
 
 
 def _read_graph(order: Order, graph: Graph, root: Module, prefix: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch.nn import Module
 from .._model.layers import has_hooks
 from .._ops import activation
 from ..nn._activation import Activated
+from ..nn._options import options_of
 
 Act = tuple[int, float]
 _ADDS = {operator.add, operator.iadd, torch.add}
@@ -32,6 +34,12 @@ _PLAIN = {
     torch.nn.ReLU6: activation.RELU6,
     torch.nn.SiLU: activation.SILU,
     torch.nn.Hardswish: activation.HARDSWISH,
+}
+# the attributes that say what else an activation does
+_PARAMETERS: dict[type, str] = {
+    torch.nn.LeakyReLU: "negative_slope",
+    torch.nn.ELU: "alpha",
+    torch.nn.GELU: "approximate",
 }
 
 
@@ -62,19 +70,22 @@ def _gelu(*, approximate: Any = "none") -> Act | None:
     return (kinds[approximate], 0.0) if approximate in kinds else None
 
 
-def _of_module(module: Module) -> Act | None:
+def _is_plain(module: Module) -> bool:
+    return not has_hooks(module) and "forward" not in vars(module)
+
+
+def _of_module(module: Any) -> Act | None:
+    # a subclass may do more
     kind = type(module)
-    if has_hooks(module):
+    if not _is_plain(module):
         return None
     if kind in _PLAIN:
         return _PLAIN[kind], 0.0
-    if isinstance(module, torch.nn.LeakyReLU):
+    if kind is torch.nn.LeakyReLU:
         return _leaky(module.negative_slope)
-    if isinstance(module, torch.nn.ELU):
+    if kind is torch.nn.ELU:
         return _elu(module.alpha)
-    if isinstance(module, torch.nn.GELU):
-        return _gelu(approximate=module.approximate)
-    return None
+    return _gelu(approximate=module.approximate) if kind is torch.nn.GELU else None
 
 
 def _activation(root: Module, node: Node) -> Act | None:
@@ -125,19 +136,21 @@ def _residual(norm: Node, add: Node) -> Node | None:
 
 def _is_norm(root: Module, node: Node) -> bool:
     module = _module(root, node)
-    return (
-        isinstance(module, Activated)
-        and module.activation is None
-        and len(node.args) == 1
-        and not node.kwargs
-        and not has_hooks(module)
-    )
+    if not isinstance(module, Activated) or options_of(module).activation is not None:
+        return False
+    # a subclass with a forward of its own takes other arguments
+    ours = type(module).forward.__module__.startswith("truenorm.")
+    if not ours or len(node.args) != 1 or node.kwargs or not _is_plain(module):
+        return False
+    # where the call is moved to, who reads the input in between would see another one
+    return not options_of(module).overwrite_input or _is_alone(node)
 
 
 def _overwrites(root: Module, node: Node) -> bool:
     """Whether a node may write over its first tensor."""
     if (module := _module(root, node)) is not None:
-        return bool(getattr(module, "inplace", False))
+        own = options_of(module).overwrite_input
+        return own or bool(getattr(module, "inplace", False))
     target = node.target
     if isinstance(target, FunctionType) and not target.__module__.startswith("torch."):
         return True  # who knows
@@ -146,25 +159,57 @@ def _overwrites(root: Module, node: Node) -> bool:
     return in_place or bool(node.kwargs.get("inplace")) or target in _IN_PLACE
 
 
-def _input_lasts(root: Module, norm: Node, last: Node) -> bool:
-    """Whether the layer's input is the same where its call is moved to."""
-    node = norm.next
+def _sees(node: Node) -> list[Node]:
+    """Whose memory a node's output may be; a module's is its own."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    return [a for a in node.all_input_nodes if a.op != "get_attr"]
+
+
+def _memory(source: Any) -> set[Node]:
+    """The nodes whose memory may be that of `source`."""
+    if not isinstance(source, Node):
+        return set()
+    found, waiting = set(), [source]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += _sees(node)
+            waiting += [user for user in node.users if node in _sees(user)]
+    return found
+
+
+def _is_alone(norm: Node) -> bool:
+    """Whether nothing but this call knows its input."""
+    source = norm.args[0]
+    return _memory(source) <= {source, norm} and isinstance(source, Node) and len(source.users) == 1
+
+
+def _lasts(root: Module, source: Any, first: Node, last: Node, but: Node | None) -> bool:
+    """Whether `source` is the same at `last`, where it is read, as it was at `first`."""
+    memory = _memory(source)
+    node = first.next
     while node is not last:
-        if node.args and node.args[0] is norm.args[0] and _overwrites(root, node):
+        written = node.args[0] if node.args else None
+        if node is not but and written in memory and _overwrites(root, node):
             return False
         node = node.next
     return True
 
 
-def drop_passing(root: Module, graph: Graph) -> None:
-    """Take out what gives its input back: Identity, and dropout of nothing."""
+def drop_passing(root: Module, graph: Graph) -> list[Module]:
+    """Take out what gives its input back: Identity, and dropout of nothing; these."""
+    dropped = []
     for node in graph.nodes:
         module = _module(root, node)
-        nothing = isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p == 0
+        nothing = type(module).__module__ == "torch.nn.modules.dropout" and module.p == 0  # type: ignore[union-attr]
         passes = nothing or type(module) is torch.nn.Identity
-        if module is not None and passes and len(node.args) == 1 and not has_hooks(module):
+        if module is not None and passes and len(node.args) == 1 and _is_plain(module):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+            dropped.append(module)
+    return dropped
 
 
 def find(root: Module, graph: Graph) -> list[Found]:
@@ -175,13 +220,15 @@ def find(root: Module, graph: Graph) -> list[Found]:
         user = _only_user(norm)
         if user is None or user in taken or not _is_norm(root, norm):
             continue
-        if (act := _activation(root, user)) is not None and _input_lasts(root, norm, user):
+        source = norm.args[0]
+        if (act := _activation(root, user)) is not None and _lasts(root, source, norm, user, None):
             found.append(Found(norm, None, user, act))
         elif (
-            _residual(norm, user) is not None
+            (added := _residual(norm, user)) is not None
             and (last := _only_user(user)) is not None
             and (act := _activation(root, last)) is not None
-            and _input_lasts(root, norm, last)
+            and _lasts(root, source, norm, last, user)
+            and _lasts(root, added, user, last, None)
         ):
             found.append(Found(norm, user, last, act))
             taken.add(user)
@@ -201,3 +248,24 @@ def replace(graph: Graph, found: list[Found]) -> None:
         for node in (act, add, norm):
             if node is not None:
                 graph.erase_node(node)
+
+
+def requirements(
+    root: Module, graph: Graph, found: list[Found], dropped: list[Module]
+) -> Iterator[tuple[Module, bool, str]]:
+    """(module, whether it is no longer called as it was, attribute) for what `found` depends on."""
+    for module in dropped:
+        yield module, True, "p" if hasattr(module, "p") else ""
+    for norm, _, act, _ in found:
+        layer, last = _module(root, norm), _module(root, act)
+        assert layer is not None
+        yield layer, True, ""
+        if last is not None:
+            yield last, True, _PARAMETERS.get(type(last), "")
+        # what does not write over its input now might do so later
+        node = norm.next
+        while node is not act:
+            between = _module(root, node)
+            if between is not None and hasattr(between, "inplace"):
+                yield between, False, "inplace"
+            node = node.next

@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from .. import _padding
 from .._model.layers import BATCH, LAYER, RMS
+from ..nn._options import options_of
 from ..nn._padded import Padded, PaddedRows
 
 
@@ -30,7 +31,7 @@ def parts(
     if not isinstance(module, Padded):
         return [seen]
     unbatched = module._is_unbatched(x)
-    axis = module.channel_axis
+    axis = options_of(module).channel_axis
     batched = x.unsqueeze(0) if unbatched else x
     valid = _padding.mask_of(batched, axis, mask, lengths, 0.0, unbatched)
     if valid is None or valid.dim() == seen.dim():

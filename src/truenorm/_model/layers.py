@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .. import _axes
 from .._axes import Axes
-from ..nn._options import Configurable
+from ..nn._options import options_of
 
 NORMS = (
     _BatchNorm,
@@ -58,7 +58,7 @@ def norms_of(model: Module) -> list[tuple[str, Module]]:
 
 def eps_of(module: Module, dtype: torch.dtype) -> float:
     eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
-    return torch.finfo(dtype).eps if eps is None else float(eps)
+    return _axes.rms_eps(None if eps is None else float(eps), dtype)
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def view(module: Module, kind: str, x: Tensor) -> View | None:
                 x = x.unsqueeze(0)
     if x.dim() < 2:
         return None
-    axis = getattr(module, "channel_axis", 1)
-    if isinstance(module, Configurable) and axis != 1:
+    axis = options_of(module).channel_axis
+    if axis != 1:
         x = x.movedim(axis, 1)
     if kind == RESPONSE:
         return View(x, None)
@@ -124,7 +124,7 @@ def uses_running(module: Module, kind: str) -> bool:
         return False
     if not isinstance(module, NORMS):
         return True
-    if getattr(module, "frozen", False) is True:
+    if options_of(module).statistics_frozen:
         return True
     if kind == INSTANCE:
         return not module.training and bool(getattr(module, "track_running_stats", True))

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import _checks
+from .leftovers import Attributes
 
 Call = Callable[[Module, Any], Any]
 
@@ -98,11 +99,11 @@ def untouched(*models: Module, training: bool | None = None) -> Iterator[ExitSta
     What the block enters on the stack, hooks say, is left first.
     """
     modules = list({id(m): m for model in models for m in model.modules()}.values())
-    modes = [m.training for m in modules]
+    attributes = Attributes(modules)
     held = [
-        (m, name, buffer, buffer.detach().clone())
+        (buffer, buffer.detach().clone())
         for m in modules
-        for name, buffer in m._buffers.items()
+        for buffer in m._buffers.values()
         if buffer is not None
     ]
     tensors = (t for model in models for t in (*model.parameters(), *model.buffers()))
@@ -115,11 +116,8 @@ def untouched(*models: Module, training: bool | None = None) -> Iterator[ExitSta
             with ExitStack() as stack:
                 yield stack
         finally:
-            for module, mode in zip(modules, modes, strict=True):
-                module.training = mode
-            for module, name, buffer, copy in held:
-                if module._buffers.get(name) is not buffer:
-                    module._buffers[name] = buffer
+            attributes.restore()
+            for buffer, copy in held:
                 # NaN is not equal to itself: written back, which does no harm
                 if not torch.equal(buffer, copy):
                     buffer.copy_(copy)

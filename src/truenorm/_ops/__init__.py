@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .. import _plain
 from .._axes import BATCH, Axes
-from . import activated, autograd, eager, operators, recomputed, sharding
+from . import activated, autograd, eager, operators, recomputed, route, sharding, standard
 from .activation import Epilogue
-from .autograd import Running, transformed
+from .autograd import Running
 from .operators import within_backward
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "normalize_fixed",
     "normalize_with_statistics",
     "recomputed",
+    "route",
     "within_backward",
 ]
 
@@ -37,11 +38,6 @@ def _sharded() -> Any:
     from . import sharded  # which imports this module
 
     return sharded
-
-
-def _wants_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    # empty inputs have no moments, and complex RMSNorm has no kernel
-    return x.numel() == 0 or x.is_complex() or transformed(x, weight, bias)
 
 
 def _wants_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -66,12 +62,15 @@ def normalize(
         return _sharded().normalize(x, weight, bias, axes, eps, running, after)  # type: ignore[no-any-return]
     if after is not None:
         return activated.normalize(x, weight, bias, axes, eps, running, after)
-    if _wants_plain(x, weight, bias):
+    way = route.way(x, weight, bias)
+    if way == route.STANDARD:
+        return standard.normalize(x, weight, bias, axes, eps, running)
+    if way == route.PLAIN:
         y, mean, var = _plain.forward(x, weight, bias, axes, eps)
         if running is not None:
             _update_plain(x, running, mean, var)
         return y
-    if torch.compiler.is_compiling():
+    if way == route.GRAPH:
         y, mean, var = operators.forward(x, weight, bias, *axes, eps)
         if running is not None:
             autograd.track(running, x, mean, var)
@@ -100,10 +99,13 @@ def normalize_with_statistics(
     """x normalized by its own statistics, and these: mean and biased variance, as constants."""
     if sharding.wanted(x, weight, bias):
         return _sharded().normalize_with_statistics(x, weight, bias, axes, eps)  # type: ignore[no-any-return]
-    if _wants_plain(x, weight, bias):
+    way = route.way(x, weight, bias)
+    if way == route.STANDARD:
+        return standard.normalize_with_statistics(x, weight, bias, axes, eps)
+    if way == route.PLAIN:
         y, mean, var = _plain.forward(x, weight, bias, axes, eps)
         return y, mean.detach(), var.detach()
-    if torch.compiler.is_compiling():
+    if way == route.GRAPH:
         return cast(tuple[Tensor, Tensor, Tensor], operators.forward(x, weight, bias, *axes, eps))
     found = autograd.NormalizeWithStatistics.apply((axes, eps), x, weight, bias)  # type: ignore[no-untyped-call]
     return cast(tuple[Tensor, Tensor, Tensor], found)
@@ -123,9 +125,12 @@ def normalize_fixed(
         return _sharded().normalize_fixed(x, mean, var, weight, bias, eps, after)  # type: ignore[no-any-return]
     if after is not None:
         return activated.normalize_fixed(x, mean, var, weight, bias, eps, after)
-    if _wants_plain(x, weight, bias):
+    way = route.way(x, weight, bias)
+    if way == route.STANDARD:
+        return standard.normalize_fixed(x, mean, var, weight, bias, eps)
+    if way == route.PLAIN:
         return _plain.apply(x, mean, var, weight, bias, BATCH, eps)
-    if torch.compiler.is_compiling():
+    if way == route.GRAPH:
         return cast(Tensor, operators.apply(x, mean, var, weight, bias, eps))
     if not _wants_gradient(x, weight, bias):
         return autograd.apply_raw(eps, mean, var, x, weight, bias)
@@ -136,12 +141,15 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of x (N, C, *); zeros where x is empty."""
     if sharding.wanted(x):
         return _sharded().channel_moments(x)  # type: ignore[no-any-return]
-    if transformed(x):
-        return _plain.moments(x, BATCH)
     if x.numel() == 0:
         mean = x.new_zeros(x.shape[1], dtype=operators.statistic_dtype(x))
         return mean, torch.zeros_like(mean)
-    if torch.compiler.is_compiling():
+    way = route.way(x)
+    if way == route.STANDARD:
+        return standard.channel_moments(x)
+    if way == route.PLAIN:
+        return _plain.moments(x, BATCH)
+    if way == route.GRAPH:
         return cast(tuple[Tensor, Tensor], operators.moments(x))
     with autograd._below_autograd():
         return cast(tuple[Tensor, Tensor], operators.moments._op(x))
@@ -151,8 +159,11 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
     """Divide each value of x (N, C, *) by a power of its neighbouring channels' energy."""
     if sharding.wanted(x):
         return _sharded().local_response_norm(x, size, alpha, beta, k)  # type: ignore[no-any-return]
-    if transformed(x):
+    way = route.way(x)
+    if way == route.STANDARD:
+        return standard.local_response_norm(x, size, alpha, beta, k)
+    if way == route.PLAIN:
         return _plain.local_response_norm(x, size, alpha, beta, k)
-    if torch.compiler.is_compiling():
+    if way == route.GRAPH:
         return cast(Tensor, operators.local_response_norm(x, size, alpha, beta, k))
     return cast(Tensor, autograd.LocalResponseNorm.apply((size, alpha, beta, k), x))  # type: ignore[no-untyped-call]

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import has_torch_function_variadic
 
-from .. import _plain, _standard
+from .. import _plain
 from .._axes import BATCH, Axes
-from . import activation, autograd, recomputed
+from . import activation, autograd, recomputed, route
 from .activation import (
     BY_OUTPUT,
     LEAKY_RELU,
@@ -88,7 +88,7 @@ def _pull_back(ctx: Any, grad: Tensor, wanted: Sequence[bool]) -> Grads:
     flags = (NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_RESIDUAL)
     needs = sum(flag for flag, want in zip(flags, wanted, strict=True) if want)
     again = not torch.compiler.is_compiling() and (
-        torch.is_grad_enabled() or autograd.transformed(grad, x, weight, bias, residual)
+        torch.is_grad_enabled() or route.transformed(grad, x, weight, bias, residual)
     )
     found: list[Tensor | None]
     if not after.act:
@@ -228,11 +228,9 @@ def serves(x: Any, residual: Any, *parameters: Any) -> bool:
         isinstance(x, Tensor)
         and x.device.type == "cpu"
         and x.is_floating_point()
-        and x.numel() > 0
         and (residual is None or residual.dtype == x.dtype)
         and not has_torch_function_variadic(x, residual, *parameters)
-        and not _standard.wanted()
-        and not autograd.transformed(x, residual, *parameters)
+        and route.way(x, residual, *parameters) in (route.KERNEL, route.GRAPH)
     )
 
 

@@ -205,7 +205,7 @@ _library = operators._library_def
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, globals()[f"_plain_{_name}"], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"truenorm::{_name}", globals()[f"_fake_{_name}"])
+    _library.register_fake(_name, globals()[f"_fake_{_name}"])
 forward_act = torch.ops.truenorm.forward_act.default
 forward_act_ = torch.ops.truenorm.forward_act_.default
 apply_act = torch.ops.truenorm.apply_act.default

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from .. import _plain
+from .. import _checks, _plain
 from .._axes import BATCH, Axes
-from . import operators
+from . import operators, route
 from .operators import NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT
+from .route import transformed
 
 Grads = tuple[Tensor | None, ...]
 # below autograd, an operator's call goes straight to its kernel
@@ -45,7 +46,14 @@ def track(
     0 leaves the statistics where they are.
     """
     moving = *running[:3], x, mean, var, count, running.momentum, running.skip_nonfinite
-    if running.gathered is not None:
+    if route.standard():
+        _checks.check_not_accumulating(running.gathered is not None)
+        values = x.numel() // mean.numel() if count is None else count
+        # that no gradient was asked for is not part of a trace
+        seen = mean.detach(), var.detach()
+        skip = running.skip_nonfinite
+        _plain.move_running(*running[:3], *seen, values, running.momentum, skip_nonfinite=skip)
+    elif running.gathered is not None:
         if torch.compiler.is_compiling() or not operators.within_backward():
             values = x.numel() // mean.numel() if count is None else count
             running.gathered.add(mean, var, values, running.mean.numel(), running.skip_nonfinite)
@@ -53,15 +61,6 @@ def track(
         operators.track(*moving)
     else:
         operators.track_once(*moving)
-
-
-def transformed(*tensors: Tensor | None) -> bool:
-    """Whether a function transform or forward-mode AD is at work: the plain formulas serve both."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    if forward_ad._current_level < 0:
-        return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _differentiate(

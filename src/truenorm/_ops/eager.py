@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.jit import _trace
 from torch.overrides import has_torch_function_variadic
 
 from .._axes import Axes
@@ -52,6 +53,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _backward = operators.eager_backward._op
+_is_tracing = torch._C._is_tracing
 # other than -1 where a batch may be computed again, which moves no running statistics
 graph_task = torch._C._current_graph_task_id
 # what is refused here, the long way words
@@ -69,6 +71,8 @@ def call(
         or _transforms_active()
         or forward_ad._current_level >= 0
         or _dispatch_modes()
+        or _is_tracing()
+        or _trace._trace_module_map is not None  # see route.tracing
         or NATIVE is None
     ):
         return None

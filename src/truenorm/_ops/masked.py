@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import _axes, _plain, _standard
+from .. import _axes, _plain
 from .._axes import Axes
-from . import autograd, operators
+from . import autograd, operators, route
 from .operators import NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -173,8 +173,8 @@ def _fake_masked_backward(
 
 _library.impl("masked_forward", _plain_masked_forward, "CompositeExplicitAutograd")
 _library.impl("masked_backward", _plain_masked_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("truenorm::masked_forward", _fake_masked_forward)
-torch.library.register_fake("truenorm::masked_backward", _fake_masked_backward)
+_library.register_fake("masked_forward", _fake_masked_forward)
+_library.register_fake("masked_backward", _fake_masked_backward)
 masked_forward = torch.ops.truenorm.masked_forward.default
 masked_backward = torch.ops.truenorm.masked_backward.default
 
@@ -215,7 +215,7 @@ def _pull_back(ctx: Any, grad: Tensor, wanted: Sequence[bool]) -> tuple[Tensor |
     found: Any
     if torch.compiler.is_compiling():
         found = masked_backward(grad, x, mask, mean, var, weight, num_groups, eps, needs)
-    elif torch.is_grad_enabled() or autograd.transformed(grad, x, weight):
+    elif torch.is_grad_enabled() or route.transformed(grad, x, weight):
         found = _Backward.apply((num_groups, eps, needs), mask, mean, var, grad, x, weight)  # type: ignore[no-untyped-call]
     else:
         with autograd._below_autograd():
@@ -271,10 +271,11 @@ def normalize(
 ) -> Masked:
     """x (N, C, *) by the statistics of its valid values; padding_value elsewhere."""
     own_way = axes.feature_dims > 0 or mask.dim() == x.dim()  # for which there is no kernel
-    if own_way or _standard.wanted() or x.numel() == 0 or autograd.transformed(x, weight, bias):
+    way = route.way(x, weight, bias)
+    if own_way or way in (route.PLAIN, route.STANDARD):
         return plain_forward(x, mask, weight, bias, axes, eps, padding_value)
     args = x, mask, weight, bias, axes.num_groups, eps, padding_value
-    if torch.compiler.is_compiling():
+    if way == route.GRAPH:
         return Masked(*masked_forward(*args))
     return Masked(*cast(Any, _Normalize.apply(*args)))  # type: ignore[no-untyped-call]
 
@@ -285,7 +286,7 @@ def _can_ask(x: Tensor) -> bool:
         x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
+        and not route.tracing()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
     )
@@ -304,7 +305,7 @@ def track(running: autograd.Running, x: Tensor, made: Masked, per_channel: bool)
         same = made.values[:1]
         autograd.track(running, x, made.mean, made.var, torch.where(same > 1, same, 0.0))
         return
-    if len(count) == 1 and not per_channel and _can_ask(x) and not running.skip_nonfinite:
+    if _can_ask(x) and len(count) == 1 and not per_channel and not running.skip_nonfinite:
         values, assumed = count[0, 0].item(), x.numel() // features
         if values > 1:
             # one step, which takes the variance of as many values as x holds

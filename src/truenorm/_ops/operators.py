@@ -18,6 +18,7 @@ from .. import (
     _triton,
 )
 from .._axes import BATCH, Axes
+from . import arguments
 
 _AXES = "int num_groups, int feature_dims, bool centred"
 _SCHEMAS = {
@@ -59,7 +60,7 @@ _EAGER = {
 
 NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS = 1, 2, 4
 
-_library_def = torch.library.Library("truenorm", "DEF")
+_library_def = arguments.Library("truenorm")
 for _name, _schema in _SCHEMAS.items():
     _library_def.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 for _name, _schema in _EAGER.items():
@@ -264,7 +265,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "local_response_norm_backward": _fake_local_response_norm_backward,
 }
 for _name, _rule in _RULES.items():
-    torch.library.register_fake(f"truenorm::{_name}", _rule)
+    _library_def.register_fake(_name, _rule)
 
 
 forward = torch.ops.truenorm.forward.default

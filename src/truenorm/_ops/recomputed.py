@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, route
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -57,6 +57,11 @@ class _Recipe:
         return made
 
 
+def _pack_saved(tensor: Tensor) -> Tensor | _Kept | _Recipe:
+    # what is done here would become part of a trace
+    return tensor if route.tracing() else _pack(tensor)
+
+
 def _pack(tensor: Tensor) -> _Kept | _Recipe:
     recipe, version = getattr(tensor, _RECIPE, (None, 0))
     if recipe is not None and tensor._version == version:
@@ -64,8 +69,8 @@ def _pack(tensor: Tensor) -> _Kept | _Recipe:
     return _Kept(tensor)
 
 
-def _unpack(packed: _Kept | _Recipe) -> Tensor:
-    return packed.get()
+def _unpack(packed: Tensor | _Kept | _Recipe) -> Tensor:
+    return packed if isinstance(packed, Tensor) else packed.get()
 
 
 def asked() -> bool:
@@ -107,7 +112,7 @@ def recompute_outputs() -> Iterator[None]:
         _threads += 1
     _local.depth = getattr(_local, "depth", 0) + 1
     try:
-        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+        with torch.autograd.graph.saved_tensors_hooks(_pack_saved, _unpack):
             yield
     finally:
         _local.depth -= 1

@@ -22,7 +22,7 @@ from .. import _axes, _checks, _exchange, _plain
 from .._axes import Axes
 from .._exchange import all_sum, gather
 from ..moments import add_pairs, merge_pairs
-from . import autograd, operators, parts, sharding
+from . import autograd, operators, parts, route, sharding
 from .autograd import Running
 from .parts import Spec
 
@@ -217,7 +217,9 @@ def normalize_together(calls: Sequence[Call], group: Any) -> list[Tensor]:
     if any(sharding.wanted(c.x, c.weight, c.bias) for c in calls):
         return [_alone(c, group) for c in calls]
     for c in calls:
-        _checks.check_no_transform(autograd.transformed(c.x, c.weight, c.bias))
+        if route.standard():
+            _checks.fail_spanning(type(c.layer).__name__, group)
+        _checks.check_no_transform(route.transformed(c.x, c.weight, c.bias))
         _exchange.agree(c.layer, _axes.num_statistics(c.x.shape, c.axes), c.x.device, group)
     return _normalized(calls, group)
 

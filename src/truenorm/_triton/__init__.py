@@ -114,7 +114,7 @@ def serving(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     return serve
 
 
-def register(library: torch.library.Library, plain: Kernels) -> None:
+def register(library: Any, plain: Kernels) -> None:
     """Put the kernels before the plain ones, for CUDA tensors."""
     if not WHY_NOT:
         for name, kernel in plain.items():

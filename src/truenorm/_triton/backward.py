@@ -19,19 +19,18 @@ from .tiles import (
     per_statistic,
     split_program,
     statistics,
+    tile_units,
     two_floats,
-    unit_offsets,
-    units_of,
     value_offsets,
 )
 
 
-@triton.jit(do_not_specialize=["R", "units", "n", "blocks", "eps_bits"])
+@triton.jit(do_not_specialize=["U", "R", "n", "blocks", "eps_bits"])
 def backward(
     p_grad, p_x, p_mean, p_var, p_weight, o_grad, o_weight, o_bias,
     U, C, K, R, run_stride, units, n, blocks, eps_bits,
     BU: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, ONE_SAMPLE: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr,
+    COLUMNS: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, CENTRED: tl.constexpr,
     FIXED: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_PARAMETERS: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr,
@@ -54,8 +53,8 @@ def backward(
         of_weight = tl.zeros((BK,), ACC)
         of_bias = tl.zeros((BK,), ACC)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        u, in_unit = units_of(block, U, units, BU, GROUPED, INDEX)
-        offsets = unit_offsets(u, C, K, COLUMNS, ONE_SAMPLE)[:, None] + inside[None, :]
+        u, in_unit, c, begin = tile_units(block, U, C, K, units, BU, COLUMNS, GROUPED, INDEX)
+        offsets = begin[:, None] + inside[None, :]
         mask = in_unit[:, None] & in_value[None, :]
         if GROUPED:
             statistic = u // units
@@ -73,7 +72,7 @@ def backward(
                 of_bias += tl.sum(g, 0)
             wg = g * by_value[None, :]
         else:
-            weight = optional(p_weight, u % C, in_unit, HAS_WEIGHT, 1.0, ACC)
+            weight = optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, ACC)
             if NEEDS_PARAMETERS:
                 sums = tl.sum(g * x_hat, 1)
                 tl.store(o_weight + u, narrow(sums, o_weight.dtype.element_ty), mask=in_unit)
@@ -97,14 +96,14 @@ def backward(
 
 @triton.jit(
     do_not_specialize=[
-        "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "eps_bits",
+        "U", "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "eps_bits",
     ]
 )  # fmt: skip
 def backward_sums(
     p_grad, p_x, p_mean, p_var, p_weight, o_gx, o_g,
     U, C, K, R, run_stride, units, unit_blocks, chunks, k_chunks, k_chunk, r_chunk, eps_bits,
     BU: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, ONE_SAMPLE: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
     STATISTIC_BY_VALUE: tl.constexpr, WEIGHTED: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -113,10 +112,8 @@ def backward_sums(
     The statistic goes by unit, or by value: a feature's sum over the rows of a layer norm.
     """
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, False)
-    u = block.to(INDEX) * BU + tl.arange(0, BU)
-    in_unit = u < U
+    u, in_unit, c, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
-    base = unit_offsets(u, C, K, COLUMNS, ONE_SAMPLE)
     if not STATISTIC_BY_VALUE:
         mean, rstd = statistics(p_mean, p_var, u // units, in_unit, eps_bits)
         high, low = two_floats(mean, ACC)
@@ -185,23 +182,21 @@ def merge_sums(
 
 @triton.jit(
     do_not_specialize=[
-        "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "eps_bits",
+        "U", "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "eps_bits",
     ]
 )  # fmt: skip
 def backward_apply(
     p_grad, p_x, p_mean, p_var, p_weight, p_slope, p_shift, o_grad,
     U, C, K, R, run_stride, units, unit_blocks, chunks, k_chunks, k_chunk, r_chunk, eps_bits,
     BU: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, ONE_SAMPLE: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     CENTRED: tl.constexpr, FIXED: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """grad_x from the sums of its statistic, one for every `units` units."""
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, True)
-    u = block.to(INDEX) * BU + tl.arange(0, BU)
-    in_unit = u < U
+    u, in_unit, c, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
-    base = unit_offsets(u, C, K, COLUMNS, ONE_SAMPLE)
     mean, rstd = statistics(p_mean, p_var, u // units, in_unit, eps_bits)
     high, low = two_floats(mean, ACC)
     high, low, rstd = high[:, None], low[:, None], rstd.to(ACC)[:, None]
@@ -210,7 +205,7 @@ def backward_apply(
         if CENTRED:
             shift = tl.load(p_shift + u // units, mask=in_unit, other=0)[:, None]
     if not BY_VALUE:
-        weight = optional(p_weight, u % C, in_unit, HAS_WEIGHT, 1.0, ACC)[:, None]
+        weight = optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, ACC)[:, None]
     for r in range(r0, r1):
         for start in range(k0, k1, BK):
             k = start + tl.arange(0, BK)

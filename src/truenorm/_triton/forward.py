@@ -17,9 +17,8 @@ from .tiles import (
     per_statistic,
     split_program,
     statistics,
+    tile_units,
     two_floats,
-    unit_offsets,
-    units_of,
     value_offsets,
 )
 
@@ -54,17 +53,19 @@ def _tile_moments(x, mask, n, CENTRED: tl.constexpr, GROUPED: tl.constexpr, ACC:
     return mean, var, d
 
 
-@triton.jit(do_not_specialize=["eps_bits", "R", "units", "n"])
+@triton.jit(do_not_specialize=["U", "R", "n", "eps_bits"])
 def forward(
     p_x, p_weight, p_bias, o_y, o_mean, o_var,
     U, C, K, R, run_stride, units, n, eps_bits,
     BU: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, ONE_SAMPLE: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr,
+    COLUMNS: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     CENTRED: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """y, mean and variance, x read once: a tile holds every value of its statistics."""
-    u, in_unit = units_of(tl.program_id(0), U, units, BU, GROUPED, INDEX)
+    u, in_unit, c, begin = tile_units(
+        tl.program_id(0), U, C, K, units, BU, COLUMNS, GROUPED, INDEX
+    )  # fmt: skip
     at = tl.arange(0, BK)
     if RUNS:
         k, r = (at % K).to(INDEX), (at // K).to(INDEX)
@@ -74,7 +75,7 @@ def forward(
         k = at.to(INDEX)
         in_value = at < K
         inside = value_offsets(k, C, COLUMNS)
-    offsets = unit_offsets(u, C, K, COLUMNS, ONE_SAMPLE)[:, None] + inside[None, :]
+    offsets = begin[:, None] + inside[None, :]
     mask = in_unit[:, None] & in_value[None, :]
     x = tl.load(p_x + offsets, mask=mask, other=0).to(ACC)
     mean, var, d = _tile_moments(x, mask, tl.full((), n, ACC), CENTRED, GROUPED, ACC)
@@ -90,8 +91,8 @@ def forward(
         bias = optional(p_bias, at, in_value, HAS_BIAS, 0.0, ACC)
         y = d * rstd.to(ACC)[:, None] * weight[None, :] + bias[None, :]
     else:
-        weight = optional(p_weight, u % C, in_unit, HAS_WEIGHT, 1.0, tl.float64)
-        bias = optional(p_bias, u % C, in_unit, HAS_BIAS, 0.0, ACC)
+        weight = optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, tl.float64)
+        bias = optional(p_bias, c, in_unit, HAS_BIAS, 0.0, ACC)
         y = d * (rstd * weight).to(ACC)[:, None] + bias[:, None]
     tl.store(o_y + offsets, narrow(y, o_y.dtype.element_ty), mask=mask)
 
@@ -116,20 +117,18 @@ def _sums(
     return tl.sum(s1, 1), tl.sum(s2, 1)
 
 
-@triton.jit(do_not_specialize=["R", "unit_blocks", "chunks", "k_chunks", "r_chunk"])
+@triton.jit(do_not_specialize=["U", "R", "unit_blocks", "chunks", "k_chunks", "r_chunk"])
 def moments(
     p_x, o_mean, o_m2,
     U, C, K, R, run_stride, unit_blocks, chunks, k_chunks, k_chunk, r_chunk,
     BU: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, ONE_SAMPLE: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
     CENTRED: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Mean and M2 of one chunk of some units, in float64, to be merged."""
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, False)
-    u = block.to(INDEX) * BU + tl.arange(0, BU)
-    in_unit = u < U
+    u, in_unit, c, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
-    base = unit_offsets(u, C, K, COLUMNS, ONE_SAMPLE)
     n = ((r1 - r0) * (k1 - k0)).to(ACC)
     if CENTRED:
         # about the mean of the first tile, which one outlier cannot carry far
@@ -205,31 +204,29 @@ def merge_moments(
 
 @triton.jit(
     do_not_specialize=[
-        "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "eps_bits",
+        "U", "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "eps_bits",
     ]
 )  # fmt: skip
 def normalize(
     p_x, p_mean, p_var, p_weight, p_bias, o_y,
     U, C, K, R, run_stride, units, unit_blocks, chunks, k_chunks, k_chunk, r_chunk, eps_bits,
     BU: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, ONE_SAMPLE: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """y from x and given statistics, one for every `units` units."""
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, True)
-    u = block.to(INDEX) * BU + tl.arange(0, BU)
-    in_unit = u < U
+    u, in_unit, c, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
-    base = unit_offsets(u, C, K, COLUMNS, ONE_SAMPLE)
     mean, rstd = statistics(p_mean, p_var, u // units, in_unit, eps_bits)
     high, low = two_floats(mean, ACC)
     if BY_VALUE:
         scale = rstd.to(ACC)
         shift = tl.zeros((BU,), ACC)
     else:
-        scale = (rstd * optional(p_weight, u % C, in_unit, HAS_WEIGHT, 1.0, tl.float64)).to(ACC)
-        shift = optional(p_bias, u % C, in_unit, HAS_BIAS, 0.0, ACC)
+        scale = (rstd * optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, tl.float64)).to(ACC)
+        shift = optional(p_bias, c, in_unit, HAS_BIAS, 0.0, ACC)
     for r in range(r0, r1):
         for start in range(k0, k1, BK):
             k = start + tl.arange(0, BK)

@@ -30,9 +30,9 @@ def _moments(x: Tensor, units: Units, centred: bool) -> tuple[Tensor, Tensor]:
         # a group is one run in memory
         units = Units(units.U // units.D, units.C // units.D, units.K * units.D)
     plan = Streamed(units, width.itemsize)
-    parts = torch.empty((2, units.U, plan.count), dtype=torch.float64, device=x.device)
+    parts = view.pair(units.U * plan.count, torch.float64, x.device)
     kernels.moments[plan.grid](
-        x, parts[0], parts[1], *plan.sizes, plan.unit_blocks, plan.count, *plan.cuts,
+        x, *parts, *plan.sizes, plan.unit_blocks, plan.count, *plan.cuts,
         **plan.constants, CENTRED=centred, ACC=acc, INDEX=view.index(x),
     )  # fmt: skip
     mean = torch.empty(units.statistics, dtype=torch.float64, device=x.device)
@@ -40,7 +40,7 @@ def _moments(x: Tensor, units: Units, centred: bool) -> tuple[Tensor, Tensor]:
     per_statistic = units.D * plan.count
     merge = config.merge(per_statistic, neighbours=False)
     kernels.merge_moments[(-(-units.statistics // merge.units),)](
-        parts[0], parts[1], mean, var,
+        *parts, mean, var,
         units.statistics, per_statistic, plan.count, units.K, units.R, *plan.cuts,
         CENTRED=centred, BQ=merge.units, BP=merge.values, **view.launch_options(merge.warps),
     )  # fmt: skip
@@ -82,7 +82,7 @@ def forward(
     axes = Axes(num_groups, feature_dims, centred)
     y = _axes.empty_result(x, axes)
     with view.on(x):
-        x, weight, bias = view.dense(x, y.stride()), view.flat(weight), view.flat(bias)
+        x, weight, bias = view.dense(x, y.stride()), view.optional(weight), view.optional(bias)
         units = view.units_of(x, axes)
         acc, width = view.compute(x, cancels=centred)
         launch = units.whole(width.itemsize, backward=False)
@@ -94,7 +94,7 @@ def forward(
         var = torch.empty_like(mean)
         grouped = units.D > 1
         per_program = units.D if grouped else launch.units
-        kernels.forward[(-(-units.U // per_program),)](
+        kernels.forward[(units.blocks(per_program),)](
             x, weight, bias, y, mean, var,
             units.U, units.C, units.K, units.R, units.run_stride, per_program, units.values,
             view.bits(eps),
@@ -112,8 +112,9 @@ def apply(
     with view.on(x):
         x = view.dense(x, y.stride())
         units = view.units_of(x, BATCH)
-        mean, var = mean.contiguous(), var.contiguous()
-        _normalize(x, y, mean, var, view.flat(weight), view.flat(bias), units, eps, own=False)
+        mean, var = view.flat(mean), view.flat(var)
+        weight, bias = view.optional(weight), view.optional(bias)
+        _normalize(x, y, mean, var, weight, bias, units, eps, own=False)
     return y
 
 
@@ -145,7 +146,7 @@ def update_running(
     values = x.numel() // mean.numel()
     with view.on(x):
         running.update_running[(-(-channels // 128),)](
-            mean, var, running_mean, running_var, num_batches_tracked,
+            view.flat(mean), view.flat(var), running_mean, running_var, num_batches_tracked,
             channels, mean.numel() // channels, values,
             view.bits(0.0 if momentum is None else momentum),
             HAS_COUNT=num_batches_tracked is not None, AVERAGE=momentum is None, BC=128, BN=8,

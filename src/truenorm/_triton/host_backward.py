@@ -47,7 +47,7 @@ def backward_of_part(
     with view.on(x):
         call = _Backward(grad, x, mean, var, weight, BATCH, eps, False, NEEDS_INPUT)
         plan = Streamed(call.units, call.kept.itemsize)
-        given = (mean_grad_x_hat.to(call.kept).contiguous(), mean_grad.to(call.kept).contiguous())
+        given = (view.flat(mean_grad_x_hat.to(call.kept)), view.flat(mean_grad.to(call.kept)))
         call._apply(plan, given)
     return call.grad_x
 
@@ -70,7 +70,7 @@ class _Backward:
         self.centred, self.fixed, self.eps = axes.centred, fixed, view.bits(eps)
         strides = _axes.kept_strides(x, axes)
         self.x, self.grad = view.dense(x, strides), view.dense(grad.to(x.dtype), strides)
-        self.mean, self.var, self.weight = mean.contiguous(), var.contiguous(), view.flat(weight)
+        self.mean, self.var, self.weight = view.flat(mean), view.flat(var), view.optional(weight)
         self.units = view.units_of(self.x, axes)
         self.acc, self.kept = view.compute(x)
         self.needs = needs
@@ -103,15 +103,14 @@ class _Backward:
             self.grad_bias if self.needs & NEEDS_BIAS else empty.clone(),
         )
 
-    def _room(self, *sizes: int) -> tuple[Tensor, Tensor]:
-        room = torch.empty((2, *sizes), dtype=self.kept, device=self.x.device)
-        return room[0], room[1]
+    def _room(self, numel: int) -> tuple[Tensor, Tensor]:
+        return view.pair(numel, self.kept, self.x.device)
 
     def _whole(self, launch: Launch) -> None:
         """Everything in one launch, and the parameters' sums added up in a second."""
         units, grouped = self.units, self.units.D > 1
         per_program = units.D if grouped else launch.units
-        blocks = grid = -(-units.U // per_program)
+        blocks = grid = units.blocks(per_program)
         of_weight, of_bias = self.grad_weight, self.grad_bias
         if units.by_value:
             grid = config.programs(blocks, view.processors(self.x.device))

@@ -3,11 +3,14 @@
 A tensor is cut into units, runs of memory whose values share one statistic or one channel: a row
 of a layer norm, a channel of a sample, a channel over the batch. A tile holds some units by some
 values of each. Where channels are outside, unit u begins at u · K and its values follow one
-another; where they are inside (COLUMNS), it begins at its channel and its values are C apart.
+another; where they are inside (COLUMNS), it begins at its channel in its sample and its values are
+C apart.
 With several runs (R > 1: a channel over the batch) the next run is run_stride further.
 
 Arguments: p_ pointers read, o_ pointers written; what is in capitals and not a size is fixed when
-the kernel is compiled.
+the kernel is compiled. Triton compiles a kernel anew for a size of 1 or one that 16 divides, and
+the order of its sums may change with that: a size that follows the number of samples is never
+specialized.
 """
 
 from __future__ import annotations
@@ -45,31 +48,33 @@ def split_program(unit_blocks, chunks, CHUNKS_FIRST: tl.constexpr, BACKWARDS: tl
 
 
 @triton.jit
-def units_of(
-    block, U, units, BU: tl.constexpr, GROUPED: tl.constexpr, INDEX: tl.constexpr
+def tile_units(
+    block, U, C, K, units, BU: tl.constexpr, COLUMNS: tl.constexpr, GROUPED: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
-    """The units of a tile of whole statistics, and which of them there are.
+    """(units of a tile, which of them there are, their channels, where they begin).
 
-    Grouped, a tile holds the `units` of one statistic, else BU of them.
+    Grouped, a tile holds the `units` of one statistic, else BU of them. Where channels are inside,
+    it holds those of one sample: u // C and u % C would hide from the compiler that they are
+    neighbours, and with it how it lays out threads, which sets the order of sums.
     """
     lane = tl.arange(0, BU)
     # in the interpreter the block of a loop is a plain integer
-    first = tl.zeros((BU,), INDEX) + block
+    block = tl.zeros((), INDEX) + block
     if GROUPED:
-        u = first * units + lane
-        return u, (lane < units) & (u < U)
-    u = first * BU + lane
-    return u, u < U
-
-
-@triton.jit
-def unit_offsets(u, C, K, COLUMNS: tl.constexpr, ONE_SAMPLE: tl.constexpr):
-    """Where units begin. u decides whether offsets have 32 or 64 bits."""
+        width = units
+    else:
+        width = BU
     if COLUMNS:
-        if ONE_SAMPLE:
-            return u
-        return (u // C) * C * K + u % C
-    return u * K
+        blocks = (C + width - 1) // width
+        sample, c = block // blocks, (block % blocks) * width + lane
+        u, begin, there = sample * C + c, sample * C * K + c, c < C
+    else:
+        u = block * width + lane
+        c, begin, there = u % C, u * K, u < U
+    if GROUPED:
+        there &= lane < units
+    return u, there, c, begin
 
 
 @triton.jit

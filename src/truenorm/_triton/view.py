@@ -63,14 +63,32 @@ def index(x: Tensor) -> Any:
     return tl.int32 if x.numel() < 2**31 else tl.int64
 
 
+def aligned(x: Tensor) -> bool:
+    """As torch's allocator gives memory: Triton compiles another kernel for what is not, whose sums
+    may have another order.
+    """
+    return x.data_ptr() % 16 == 0
+
+
 def dense(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    if x.stride() == strides:
+    if x.stride() == strides and aligned(x):
         return x
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def flat(p: Tensor | None) -> Tensor | None:
-    return p if p is None or p.is_contiguous() else p.contiguous()
+def flat(p: Tensor) -> Tensor:
+    p = p.contiguous()
+    return p if aligned(p) else p.clone()
+
+
+def optional(p: Tensor | None) -> Tensor | None:
+    return None if p is None else flat(p)
+
+
+def pair(numel: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for two lists of partial results in one piece of memory, both aligned."""
+    room = torch.empty((2, -(-numel // 4) * 4), dtype=dtype, device=device)
+    return room[0], room[1]
 
 
 def inside(x: Tensor, s: int) -> bool:
@@ -96,9 +114,11 @@ class Units:
     columns: bool = False
     by_value: bool = False
 
-    @property
-    def one_sample(self) -> bool:
-        return self.U == self.C
+    def blocks(self, width: int) -> int:
+        """Tiles of `width` units; where channels are inside, none holds two samples."""
+        if self.columns:
+            return self.U // self.C * -(-self.C // width)
+        return -(-self.U // width)
 
     @property
     def values(self) -> int:
@@ -126,7 +146,6 @@ class Units:
             "BU": launch.units,
             "BK": launch.values,
             "COLUMNS": self.columns,
-            "ONE_SAMPLE": self.one_sample,
             **launch_options(launch.warps),
         }
 
@@ -150,7 +169,7 @@ class Streamed:
         self.units = units
         self.launch = config.streamed(units.K, units.C, columns=units.columns, width=width)
         self.cut = config.chunks(units.K, units.R, self.launch)
-        self.unit_blocks = -(-units.U // self.launch.units)
+        self.unit_blocks = units.blocks(self.launch.units)
 
     @property
     def count(self) -> int:

@@ -11,11 +11,9 @@ from .. import _checks
 from .._ops import activated, activation
 from .._ops.activation import Epilogue
 from ._base import Spanning
-from ._options import NOTHING, Configurable, More, Option
+from ._options import NOTHING, Activation, Configurable, More, Option
 from ._padded import Padded
 from ._policy import Policed
-
-Activation = Literal["relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish"]
 
 
 class Activated(Configurable):
@@ -26,33 +24,35 @@ class Activated(Configurable):
     can do with them.
     """
 
-    activation: Activation | None = None
-    negative_slope: float = 0.01
-    alpha: float = 1.0
-    approximate: Literal["none", "tanh"] = "none"
-    inplace: bool = False
+    activation: Activation | None
+    leaky_relu_slope: float
+    elu_alpha: float
+    gelu_approximate: Literal["none", "tanh"]
+    overwrite_input: bool
     _own_options: ClassVar[dict[str, Option | None]] = {
         "activation": Option(None, _checks.check_activation),
-        "negative_slope": Option(0.01, _checks.check_coefficient("negative_slope", "leaky_relu")),
-        "alpha": Option(1.0, _checks.check_coefficient("alpha", "elu")),
-        "approximate": Option("none", _checks.check_approximate),
-        "inplace": Option(False, _checks.check_flag("inplace")),
+        "leaky_relu_slope": Option(
+            0.01, _checks.check_coefficient("leaky_relu_slope", "leaky_relu")
+        ),
+        "elu_alpha": Option(1.0, _checks.check_coefficient("elu_alpha", "elu")),
+        "gelu_approximate": Option("none", _checks.check_gelu_approximate),
+        "overwrite_input": Option(False, _checks.check_flag("overwrite_input")),
     }
 
     def _long_way(self, input: Tensor, more: More) -> Tensor:
         layer: Any = super()
-        residual = more.residual
+        residual, overwrite = more.residual, self._truenorm_options.overwrite_input
         act = self._act() if more.then is None else more.then
-        if not act[0] and residual is None and not self.inplace:
+        if not act[0] and residual is None and not overwrite:
             return layer._long_way(input, more)  # type: ignore[no-any-return]
         # what `fuse` has found may add whatever torch adds
         if residual is not None and more.then is None:
             _checks.check_residual(residual, input)
-        if self.inplace:
+        if overwrite:
             _checks.check_may_be_overwritten(input)
         _checks.check_padding_value(more.padding_value)
         if self._in_one_pass(input, more):
-            after = Epilogue(*act, residual, self.inplace)
+            after = Epilogue(*act, residual, overwrite)
             return layer._long_way(input, NOTHING._replace(after=after))  # type: ignore[no-any-return]
         y: Tensor = layer._long_way(
             input, more._replace(residual=None, then=None, padding_value=0.0)
@@ -78,7 +78,7 @@ class Activated(Configurable):
             if not isinstance(more.residual, Tensor) or more.residual.shape != input.shape:
                 return False
             # the residual would have to be moved as the input is
-            if isinstance(self, Padded) and self.channel_axis != 1:
+            if isinstance(self, Padded) and self._truenorm_options.channel_axis != 1:
                 return False
         bias = getattr(self, "bias", None)
         if not activated.serves(input, more.residual, layer.weight, bias):
@@ -90,16 +90,17 @@ class Activated(Configurable):
 
     def _act(self) -> tuple[int, float]:
         """The activation's number, and its parameter."""
-        match self.activation:
+        options = self._truenorm_options
+        match options.activation:
             case "leaky_relu":
-                return activation.LEAKY_RELU, self.negative_slope
+                return activation.LEAKY_RELU, options.leaky_relu_slope
             case "elu":
-                return activation.ELU, self.alpha
-            case "gelu" if self.approximate == "tanh":
+                return activation.ELU, options.elu_alpha
+            case "gelu" if options.gelu_approximate == "tanh":
                 return activation.GELU_TANH, 0.0
             case None:
                 return activation.NONE, 0.0
-        return _NUMBERS[self.activation], 0.0
+        return _NUMBERS[options.activation], 0.0
 
     def _activate(self, z: Tensor) -> Tensor:
         return activation.act(z, *self._act())

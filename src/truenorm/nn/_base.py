@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import _checks, _exchange
 from .._ops import recomputed, synchronized
-from ._options import NOTHING, Configurable, More, Option
+from ._options import NOTHING, Configurable, More, Option, options_of
 
 
 class Traceable(torch.nn.Module):
@@ -31,6 +31,10 @@ class Traceable(torch.nn.Module):
         if "then" in given:
             given["_then"] = given.pop("then")
         return tracer.create_proxy("call_module", path, (input,), given)  # type: ignore[no-any-return]
+
+    def __prepare_scriptable__(self) -> Any:
+        kind = type(self).__name__
+        _checks.fail_scripting(f"truenorm.{kind}", "truenorm.revert(copy.deepcopy(model))")
 
 
 class Direct(Traceable, Configurable):
@@ -83,6 +87,20 @@ class Direct(Traceable, Configurable):
             return self._as_leaf(input, more)
         return self._long_way(input, more)
 
+    def _slow_forward(self, *input: Any, **more: Any) -> Any:
+        """What torch calls for `forward` while it traces.
+
+        Its older ONNX exporter gives a model's arguments by position and as tensors, the defaults
+        of those that are taken by name alone too.
+        """
+        if len(input) > 1 and torch.onnx.is_in_onnx_export():
+            more = dict(zip(More._fields, input[1:], strict=False), **more)
+            input = input[:1]
+            more["_then"] = more.pop("then", None)
+            if isinstance(more.get("padding_value"), Tensor):
+                more["padding_value"] = float(more["padding_value"])
+        return super()._slow_forward(*input, **more)  # type: ignore[no-untyped-call]
+
     def _long_way(self, input: Tensor, more: More) -> Tensor:
         return self._validated(input, more)
 
@@ -131,16 +149,15 @@ class RunningStatistics(_NormBase):
 class Spanning(Configurable):
     """A layer whose statistics can span the processes of a group."""
 
-    process_group: Any = None
+    process_group: Any
     _own_options: ClassVar[dict[str, Option | None]] = {
         "process_group": Option(None, _checks.check_process_group)
     }
 
     def _statistics_group(self) -> Any:
         """The group that this call's statistics span, or None."""
-        if self.process_group is None:
-            return None
-        return _exchange.active_group(self.process_group)
+        group = self._truenorm_options.process_group
+        return None if group is None else _exchange.active_group(group)
 
     def _activate(self, z: Tensor) -> Tensor:
         raise NotImplementedError
@@ -156,7 +173,7 @@ class LazyFeatures(torch.nn.Module):
     num_features: int
 
     def initialize_parameters(self, input: Tensor) -> None:
-        axis = getattr(self, "channel_axis", 1)
+        axis = options_of(self).channel_axis
         if axis != 1:
             _checks.check_channel_axis_fits(axis, input.dim())
             input = input.movedim(axis, 1)

@@ -34,13 +34,13 @@ class BatchForward(Activated, Padded, FixedRank, Spanning, SmallBatches, Running
         momentum, eps = self.momentum, self.eps
         if (mean is None) != (var is None):
             return None
-        if (not self.training or self.frozen) and mean is not None:
+        if (not self.training or self._truenorm_options.statistics_frozen) and mean is not None:
             if not eps >= 0:
                 return None
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
         if not (eps > 0 and (momentum is None or 0 <= momentum <= 1)):
             return None
-        if self.process_group is not None:
+        if self._truenorm_options.process_group is not None:
             return None
         # a batch that is computed again in the backward pass moves nothing
         if mean is None or not self.track_running_stats or eager.graph_task() != -1:
@@ -81,7 +81,7 @@ class BatchForward(Activated, Padded, FixedRank, Spanning, SmallBatches, Running
             functional.check_batch_norm(
                 input, running_mean, running_var, self.weight, self.bias, True, self.eps
             )
-            return self._by_policy(input, BATCH, more)
+            return self._by_policy(input, BATCH)
         training = own or (running_mean is None and running_var is None)
         if own and not self.track_running_stats:
             running_mean = running_var = None

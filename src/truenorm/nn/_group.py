@@ -49,7 +49,9 @@ class GroupNorm(Activated, Padded, Direct, Spanning, torch.nn.GroupNorm):
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:
             return None
-        if not (eps >= 0 and self.num_groups > 0 and self.process_group is None):
+        if not (eps >= 0 and self.num_groups > 0):
+            return None
+        if self._truenorm_options.process_group is not None:
             return None
         return eager.call(eager.OWN, input, weight, bias, (), eager.group(self.num_groups), eps)
 

@@ -33,11 +33,12 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
         momentum, eps = self.momentum, self.eps
         if not (eps >= 0 and (momentum is None or 0 <= momentum <= 1)):
             return None
-        if (not self.training or self.frozen) and self.track_running_stats:
+        given = not self.training or self._truenorm_options.statistics_frozen
+        if given and self.track_running_stats:
             if mean is None or var is None:
                 return None
             return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
-        if self.process_group is not None:
+        if self._truenorm_options.process_group is not None:
             return None
         # a batch that is computed again in the backward pass moves nothing
         if mean is None or var is None or eager.graph_task() != -1:
@@ -53,11 +54,12 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
         """The input, checked, as a batch."""
         self._check_input_dim(input)
         unbatched = input.dim() == self._dims[0]
-        # unlike torch, which only warns here unless affine: a mismatch is a transposed or
-        # unbatched input read the wrong way round (pytorch#50134, pytorch#115024)
-        note = f", read as unbatched {self._shapes.split(' or ')[0]}" if unbatched else ""
         channel_dim = 0 if unbatched else 1
-        _checks.check_num_features(input, channel_dim, self.num_features, ValueError, note)
+        if self.affine or self.running_mean is not None:
+            note = f", read as unbatched {self._shapes.split(' or ')[0]}" if unbatched else ""
+            _checks.check_num_features(input, channel_dim, self.num_features, ValueError, note)
+        else:
+            _checks.warn_num_features(input, channel_dim, self.num_features)
         _checks.check_eps(self.eps, type(self).__name__)
         if self.momentum is not None:
             _checks.check_momentum(self.momentum)
@@ -70,8 +72,9 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
         running = None
         if mean is not None and var is not None:
             momentum = self.momentum or 0.0
-            running = Running(mean, var, None, momentum, self.skip_nonfinite, self._gathered)
-        axes = instance(self.num_features)
+            skip = self._truenorm_options.skip_nonfinite
+            running = Running(mean, var, None, momentum, skip, self._gathered)
+        axes = instance(x.shape[1])
         return synchronized.Call(self, x, weight, bias, axes, self.eps, running)
 
     def _is_unbatched(self, input: Tensor) -> bool:
@@ -85,7 +88,7 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
         if not own and mean is not None and var is not None:
             return _padding.fixed(x, mask, mean, var, weight, bias, self.eps, more.padding_value)
         running = self._running(False) if own else None
-        return self._by_valid(x, mask, instance(self.num_features), running, more)
+        return self._by_valid(x, mask, instance(x.shape[1]), running, more)
 
     def _validated(self, input: Tensor, more: More) -> Tensor:
         if (group := self._statistics_group()) is not None:
@@ -97,7 +100,7 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
             x = self._batched(input)
             mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
             functional.check_instance_norm(x, mean, var, weight, bias)
-            y = self._by_policy(x, instance(self.num_features), more)
+            y = self._by_policy(x, instance(x.shape[1]))
         else:
             x, norm = self._batched(input), functional.instance_norm
             if (after := more.after) is not None:
@@ -132,8 +135,9 @@ class InstanceNorm1d(InstanceForward, torch.nn.InstanceNorm1d):
     Shapes: input (N, C, L), or (C, L) unbatched; output the same; weight, bias, running_mean,
     running_var (C,).
 
-    Errors: ValueError for another rank or channel count (also where `affine=False`; torch only
-    warns), for one position, and for eps or momentum out of range.
+    Errors: ValueError for another rank, for another channel count where there are weights or
+    running statistics of `num_features` (elsewhere a UserWarning, as torch's), for one position,
+    and for eps or momentum out of range.
 
     Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022. Arguments as in
     torch.nn.InstanceNorm1d, and `process_group`: a torch.distributed group, or "world", over whose

@@ -29,18 +29,18 @@ class LocalResponseNorm(Traceable, Configurable, torch.nn.LocalResponseNorm):
     the input's dimension of the channels.
     """
 
-    channel_axis: int = 1
+    channel_axis: int
     _own_options: ClassVar[dict[str, Option | None]] = dict(Padded._own_options)
 
     def forward(self, input: Tensor) -> Tensor:
         if self._is_traced(input):
             return self._as_leaf(input)
-        if self.channel_axis != 1:
+        axis = self._truenorm_options.channel_axis
+        if axis != 1:
             _checks.check_tensor("input", input)
-            _checks.check_channel_axis_fits(self.channel_axis, input.dim())
-            return self._normalized(input.movedim(self.channel_axis, 1)).movedim(
-                1, self.channel_axis
-            )
+            _checks.check_channel_axis_fits(axis, input.dim())
+            axis %= input.dim()
+            return self._normalized(input.movedim(axis, 1)).movedim(1, axis)
         return self._normalized(input)
 
     def _normalized(self, input: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _padding
-from .._axes import Axes
+from .._axes import Axes, rms_eps
 from .._ops import Running, masked
 from ._options import Configurable, More, Option
 
@@ -16,7 +16,7 @@ from ._options import Configurable, More, Option
 class Padded(Configurable):
     """A layer over (N, C, *positions) that takes a mask or lengths, and a channel axis."""
 
-    channel_axis: int = 1
+    channel_axis: int
     _own_options: ClassVar[dict[str, Option | None]] = {
         "channel_axis": Option(1, _checks.check_channel_axis)
     }
@@ -31,13 +31,14 @@ class Padded(Configurable):
     def _long_way(self, input: Tensor, more: More) -> Tensor:
         if isinstance(input, Tensor) and input.is_nested:
             return self._nested(input, more)
-        axis = self.channel_axis
+        axis = self._truenorm_options.channel_axis
         if axis == 1 and more.mask is None and more.lengths is None:
             return self._validated(input, more)
         _checks.check_tensor("input", input)
         unbatched = self._is_unbatched(input)
         x = input.unsqueeze(0) if unbatched else input
         _checks.check_channel_axis_fits(axis, x.dim())
+        axis %= x.dim()  # torch's older ONNX exporter writes a negative one as it is
         more = more._replace(mask=_padding.mask_of(x, axis, *more[:3], unbatched), lengths=None)
         # a view: channels_last memory, to the kernels
         y = self._validated(x.movedim(axis, 1), more).movedim(1, axis)
@@ -47,7 +48,7 @@ class Padded(Configurable):
         """The mask against the input, where more has a mask or lengths."""
         unbatched = self._is_unbatched(input)
         x = input.unsqueeze(0) if unbatched else input
-        axis = self.channel_axis
+        axis = self._truenorm_options.channel_axis
         mask = _padding.mask_of(x, axis, *more[:3], unbatched)
         assert mask is not None
         valid = _padding.against(mask, x).movedim(1, axis)
@@ -71,7 +72,7 @@ class Padded(Configurable):
     def _nested(self, input: Tensor, more: More) -> Tensor:
         """A jagged tensor, padded and cut again: each component is a sample."""
         given = more.mask is not None or more.lengths is not None
-        _checks.check_nested(input, given, self.channel_axis)
+        _checks.check_nested(input, given, self._truenorm_options.channel_axis)
         offsets: Any = input.offsets()  # type: ignore[attr-defined]
         lengths = offsets.diff()
         padded = torch.nested.to_padded_tensor(input, 0.0)
@@ -130,7 +131,7 @@ class PaddedRows(Configurable):
         self._validated(input[:0] if input.dim() > len(self.normalized_shape) else input, more)
         centred = not isinstance(self, torch.nn.RMSNorm)
         axes = Axes(1, len(self.normalized_shape), centred)
-        eps = torch.finfo(input.dtype).eps if layer.eps is None else layer.eps
+        eps = rms_eps(layer.eps, input.dtype)
         bias = getattr(layer, "bias", None)
         made = masked.normalize(input, mask, layer.weight, bias, axes, eps, more.padding_value)
         return made.y

@@ -6,7 +6,7 @@ channel. All of it is composed of the operators that every layer has.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -14,45 +14,55 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .. import _axes, _checks, _ops
 from .._axes import BATCH, Axes
-from .._ops import Running
-from ._options import NOTHING, Configurable, More, Option
+from .._ops import Running, route
+from ._options import Configurable, OnSingle, Option
 
-OnSingle = Literal["error", "running", "skip"]
 _RECORD = "truenorm"  # in a state_dict's metadata
 
 
 class Policed(Configurable, _NormBase):
     """A layer with running statistics, and what these do beyond torch's layers."""
 
-    frozen: bool = False
-    on_single: OnSingle = "error"
-    skip_nonfinite: bool = False
+    statistics_frozen: bool
+    on_single: OnSingle
+    skip_nonfinite: bool
     # gathered moments, within `accumulate`
     _gathered: Any = None
     _own_options: ClassVar[dict[str, Option | None]] = {
-        "frozen": Option(False, _checks.check_flag("frozen")),
+        "statistics_frozen": Option(False, _checks.check_flag("statistics_frozen")),
         "on_single": Option("error", _checks.check_on_single),
         "skip_nonfinite": Option(False, _checks.check_flag("skip_nonfinite")),
     }
-    _asked_by_short_way = Configurable._asked_by_short_way | {"frozen"}
+    _asked_by_short_way = Configurable._asked_by_short_way | {"statistics_frozen"}
 
     def _check_options(self, chosen: dict[str, Any]) -> None:
         super()._check_options(chosen)
         if self._buffers.get("running_mean") is None or not self.track_running_stats:
-            for name in ("frozen", "skip_nonfinite", "renorm"):
+            for name in ("statistics_frozen", "skip_nonfinite", "renorm"):
                 _checks.check_tracks(name, chosen.get(name, False))
             _checks.check_tracks("on_single", chosen.get("on_single") == "running")
 
+    def reset_running_stats(self) -> None:
+        # frozen means frozen, whoever resets: torch.optim.swa_utils.update_bn does, for one
+        if not self._truenorm_options.statistics_frozen:
+            super().reset_running_stats()
+
     def _statistics_are_own(self) -> bool:
         """Whether this call's statistics are the input's."""
-        return self.training and not self.frozen
+        return self.training and not self._truenorm_options.statistics_frozen
 
     def _is_plain(self) -> bool:
         return super()._is_plain() and self._gathered is None
 
     def _has_policy(self) -> bool:
-        held = vars(self)
-        return self._gathered is not None or any(name in held for name in _POLICIES)
+        options = self._truenorm_options
+        return (
+            self._gathered is not None
+            or options.on_single != "error"
+            or options.skip_nonfinite
+            or options.virtual_batch_size is not None
+            or options.renorm
+        )
 
     def _running(self, count_batches: bool) -> Running | None:
         mean, var = self.running_mean, self.running_var
@@ -60,29 +70,35 @@ class Policed(Configurable, _NormBase):
             return None
         batches = self.num_batches_tracked if count_batches else None
         momentum = self.momentum if count_batches or self.momentum is not None else 0.0
-        return Running(mean, var, batches, momentum, self.skip_nonfinite, self._gathered)
+        return Running(
+            mean, var, batches, momentum, self._truenorm_options.skip_nonfinite, self._gathered
+        )
 
     def _alone(self, x: Tensor, axes: Axes) -> bool:
         """Whether each statistic spans one value, and something other than an error follows."""
         values = _axes.values_per_statistic(x.shape, axes) if x.shape[1] else 0
+        on_single = self._truenorm_options.on_single
+        if on_single != "error" and route.tracing():
+            asks, remedy = "whether there is one value per channel", 'set on_single="error"'
+            _checks.fail_untraceable("on_single", on_single, asks, remedy)
         if values != 1 or x.numel() == 0:
             return False
-        if self.on_single == "error":
+        if on_single == "error":
             _checks.check_more_than_one_value(x, 1, per_sample=axes.num_groups > 0)
         return True
 
     def _normalize_alone(self, x: Tensor) -> Tensor:
-        if self.on_single == "running":
+        by_running = self._truenorm_options.on_single == "running"
+        if by_running:
             mean, var = _steady(self, x)
         else:
             mean = x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
             var = torch.ones_like(mean)
-        eps = self.eps if self.on_single == "running" else 0.0
+        eps = self.eps if by_running else 0.0
         return _ops.normalize_fixed(x, mean, var, self.weight, self.bias, eps)
 
-    def _by_policy(self, x: Tensor, axes: Axes, more: More) -> Tensor:
+    def _by_policy(self, x: Tensor, axes: Axes) -> Tensor:
         """The training step of a checked input (N, C, *)."""
-        _checks.check_no_more_with_policy(more != NOTHING, sorted(self._chosen()))
         if self._alone(x, axes):
             return self._normalize_alone(x)
         return _ops.normalize(
@@ -94,7 +110,7 @@ class Policed(Configurable, _NormBase):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)
-        if self.frozen and metadata is not None:
+        if self._truenorm_options.statistics_frozen and metadata is not None:
             metadata.setdefault(prefix[:-1], {})[_RECORD] = {"frozen": True}
 
     def _load_from_state_dict(
@@ -102,16 +118,16 @@ class Policed(Configurable, _NormBase):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if local_metadata.get(_RECORD, {}).get("frozen") and self.running_mean is not None:
-            self.frozen = True
+            self._choose("statistics_frozen", True)
 
 
 class SmallBatches(Policed):
     """BatchNorm for batches that are too small, or too large, to be one batch."""
 
-    virtual_batch_size: int | None = None
-    renorm: bool = False
-    rmax: float = 3.0
-    dmax: float = 5.0
+    virtual_batch_size: int | None
+    renorm: bool
+    rmax: float
+    dmax: float
     _own_options: ClassVar[dict[str, Option | None]] = {
         "virtual_batch_size": Option(None, _checks.check_virtual_batch_size),
         "renorm": Option(False, _checks.check_flag("renorm")),
@@ -124,14 +140,17 @@ class SmallBatches(Policed):
         super()._check_options(chosen)
         _checks.check_small_batches(chosen)
 
-    def _by_policy(self, x: Tensor, axes: Axes, more: More) -> Tensor:
-        size = self.virtual_batch_size
-        if size is None and not self.renorm:
-            return super()._by_policy(x, axes, more)
-        _checks.check_no_more_with_policy(more != NOTHING, sorted(self._chosen()))
+    def _by_policy(self, x: Tensor, axes: Axes) -> Tensor:
+        options = self._truenorm_options
+        size = options.virtual_batch_size
+        if size is None and not options.renorm:
+            return super()._by_policy(x, axes)
+        if size is not None and route.tracing():
+            asks, remedy = "how many samples there are", "set virtual_batch_size=None"
+            _checks.fail_untraceable("virtual_batch_size", size, asks, remedy)
         if self._alone(x, axes):
             return self._normalize_alone(x)
-        if self.renorm and x.numel():
+        if options.renorm and x.numel():
             return self._renormalized(x)
         parts = x.split(_chunks(x, size or x.shape[0])) if x.numel() else [x]
         running = self._running(True)
@@ -139,11 +158,12 @@ class SmallBatches(Policed):
         return made[0] if len(made) == 1 else torch.cat(made)
 
     def _renormalized(self, x: Tensor) -> Tensor:
+        rmax, dmax = self._truenorm_options.rmax, self._truenorm_options.dmax
         mean, var = _ops.channel_moments(x.detach())
         known_mean, known_var = _steady(self, x)
         sigma = torch.sqrt(known_var.to(var.dtype) + self.eps)
-        r = (torch.sqrt(var + self.eps) / sigma).clamp(1.0 / self.rmax, self.rmax)
-        d = ((mean - known_mean.to(mean.dtype)) / sigma).clamp(-self.dmax, self.dmax)
+        r = (torch.sqrt(var + self.eps) / sigma).clamp(1.0 / rmax, rmax)
+        d = ((mean - known_mean.to(mean.dtype)) / sigma).clamp(-dmax, dmax)
         weight, bias = self.weight, self.bias
         narrow = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
         scale = r.to(narrow) if weight is None else weight * r.to(narrow)
@@ -151,9 +171,6 @@ class SmallBatches(Policed):
         if bias is not None:
             shift = bias + shift
         return _ops.normalize(x, scale, shift, BATCH, self.eps, self._running(True))
-
-
-_POLICIES = ("on_single", "skip_nonfinite", "virtual_batch_size", "renorm")
 
 
 def _chunks(x: Tensor, size: int) -> list[int]:
@@ -174,10 +191,10 @@ def _steady(layer: Policed, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     mean, var = layer.running_mean, layer.running_var
     assert mean is not None and var is not None
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if route.way(x) != route.KERNEL:
         return mean.clone(), var.clone()
-    if _ops.within_backward() and "_found" in vars(layer):
-        return cast(tuple[Tensor, Tensor], vars(layer)["_found"])
+    if _ops.within_backward() and "_truenorm_found" in vars(layer):
+        return cast(tuple[Tensor, Tensor], vars(layer)["_truenorm_found"])
     found = mean.clone(), var.clone()
-    vars(layer)["_found"] = found
+    vars(layer)["_truenorm_found"] = found
     return found

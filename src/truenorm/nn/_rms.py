@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, functional
+from .._axes import RMS_EPS
 from .._ops import eager
 from ._activation import Activated
 from ._base import Direct
@@ -19,8 +20,8 @@ from ._padded import PaddedRows
 class RMSNorm(Activated, PaddedRows, Direct, torch.nn.RMSNorm):
     """Divide by the root mean square over the trailing dimensions.
 
-    y = x / sqrt(E[x²] + eps) · weight, weight element by element; eps None is
-    torch.finfo(input.dtype).eps.
+    y = x / sqrt(E[x²] + eps) · weight, weight element by element; eps None is the machine epsilon
+    of the input's dtype, and float32's for float16 and bfloat16.
 
     Training and evaluation are the same.
 
@@ -42,7 +43,7 @@ class RMSNorm(Activated, PaddedRows, Direct, torch.nn.RMSNorm):
         if not (shape and input.is_floating_point()) or input.shape[-len(shape) :] != shape:
             return None
         if eps is None:
-            eps = torch.finfo(input.dtype).eps
+            eps = RMS_EPS[input.dtype]
         if not eps >= 0:
             return None
         return eager.call(eager.OWN, input, weight, None, (), eager.rms(len(shape)), eps)

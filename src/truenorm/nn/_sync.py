@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import _checks, _exchange
 from ._batch import BatchForward
-from ._options import Option, with_options
+from ._options import DEFAULTS, Option, options_of, with_options
 
 
 @with_options
@@ -66,16 +67,71 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
 
     def _statistics_group(self) -> Any:
         own = self._statistics_are_own()
+        # torch's own attribute
         return _exchange.active_group(self.process_group) if own else None
 
     @classmethod
     def convert_sync_batchnorm(cls, module: Module, process_group: Any = None) -> Module:
-        """Replace every BatchNorm layer below `module` by a truenorm.SyncBatchNorm."""
+        """Replace every BatchNorm layer below `module` by a truenorm.SyncBatchNorm.
+
+        As torch's method of that name, with new layers; what truenorm's layers have beyond torch's
+        stays: frozen statistics, activation, channel axis, a process group where none is given.
+        `truenorm.convert(module, sync=True)` changes the layers in place instead.
+
+        Errors: ValueError for a lazy layer that has not seen an input, and for one with an option
+        for the batch of one process (`virtual_batch_size`, `renorm`, `on_single`). Nothing is
+        changed then.
+        """
         from ..convert import convert
 
-        base: Any = super()
-        converted: Module = base.convert_sync_batchnorm(module, process_group)
-        return convert(converted, only=(torch.nn.SyncBatchNorm,))
+        before = _layers(module)
+        _checks.check_no_lazy("module", [n for n, m in before.items() if _is_lazy(m)])
+        _checks.check_may_span({n: options_of(m) for n, m in before.items()}, process_group)
+        options = {name: options_of(layer) for name, layer in before.items()}
+        groups = {name: getattr(layer, "process_group", None) for name, layer in before.items()}
+        converted = convert(_theirs(cls, module, process_group), only=(torch.nn.SyncBatchNorm,))
+        kept = DEFAULTS._asdict().keys() & cls._options.keys()
+        for name, layer in _layers(converted).items():
+            if name in options:
+                own = options[name]._asdict()
+                layer._take_options(DEFAULTS._replace(**{k: own[k] for k in kept}))
+                if process_group is None:
+                    layer.process_group = groups[name]
+        return converted  # type: ignore[no-any-return]
+
+
+_theirs: Any = vars(torch.nn.SyncBatchNorm)["convert_sync_batchnorm"].__func__
+
+
+def _layers(module: Module) -> dict[str, Any]:
+    """The layers that torch's method replaces, by every name that they have."""
+    named = module.named_modules(remove_duplicate=False)
+    return {name: m for name, m in named if isinstance(m, _BatchNorm)}
+
+
+def _is_lazy(layer: Any) -> bool:
+    return isinstance(layer, BatchForward) and layer.num_features == 0
+
+
+def _refuse_what_torch_would_drop() -> None:
+    """Let torch's own convert_sync_batchnorm, Lightning's too, refuse what it cannot keep.
+
+    It makes new layers from torch's arguments alone: frozen statistics would move again, and an
+    activation be gone, without a word.
+    """
+
+    @functools.wraps(_theirs)
+    def convert_sync_batchnorm(cls: Any, module: Module, process_group: Any = None) -> Any:
+        layers = {n: m for n, m in _layers(module).items() if isinstance(m, BatchForward)}
+        _checks.check_no_lazy("module", [n for n, m in layers.items() if _is_lazy(m)])
+        for name, layer in layers.items():
+            chosen = layer._chosen()
+            chosen.pop("process_group", None)  # the method's own
+            _checks.check_torch_has(name, chosen)
+        return _theirs(cls, module, process_group)
+
+    theirs: Any = torch.nn.SyncBatchNorm
+    theirs.convert_sync_batchnorm = classmethod(convert_sync_batchnorm)
 
 
 def _let_ours_pass() -> None:
@@ -102,3 +158,4 @@ def _is_sync(module: Module) -> bool:
 
 
 _let_ours_pass()
+_refuse_what_torch_would_drop()

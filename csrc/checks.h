@@ -1,0 +1,176 @@
+// What an operator may be given. Every operator's entry asks here before it reads or writes a byte,
+// whoever calls it: a layer, whose own checks word the same sooner, a graph from disk, or a person.
+// What is in order costs a few comparisons; an error names argument, value and remedy, and is
+// worded out of line (checks.cpp). src/truenorm/_ops/arguments.py is the twin for all that has no
+// C++ kernel.
+//
+// The dispatcher lets only dense CPU tensors get here: the device is the twin's to check.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "activation.h"
+#include "geometry.h"
+
+namespace truenorm::check {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] void wrong_dtype(const char* name, const Tensor& given);
+[[noreturn]] void wrong_input(const Tensor& x, const Axes& axes);
+[[noreturn]] void wrong_parameter(const char* name, const Tensor& given, const Tensor& x,
+                                  int64_t feature_dims);
+[[noreturn]] void wrong_statistic(const char* name, const Tensor& given, const Tensor& x,
+                                  int64_t count);
+[[noreturn]] void wrong_gradient(const Tensor& given, const Tensor& x);
+[[noreturn]] void wrong_residual(const Tensor& given, const Tensor& x);
+[[noreturn]] void no_count();
+[[noreturn]] void wrong_number(const char* name, int64_t value, const char* meaning);
+[[noreturn]] void wrong_running(const char* name, const Tensor& given, const char* meaning);
+[[noreturn]] void wrong_observed(const char* name, const Tensor& given, const Tensor& x,
+                                 int64_t channels);
+[[noreturn]] void wrong_record(const Tensor& given, const char* wanted);
+[[noreturn]] void no_memory(const char* name, const Tensor& given);
+[[noreturn]] void no_values(const char* name, const Tensor& x);
+
+inline bool has_kernel(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
+}
+
+inline void dtype(const char* name, const Tensor& t) {
+  if (!has_kernel(t.scalar_type())) wrong_dtype(name, t);
+}
+
+// A storage may have been freed (`untyped_storage().resize_(0)`).
+inline void memory(const char* name, const Tensor& t) {
+  if (t.const_data_ptr() == nullptr && t.numel() > 0) no_memory(name, t);
+}
+
+// x against the axes: what `geometry` takes.
+inline void input(const Tensor& x, const Axes& axes) {
+  dtype("x", x);
+  const auto sizes = x.sizes();
+  const auto dim = int64_t(sizes.size());
+  const bool in_order =
+      axes.feature_dims == 0
+          ? dim >= 2 && axes.num_groups >= 0 &&
+                (axes.num_groups == 0 || (sizes[1] % axes.num_groups == 0 &&
+                                          axes.num_groups <= std::max<int64_t>(sizes[1], 1)))
+          : axes.feature_dims > 0 && axes.feature_dims <= dim && axes.num_groups == 1;
+  if (!in_order) wrong_input(x, axes);
+  memory("x", x);
+}
+
+inline void has_values(const char* name, const Tensor& x, const Geometry& g) {
+  if (g.numel() == 0) no_values(name, x);
+}
+
+// A weight or bias: shaped like the channels.
+inline void parameter(const char* name, const std::optional<Tensor>& p, const Tensor& x,
+                      const Geometry& g, int64_t feature_dims) {
+  if (!p) return;
+  dtype(name, *p);
+  const auto sizes = p->sizes();
+  const bool in_order =
+      feature_dims == 0 ? sizes.size() == 1 && sizes[0] == g.c
+                        : int64_t(sizes.size()) == feature_dims &&
+                              std::equal(sizes.begin(), sizes.end(), g.sizes.end() - feature_dims);
+  if (!in_order) wrong_parameter(name, *p, x, feature_dims);
+  memory(name, *p);
+}
+
+// One value per statistic, or where x is a part of a batch, per channel.
+inline void statistic(const char* name, const Tensor& s, const Tensor& x, const Geometry& g) {
+  dtype(name, s);
+  if (s.numel() != g.num_statistics()) wrong_statistic(name, s, x, g.num_statistics());
+  memory(name, s);
+}
+
+// A gradient of x's shape, in a dtype of its own.
+inline void gradient(const Tensor& t, const Tensor& x, const Geometry& g) {
+  dtype("grad", t);
+  const auto sizes = t.sizes();
+  if (!std::equal(sizes.begin(), sizes.end(), g.sizes.begin(), g.sizes.end())) wrong_gradient(t, x);
+  memory("grad", t);
+}
+
+// What is added to x's outputs, in x's dtype.
+inline void residual(const std::optional<Tensor>& r, const Tensor& x, const Geometry& g) {
+  if (!r) return;
+  const auto sizes = r->sizes();
+  if (r->scalar_type() != x.scalar_type() ||
+      !std::equal(sizes.begin(), sizes.end(), g.sizes.begin(), g.sizes.end()))
+    wrong_residual(*r, x);
+  memory("residual", *r);
+}
+
+// What is written where it lies: no two of its elements may be one in memory.
+void written(const char* name, const Tensor& t);
+
+// A mask (N, *positions), read byte by byte.
+void mask(const Tensor& m, const Tensor& x, const Geometry& g);
+
+// `most`: all flags that there are, added up
+inline void needs(int64_t value, int64_t most) {
+  if (value < 0 || value > most)
+    wrong_number("needs", value,
+                 most == 7 ? "from 0 to 7, the sum of 1 (of x), 2 (of weight) and 4 (of bias)"
+                           : "from 0 to 31, the sum of 1 (of x), 2 (of weight), 4 (of bias), 8 (of "
+                             "residual) and 16 (residual holds the output)");
+}
+
+inline void holds_output(bool asked, const std::optional<Tensor>& residual) {
+  if (asked && !residual)
+    wrong_number("needs", 16, "less than 16 where `residual` is None: pass the output as residual");
+}
+
+// the numbers of Act
+inline void activation(int64_t act) {
+  if (act < 0 || act > int64_t(Act::relu6))
+    wrong_number("act", act, "from 0 to 8 (truenorm: no such activation): see csrc/activation.h");
+}
+
+inline void window(int64_t size) {
+  if (size < 1) wrong_number("size", size, "at least 1, the channels of a window");
+}
+
+// Running statistics of `channels` channels that are moved, and their count of batches.
+inline void running(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& batches,
+                    bool averaged, int64_t channels) {
+  const auto one = [&](const char* name, const Tensor& t) {
+    dtype(name, t);
+    if (t.dim() != 1 || t.numel() != channels || channels == 0)
+      wrong_running(name, t, "of shape (C,), one value per channel");
+    if (t.numel() > 1 && t.stride(0) == 0) written(name, t);
+    memory(name, t);
+  };
+  one("running_mean", mean);
+  one("running_var", var);
+  if (batches) {
+    if (batches->scalar_type() != ScalarType::Long || batches->numel() != 1)
+      wrong_running("num_batches_tracked", *batches, "one torch.int64 value");
+    memory("num_batches_tracked", *batches);
+  } else if (averaged) {
+    no_count();
+  }
+}
+
+// New statistics for those: of one sample after the other, each of x's channels.
+inline void observed(const Tensor& mean, const Tensor& var, int64_t channels, const Tensor& x) {
+  const int64_t count = mean.numel();
+  for (const auto& [name, t] : {std::pair{"mean", &mean}, std::pair{"var", &var}}) {
+    dtype(name, *t);
+    if (t->numel() != count || count % channels != 0 || (count > 0 && x.numel() < count))
+      wrong_observed(name, *t, x, channels);
+    memory(name, *t);
+  }
+}
+
+}  // namespace truenorm::check

@@ -1,0 +1,32 @@
+// The table of kernels.h for one element type and one instruction set. A file for each type
+// includes it, so that the types are compiled side by side.
+#pragma once
+
+#include "kernel_activation.h"
+#include "kernel_elementwise.h"
+#include "kernel_gradients.h"
+#include "kernel_local_response.h"
+#include "kernel_local_response_exact.h"
+#include "kernel_moments.h"
+#include "kernels.h"
+#include "simd.h"
+
+#if !defined(TRUENORM_ISA)
+#error "compile once per instruction set, with TRUENORM_ISA naming it"
+#endif
+
+namespace truenorm {
+namespace {
+
+template <class T>
+constexpr Kernels<T> kernels_of() {
+  return {
+      moments<T>,       column_moments<T>,  apply<T>,      apply_each<T>,      apply_row<T>,
+      act<T>,           act_each<T>,        act_row<T>,    grad_sums<T>,       column_grad_sums<T>,
+      row_grad_sums<T>, row_param_sums<T>,  grad_apply<T>, grad_apply_each<T>, grad_apply_row<T>,
+      grad_scale<T>,    grad_scale_each<T>, widen<T>,      narrow<T>,          response<T>,
+      response_exact<T>};
+}
+
+}  // namespace
+}  // namespace truenorm

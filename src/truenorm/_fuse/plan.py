@@ -1,0 +1,110 @@
+"""What a fused module runs in place of its forward, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Graph, GraphModule
+from torch.nn import Module
+
+from . import patterns
+from .conditions import MISSING, Conditions, compiled, of_copy
+from .reading import value_of
+from .tracing import Read
+
+
+class _Held:
+    """The modules that a graph calls."""
+
+
+class Plan:
+    """The graph of a fused forward, and the conditions under which it stands for that.
+
+    `holds` takes the module and its inputs, `graph` the modules that it calls before these. What
+    both know is held by name, so that a model's deep copy has a plan of its own modules.
+    """
+
+    def __init__(self, source: str, held: dict[str, Any], name: str, graph: Any, calls: set[str]):
+        self._made_of = source, held, name, graph, calls
+        self.holds: Callable[..., bool] = compiled(source, held, name)
+        self.graph = graph
+        self.calls = _Held()
+        for key in calls:
+            setattr(self.calls, key, held[key])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        source, held, name, graph, calls = self._made_of
+        return Plan(source, of_copy(held, memo), name, graph, calls)
+
+    def __reduce__(self) -> Any:
+        # a file has no plans, and needs no truenorm to say so
+        return type(None), ()
+
+
+def _resolved(root: Module, path: str) -> Any:
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _detached(root: Module, graph: Graph, conditions: Conditions) -> set[str]:
+    """Let the graph take modules from what is held, and tensors from the modules; the names."""
+    calls: set[str] = set()
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_before(inputs[0]):
+        owner = graph.placeholder("_owner")
+    for node in list(graph.nodes):
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        path = str(node.target)
+        value = _resolved(root, path)
+        if not isinstance(value, Tensor):
+            node.target = conditions.name(value)
+            calls.add(node.target)
+            continue
+        holder, _, name = path.rpartition(".")
+        with graph.inserting_before(node):
+            module = owner
+            if holder:
+                target = conditions.name(_resolved(root, holder))
+                calls.add(target)
+                module = graph.get_attr(target)
+            tensor = graph.call_function(getattr, (module, name))
+        node.replace_all_uses_with(tensor)
+        graph.erase_node(node)
+    return calls
+
+
+def plan(root: Module, kind: type[Module], read: Read) -> Plan | None:
+    """One for what can be fused in this forward; None where nothing can.
+
+    kind: the class that the module will have.
+
+    Raises Unreadable where what the forward depends on may change unseen.
+    """
+    graph = read.graph
+    dropped = patterns.drop_passing(root, graph)
+    found = patterns.find(root, graph)
+    if not found:
+        return None
+    conditions = Conditions(root, kind)
+    inputs = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+    for name in inputs:
+        conditions.is_input(name, read.asked_for_type)
+    for fact in read.facts:
+        conditions.is_as_read(fact, value_of(fact, MISSING))
+    for module, replaced, attribute in patterns.requirements(root, graph, found, dropped):
+        if replaced:
+            conditions.is_plain(module)
+        if attribute:
+            conditions.equals(module, attribute, getattr(module, attribute))
+    for norm, *_ in found:
+        conditions.ends_as_read(_resolved(root, str(norm.target)))
+    patterns.replace(graph, found)
+    calls = _detached(root, graph, conditions)
+    forward = type(GraphModule({key: conditions.held[key] for key in calls}, graph)).forward
+    name = getattr(type(root).forward, "__qualname__", "forward")
+    return Plan(conditions.source(inputs), conditions.held, name, forward, calls)

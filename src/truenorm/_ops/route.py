@@ -1,0 +1,53 @@
+"""Who serves a call: the one place that chooses.
+
+A kernel called at once; the operator itself, which stands in a compiler's graph; the plain formula,
+which torch can transform and differentiate as it likes; or torch's own operators, in what is traced
+for a file that runs without truenorm. Whoever computes asks here, and nobody else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.jit import _trace
+
+from .. import _standard
+
+KERNEL, GRAPH, PLAIN, STANDARD = range(4)
+
+# what torch.jit.trace, and all that is built on it, records into; None elsewhere
+_tracing_state = torch._C._get_tracing_state
+
+
+def tracing() -> bool:
+    """Whether torch.jit.trace is recording, for which a choice by shape or value is a constant.
+
+    Or checks a module's trace, as it does unasked: it then runs the module as it is, and warns of
+    every difference, that between truenorm's rounding and torch's too.
+    """
+    return _tracing_state() is not None or _trace._trace_module_map is not None
+
+
+def standard() -> bool:
+    """Whether the call is recorded for a file that runs without truenorm."""
+    return (not torch.compiler.is_compiling() and tracing()) or _standard.wanted()
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether a function transform or forward-mode AD is at work: the plain formulas serve both."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def way(x: Tensor, *others: Tensor | None) -> int:
+    """One of the four above, for a call with this input; others: what else it differentiates."""
+    if standard():
+        return STANDARD
+    # empty inputs have no moments, and complex RMSNorm has no kernel
+    if x.numel() == 0 or x.is_complex() or transformed(x, *others):
+        return PLAIN
+    return GRAPH if torch.compiler.is_compiling() else KERNEL

@@ -1,0 +1,269 @@
+"""What tools/mutate.py breaks: one piece of csrc/ each, and the tests that must notice it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+PROMISES = ("tests/test_kernels.py", "tests/test_half.py")
+FUSED = ("tests/test_fused.py",)
+DIGEST = ("tests/test_instruction_sets.py",)
+
+
+class Mutation(NamedTuple):
+    """What is broken, where, and how.
+
+    `old` stands in `file` as many times as `times` says, and `new` takes its place. Of `tests` one
+    that `select` picks (pytest's -k) must fail: on the machine's best instruction set, or, in a
+    library built of `sets`, on the first of them.
+    """
+
+    promise: str
+    file: str
+    old: str
+    new: str
+    select: str
+    sets: tuple[str, ...] = ()
+    tests: tuple[str, ...] = PROMISES
+    times: int = 1
+
+
+MUTATIONS = [
+    Mutation(
+        "1 sums about zero instead of about a value of the row",
+        "kernel_moments.h",
+        "const vd shift = splat<vd>(to_double(origin));",
+        "const vd shift = splat<vd>(0.0 * to_double(origin));",
+        "offsets",
+    ),
+    Mutation(
+        "1 sums about zero at any offset",
+        "kernel_moments.h",
+        "kFarOff = 0x1p10;",
+        "kFarOff = 0x1p200;",
+        "offsets",
+    ),
+    Mutation(
+        "1 the mean as one float",
+        "coefficients.h",
+        "bias - (mean - double(hi)) * slope;",
+        "bias - 0.0 * (mean - double(hi)) * slope;",
+        "offsets",
+    ),
+    Mutation(
+        "1 one-pass column moments",
+        "kernel_moments.h",
+        "shift[v] = Lane<T>::load_double(x + v * D);",
+        "shift[v] = vd{} * Lane<T>::load_double(x + v * D);",
+        "offsets or formats",
+    ),
+    Mutation(
+        "1 the unbiased variance",
+        "rows_forward.cpp",
+        "f.var[statistic] = m.m2 / m.count;",
+        "f.var[statistic] = m.m2 / (m.count - 1.0);",
+        "formats",
+    ),
+    Mutation(
+        "1 the gradient without its x̂ term",
+        "coefficients.h",
+        "slope(A(-rstd * mean_grad_x_hat))",
+        "slope(A(0.0 * mean_grad_x_hat))",
+        "formats",
+    ),
+    Mutation(
+        "1 the output gradient read in its own memory format",
+        "tensors.h",
+        "return laid_out(grad.scalar_type() == type ? grad : torch::stable::to(grad, type), g);",
+        "return grad.scalar_type() == type ? grad : torch::stable::to(grad, type);",
+        "formats",
+    ),
+    Mutation(
+        "1 positions left over by folding are forgotten",
+        "channels_forward.cpp",
+        "for (int64_t j = 0; j < cut.left_over; ++j) {\n        double value;",
+        "for (int64_t j = 1; j < cut.left_over; ++j) {\n        double value;",
+        "formats",
+    ),
+    Mutation(
+        "2 1/std and its slope as one float32 number",
+        "kernel_elementwise.h",
+        "v[0].v[k] * scale + ((v[1].v[k] - hi) * rstd * slope + shift);",
+        "v[0].v[k] * scale + ((v[1].v[k] - hi) * (rstd * slope) + shift);",
+        "scales",
+    ),
+    Mutation(
+        "3 half precision with coefficients of one float, where parts of it cancel",
+        "kernel_elementwise.h",
+        "y.v[k] + fused(d.v[k], scale_rest[k], shift_rest[k]);",
+        "y.v[k];",
+        "cancel",
+    ),
+    Mutation(
+        "3 half precision with x̂ as one float, where it and the bias cancel",
+        "kernel_elementwise.h",
+        "fused(weight, rest, fused(weight, near, load_raw<vf>(by.bias + at)));",
+        "weight * (near + rest) + load_raw<vf>(by.bias + at);",
+        "cancel",
+    ),
+    Mutation(
+        "3 an infinite value that becomes NaN in half precision",
+        "kernel_elementwise.h",
+        "out.v[k] = out.v[k] == out.v[k] ? out.v[k] : y.v[k];",
+        "out.v[k] = out.v[k];",
+        "infinite",
+    ),
+    Mutation(
+        "3 bfloat16 by truncation",
+        "simd.h",
+        "return bits + 0x7fffu + (bits >> 16 & 1u);",
+        "return bits;",
+        "formats",
+    ),
+    Mutation(
+        "4 a fused operation that is none, where the processor has none",
+        "simd.h",
+        "(inexact & even & ((away & 2) - 1))",
+        "(inexact & even & 0)",
+        "rounded_together",
+        sets=("baseline",),
+    ),
+    Mutation(
+        "1 a channel read once over the batch: not its first sample",
+        "rows_forward.cpp",
+        "for (int64_t n = g.n - 1; n >= 0; --n) apply",
+        "for (int64_t n = g.n - 1; n > 0; --n) apply",
+        "formats",
+    ),
+    Mutation(
+        "4 pieces cut by the number of threads",
+        "rows_forward.cpp",
+        "const int64_t pieces = ceil_div(len, kPiece);\n",
+        "const int64_t kPiece = 20000 / int64_t(torch::stable::get_num_threads());\n"
+        "  const int64_t pieces = ceil_div(len, kPiece);\n",
+        "threads",
+    ),
+    Mutation(
+        "4 cut by the batch",
+        "channels.h",
+        "rows_per_piece = std::max(kMinRows, kPiece / cols);",
+        "rows_per_piece = std::max<int64_t>(2, kMinRows / g.n);",
+        "batch or among",
+    ),
+    Mutation(
+        "1 the last values of a run counted twice",
+        "kernel_moments.h",
+        "if (keep) v = unread<P>(v, n * P::size, k, keep, unread_value);",
+        "",
+        "formats",
+    ),
+    Mutation(
+        "1 padding that is counted",
+        "kernel_moments.h",
+        "Padded<T, kStep>::fill(padded, p, len, origin)",
+        "Padded<T, kStep>::fill(padded, p, len, p[0])",
+        "formats",
+    ),
+    Mutation(
+        "4 sums for weight and bias cut by what fits in cache",
+        "rows_elementwise.cpp",
+        "std::max<int64_t>(8, fit / 8 * 8);",
+        "5;",
+        "threads",
+    ),
+    Mutation(
+        "3 the lines at the edges of what goes past the caches",
+        "kernel_map.h",
+        "std::memcpy(out, made[0].values, size_t(begin) * sizeof(T));",
+        "std::memcpy(out, made[0].values, size_t(begin / 2) * sizeof(T));",
+        "past_the_caches",
+    ),
+    Mutation(
+        "1 local response: the window that a gradient reaches, mirrored",
+        "kernel_local_response.h",
+        "of_across.run[j] = across + j - after;",
+        "of_across.run[j] = across + j - before;",
+        "formats",
+    ),
+    Mutation(
+        "2 local response in float32 at any scale",
+        "kernel_local_response.h",
+        "p.value = (vf)((vi)p.value | outside);",
+        "p.value = (vf)((vi)p.value | (outside & 0));",
+        "response",
+    ),
+    Mutation(
+        "5 local response: a whole tile again in float64 for one of its values",
+        "kernel_local_response_exact.h",
+        "if (!std::isfinite(to_double(out[i + j])))",
+        "if (len > 0)",
+        "nan",
+    ),
+    Mutation(
+        "fused: the residual left out",
+        "kernel_activation.h",
+        "if (residual) z.v[k] += residual->v[k];",
+        "if (residual) z.v[k] += 0 * residual->v[k];",
+        "values",
+        times=2,
+        tests=FUSED,
+    ),
+    Mutation(
+        "fused: the last values of a run from another place",
+        "kernel_activation.h",
+        "last.values + (kStep - (len - end))",
+        "last.values",
+        "values",
+        tests=FUSED,
+    ),
+    Mutation(
+        "fused: ReLU's gradient everywhere",
+        "kernel_activation.h",
+        "return z <= 0 ? below(grad) : high;",
+        "return z < 0 && z > 0 ? below(grad) : high;",
+        "values",
+        tests=FUSED,
+    ),
+    Mutation(
+        "fused: the output taken for the residual",
+        "activated.cpp",
+        "after.act.by_output = needs & kByOutput;",
+        "after.act.by_output = false;",
+        "values",
+        tests=FUSED,
+    ),
+    Mutation(
+        "fused: in place into a copy",
+        "activated.cpp",
+        "  torch::stable::copy_(to, y);",
+        "  (void)y;",
+        "in_place",
+        tests=FUSED,
+    ),
+    Mutation(
+        "4 AVX2: a product and a sum that are rounded one after the other",
+        "simd.h",
+        "return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);",
+        "return a * b + c;",
+        "same_bits",
+        sets=("avx2", "avx512"),
+        tests=DIGEST,
+    ),
+    Mutation(
+        "4 baseline: a tie of float16 rounded upwards",
+        "simd.h",
+        "(bits + 0xfffu + (bits >> 13 & 1u) - 0x38000000u) >> 13",
+        "(bits + 0x1000u - 0x38000000u) >> 13",
+        "same_bits",
+        sets=("baseline", "avx512"),
+        tests=DIGEST,
+    ),
+    Mutation(
+        "4 baseline: what is not finite goes unseen",
+        "simd.h",
+        "_mm_movemask_ps(_mm_cmpunord_ps((__m128)a, (__m128)b)) != 0",
+        "_mm_movemask_ps(_mm_cmpunord_ps((__m128)a, (__m128)b)) > 15",
+        "same_bits",
+        sets=("baseline", "avx512"),
+        tests=DIGEST,
+    ),
+]
