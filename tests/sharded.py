@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from cases import randomize
-from tolerances import assert_gradient, assert_output
+from tolerances import FLOAT32_GRADIENT, assert_gradient, assert_output, relative
 from torch import Tensor
 
 import truenorm
+from truenorm import _exchange
+
+LENGTHS = torch.tensor([6, 2, 4])
 
 
 def mesh_of(sizes: tuple[int, ...]) -> Any:
@@ -47,7 +51,6 @@ def unsharded(
     sizes: tuple[int, ...],
     layers: list[tuple[str, tuple[Any, ...], dict[str, Any], tuple[int, ...]]],
     codes: list[str],
-    *,
     modes: tuple[bool, ...] = (True, False),
     holding: tuple[str, ...] = ("dtensors", "plain"),
     residual: bool = False,
@@ -68,6 +71,8 @@ def unsharded(
         x = x * 1.7 + 3.0
         for training in modes:
             layer = copy.deepcopy(original).double().train(training)
+            if hasattr(layer, "process_group"):
+                layer.process_group = _exchange.ALONE if name == "SyncBatchNorm" else None
             expected_in = [t.double().requires_grad_() for t in (x, more)]
             added = {"residual": expected_in[1]} if residual else {}
             expected = layer(expected_in[0], **added, **(calls or {}))
@@ -104,5 +109,41 @@ def unsharded(
     return done
 
 
-def more(rank: int, *args: Any) -> int:
-    return unsharded(rank, *args, residual=True)
+def in_parallel(rank: int, dim: int) -> None:
+    """Norms under torch's SequenceParallel, against the same ones whole."""
+    from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+
+    mesh = mesh_of((torch.distributed.get_world_size(),))
+    whole = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.GELU(), torch.nn.RMSNorm(8))
+    randomize(whole)
+    own = truenorm.convert(copy.deepcopy(whole))
+    rows = SequenceParallel(sequence_dim=dim)
+    own = parallelize_module(own, mesh, {"0": rows, "2": rows})
+    x, grad = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
+    expected_in = x.double().requires_grad_()
+    expected = whole.double()(expected_in)
+    expected.backward(grad.double())
+    given = distributed(x, mesh, str(dim)).requires_grad_()
+    y = own(given)
+    y.backward(distributed(grad, mesh, str(dim)))
+    assert y.placements == tuple(placed(str(dim)))
+    assert_output(full(y), expected)
+    # two norms deep: twice the promise of one
+    assert relative(full(given.grad), expected_in.grad) <= 2.0 * FLOAT32_GRADIENT
+    for p, q in zip(own.parameters(), whole.parameters(), strict=True):
+        assert relative(full(p.grad), q.grad) <= 2.0 * FLOAT32_GRADIENT
+
+
+def refused(rank: int) -> list[str]:
+    from torch.distributed.tensor import distribute_module
+
+    mesh, found = mesh_of((2,)), []
+    other = mesh_of((1, 2))
+    layer = distribute_module(truenorm.BatchNorm1d(3), mesh)
+    for x in (torch.randn(4, 3), distributed(torch.randn(4, 3), other, "R0")):
+        before = [full(b).clone() for b in layer.buffers()]
+        with pytest.raises((TypeError, ValueError)) as caught:
+            layer(x)
+        found.append(str(caught.value))
+        assert all(torch.equal(full(b), c) for b, c in zip(layer.buffers(), before, strict=True))
+    return found

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import distributed, functional, nn, reference
+from . import _hosts, distributed, functional, nn, reference  # noqa: F401  (_hosts registers)
 from ._compare import compare
 from ._explain import explain
 from ._fold import fold

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import _pool
+from . import _imports, _pool
 
 BACKENDS = ("auto", "native", "plain")
 
@@ -90,6 +90,7 @@ class Info:
     cuda: "triton" or "plain".
     cuda_words: what serves CUDA tensors, and why where that is plain PyTorch ops.
     other_devices: what serves tensors of every other device.
+    strangers: libraries that take truenorm's layers for none that they know, and why.
     """
 
     version: str
@@ -102,6 +103,7 @@ class Info:
     cuda: str = "plain"
     cuda_words: str = "plain PyTorch ops"
     other_devices: str = "plain"
+    strangers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.cpu == "native":
@@ -115,6 +117,7 @@ class Info:
             f"cuda: {self.cuda_words}\n"
             "mps, xpu and other devices: plain PyTorch ops\n"
             f"library: {self.library or 'none'}"
+            + "".join(f"\nnot made known to {each}" for each in self.strangers)
         )
 
 
@@ -122,6 +125,7 @@ def info() -> Info:
     """Which path, native kernels or plain PyTorch ops, serves which device."""
     from . import __version__, _triton
 
+    _imports.retry()
     cuda, cuda_words = _triton.describe()
     return Info(
         version=__version__,
@@ -133,4 +137,5 @@ def info() -> Info:
         pool=_pool.statistics(),
         cuda=cuda,
         cuda_words=cuda_words,
+        strangers=tuple(f"{name}: {why}" for name, why in _imports.FAILED.items()),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _axes, _checks, _exchange, _ops
 from .._axes import BATCH, Axes
 from ..moments import add_pairs
-from . import activation, sharding, synchronized
+from . import activated, activation, sharding, synchronized
 from .activation import Epilogue
 from .autograd import Running, track
 from .parts import Spec
@@ -23,22 +23,29 @@ from .sharding import Plan, Role
 
 
 class _Parts(NamedTuple):
-    """This process's part of a call."""
+    """This process's part of a call: what comes after is in the same pass, or later."""
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
     axes: Axes
     after: Epilogue | None
+    later: Epilogue | None
 
 
-def _cut(x: Tensor, weight: Any, bias: Any, axes: Axes, after: Any, plan: Plan) -> _Parts:
-    own = plan.part(x)
+def _cut(
+    x: Tensor, weight: Any, bias: Any, axes: Axes, after: Any, plan: Plan, *, apart: bool = False
+) -> _Parts:
+    """apart: whether there is no pass that does what comes after too."""
+    own, weight, bias = plan.part(x), plan.parameter(weight), plan.parameter(bias)
     if after is not None:
         after = after._replace(residual=plan.part(after.residual))
+        # nor is there one where this process has no values
+        apart = apart or not activated.serves(own, after.residual, weight, bias)
     if Role.CHANNELS in plan.roles and axes.num_groups:
         axes = axes._replace(num_groups=own.shape[1] * axes.num_groups // x.shape[1])
-    return _Parts(own, plan.parameter(weight), plan.parameter(bias), axes, after)
+    split = (None, after) if apart else (after, None)
+    return _Parts(own, weight, bias, axes, *split)
 
 
 def _finish(y: Tensor, after: Epilogue | None) -> Tensor:
@@ -111,21 +118,20 @@ def normalize(
 ) -> Tensor:
     gathered = running is not None and running.gathered is not None
     plan = sharding.plan(x, axes, never=(Role.CHANNELS,) if gathered else ())
-    own = _cut(x, weight, bias, axes, after, plan)
+    across, samples = plan.groups(Role.ACROSS), plan.groups(Role.SAMPLES)
+    averaged = bool(samples) and running is not None
+    own = _cut(x, weight, bias, axes, after, plan, apart=averaged or bool(across))
     moving, take_back = _moving(running, plan)
-    if groups := plan.groups(Role.ACROSS):
-        spec = Spec(own.axes, eps)
-        y = synchronized.part(own.x, own.weight, own.bias, spec, moving, groups[0])
-        y = _finish(y, own.after)
-    elif moving is not None and (groups := plan.groups(Role.SAMPLES)):
-        args = own.x, own.weight, own.bias, own.axes, eps
-        y, mean, var = _ops.normalize_with_statistics(*args)
-        _move_by_samples(moving, own.x, mean, var, own.axes, groups)
-        y = _finish(y, own.after)
+    args = own.x, own.weight, own.bias
+    if across:
+        y = synchronized.part(*args, Spec(own.axes, eps), moving, across[0])
+    elif moving is not None and averaged:
+        y, mean, var = _ops.normalize_with_statistics(*args, own.axes, eps)
+        _move_by_samples(moving, own.x, mean, var, own.axes, samples)
     else:
-        y = _ops.normalize(own.x, own.weight, own.bias, own.axes, eps, moving, own.after)
+        y = _ops.normalize(*args, own.axes, eps, moving, own.after)
     take_back()
-    return plan.joined(y, x, axes)
+    return plan.joined(_finish(y, own.later), x, axes)
 
 
 def normalize_fixed(
@@ -142,7 +148,7 @@ def normalize_fixed(
     with torch.no_grad():
         mean, var = plan.statistic(mean), plan.statistic(var)
     y = _ops.normalize_fixed(own.x, mean, var, own.weight, own.bias, eps, own.after)
-    return plan.joined(y, x, BATCH)
+    return plan.joined(_finish(y, own.later), x, BATCH)
 
 
 def normalize_with_statistics(
