@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 class Helped(Block):
-    """Reads what nothing can compare: it stays as it is."""
+    """Asks an object of its own, as layers of transformers ask their configuration."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x))
@@ -125,7 +125,7 @@ def pair() -> tuple[Any, Any]:
     return as_it_was, truenorm.fuse(copy.deepcopy(as_it_was))
 
 
-FUSED = 2 + 2 + 1 + 1 + 1  # stem, block, list, between, asks
+FUSED = 2 + 2 + 1 + 1 + 1 + 1  # stem, block, helped, list, between, asks
 
 Edit = Callable[[Any], Any]
 EDITS: dict[str, Edit] = {}
@@ -381,6 +381,18 @@ def item_of_a_dictionary_within(m: Any) -> None:
 @edit
 def a_helper_object(m: Any) -> None:
     put(Settings, "first", False)
+
+
+@edit
+def another_helper_object(m: Any) -> None:
+    m[2].settings = type("Other", (), {"first": False})()
+
+
+@edit
+def an_attribute_of_the_helper_object(m: Any) -> None:
+    m[2].settings = copy.copy(Block.settings)
+    truenorm.fuse(m) if isinstance(m[0], truenorm._fuse.classes.Fused) else None
+    m[2].settings.first = False
 
 
 @edit
