@@ -1,6 +1,6 @@
 """What a fused module's look at itself costs per call.
 
-    python tools/measure_fuse_check.py [--calls 2000] [--rounds 15]
+    python tools/measure_fuse_check.py [--calls 1000] [--rounds 15]
 
 Processor time of one thread, the least of the rounds: of the comparison alone, and of whole calls
 with and without it on an input so small that calls are all there is.
@@ -9,6 +9,7 @@ with and without it on an input so small that calls are all there is.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 
@@ -48,7 +49,7 @@ def microseconds(run: Callable[[], object], calls: int, rounds: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -58,10 +59,9 @@ def main() -> None:
         plan = model._truenorm_plan
         assert plan.holds(model, x)
         with torch.no_grad():
-            check = microseconds(lambda: plan.holds(model, x), args.calls, args.rounds)
-            whole = microseconds(lambda: model(x), args.calls // 10, args.rounds)
-            graph = microseconds(
-                lambda: plan.graph(plan.calls, model, x), args.calls // 10, args.rounds
+            check, whole, graph = (
+                microseconds(functools.partial(*run), args.calls, args.rounds)
+                for run in ((plan.holds, model, x), (model, x), (plan.graph, plan.calls, model, x))
             )
         print(f"{name}: comparison {check:.1f} µs, call {whole:.1f} µs, graph alone {graph:.1f} µs")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -16,13 +17,13 @@ from torch.nn import Module
 from torch.nn.modules import module as of_torch
 
 from ..nn._options import options_of
-from .reading import Fact, Unreadable
+from .reading import Fact, Unreadable, is_object
 
 _NUMBERS = (int, float, complex, str, bytes)
 _THEMSELVES = (
     type(None), bool, type, FunctionType, BuiltinFunctionType, ModuleType, property, enum.Enum,
     torch.dtype, torch.device, torch.layout, torch.memory_format, type(Ellipsis),
-    type(NotImplemented),
+    type(NotImplemented), logging.Logger,
 )  # fmt: skip
 _SEQUENCES = (list, tuple, torch.Size)
 _DICTS = (dict, OrderedDict)
@@ -149,12 +150,15 @@ class Conditions:
             self._class(value)
         elif isinstance(value, MethodType):
             held, own = self.name(value.__func__), self.name(value.__self__)
-            if not isinstance(value.__self__, (Module, type)):
+            if not isinstance(value.__self__, (Module, type)) and not is_object(value.__self__):
                 raise Unreadable("the forward calls a method of what is no module")
             function = f"getattr((now := {now}), '__func__', MISSING) is {held}"
             self._add(f"({function} and now.__self__ is {own})")
         elif isinstance(value, Tensor):
             self._tensor(fact, now)
+        elif is_object(value):
+            self._add(f"{now} is {self.name(value)}")
+            self._add(f"type({self.name(value)}) is {self.name(type(value))}")
         elif _is_itself(value):
             self._add(f"{now} is {self.name(value)}")
         elif type(value) in _NUMBERS:
@@ -246,6 +250,9 @@ def of_copy(held: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
     return {
         name: _of_copy(value, memo)
         if isinstance(value, Module) or name.startswith(_SNAPSHOT)
+        # an object of the model's has been copied with it
+        else memo.get(id(value), value)
+        if is_object(value)
         else value
         for name, value in held.items()
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import logging
 import operator
 import sys
 import threading
@@ -77,6 +78,19 @@ def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
 def _matches(code: CodeType) -> bool:
     """Whether it asks for a class without a call."""
     return any(step.opname == "MATCH_CLASS" for step in dis.get_instructions(code))
+
+
+def is_object(value: Any) -> bool:
+    """Whether all that it may say stands in attributes: an object of a class written in Python."""
+    if isinstance(value, (Module, torch.Tensor, type, *_PLAIN)):
+        return False
+    for kind in type(value).__mro__[:-1]:
+        top = kind.__module__.partition(".")[0]
+        if top in ("torch", "builtins") or "__slots__" in vars(kind):
+            return False
+        if top in sys.stdlib_module_names and top not in ("__main__", "abc", "typing"):
+            return False
+    return type(value) is not object and hasattr(value, "__dict__")
 
 
 def value_of(fact: Fact, missing: Any = None) -> Any:
@@ -246,7 +260,31 @@ class Recorder:
         if self._why:
             raise Unreadable(self._why)
         self._closures()
+        self._objects()
         return list(self.facts.values())
+
+    def _objects(self) -> None:
+        """Of objects, what the code that ran mentions of them."""
+        mentioned: set[str] = set()
+        for code, _ in self._codes:
+            mentioned |= _names(code)[1]
+        seen = 0
+        while seen < len(self.facts):
+            facts = list(self.facts.values())
+            for value in map(value_of, facts[seen:]):
+                # a call of a logger is seen as one into the standard library
+                if isinstance(value, logging.Logger) and mentioned & vars(value).keys():
+                    raise Unreadable("the forward reads a logger")
+                if not is_object(value):
+                    continue
+                if mentioned & {"getattr", "vars", "__dict__", "attrgetter"} or len(facts) > 500:
+                    raise Unreadable(
+                        "the forward reads an object by names that are made as it runs"
+                    )
+                held = set(vars(value)).union(*map(vars, type(value).__mro__))
+                for name in sorted(mentioned & held):
+                    self._add("attribute", value, name)
+            seen = len(facts)
 
     def _closures(self) -> None:
         """What functions found outside hold of the scope that they were made in."""

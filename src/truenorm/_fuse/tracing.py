@@ -30,8 +30,8 @@ def _in_place(name: str) -> Any:
 class _Proxy(Proxy):
     """Python's x += y as what it is: torch.fx takes it for x = x + y."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         # isinstance() asks for it where an object is not of the class by its own
         is_input = self.node.op == "placeholder"
         self.tracer.recorder.asks_for_type(sys._getframe(1), is_input)  # type: ignore[attr-defined]
