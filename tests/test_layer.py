@@ -186,3 +186,19 @@ def test_one_value_has_no_gradient() -> None:
     x = torch.randn(7, 1, requires_grad=True)
     (found,) = torch.autograd.grad(layer(x * 1e3), x, torch.randn(7, 1))
     assert torch.equal(found, torch.zeros(7, 1))
+
+
+@pytest.mark.parametrize("layer", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("shape", [(2, 6, 4, 8), (2, 3, 5, 4, 8)])
+def test_channels_last_as_torch(layer: str, shape: tuple[int, ...]) -> None:
+    form = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    x = torch.randn(shape).to(memory_format=form)
+    for normalized in (shape[-1:], shape[1:]):
+        ours = getattr(truenorm, layer)(normalized)
+        theirs = getattr(torch.nn, layer)(normalized)
+        wanted = theirs(x).stride()
+        assert ours(x).stride() == wanted
+        assert torch.equal(ours(x), ours(x.contiguous()))
+        assert torch.compile(ours, fullgraph=True, backend="aot_eager")(x).stride() == wanted
+        with torch.no_grad():
+            assert ours(x).stride() == wanted

@@ -261,6 +261,17 @@ def test_accumulating() -> None:
         trace(layer, (random(IMAGES[0]),))
 
 
+def test_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = batch()
+    monkeypatch.setattr(truenorm._exchange, "active_group", lambda group: "these")
+    layer.process_group = "world"
+    message = r"BatchNorm2d takes its statistics.*`process_group` \(='these'\).*eval\(\)"
+    with pytest.raises(NotImplementedError, match=message):
+        trace(layer, (random(IMAGES[0]),))
+    traced, model = twins(layer.eval(), (random(IMAGES[0]),))
+    assert_follows(traced, model, [(random(IMAGES[1]),)])
+
+
 def test_scripting() -> None:
     model = nn.Sequential(nn.Conv2d(5, 5, 1), batch())
     with pytest.raises(NotImplementedError, match=r"torch.jit.script.*BatchNorm2d.*revert"):

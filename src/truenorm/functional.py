@@ -461,7 +461,14 @@ def rms_norm_then(
     eps = _axes.rms_eps(eps, input.dtype)
     _checks.check_elementwise("weight", weight, input, normalized_shape)
     axes = _axes.rms(len(normalized_shape))
-    return _ops.normalize(input, weight, None, axes, eps, None, after)
+    y = _ops.normalize(input, weight, None, axes, eps, None, after)
+    if input.dim() < 4 or input.is_contiguous():
+        return y
+    # as torch, whose RMSNorm is made of elementwise operators
+    for form, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if input.dim() == dims and input.is_contiguous(memory_format=form):
+            return y.contiguous(memory_format=form)
+    return y
 
 
 def local_response_norm(

@@ -97,8 +97,8 @@ def check_eps(eps: Any, layer: str, *, training: bool = False) -> None:
 def check_momentum(momentum: Any) -> None:
     if not 0.0 <= momentum <= 1.0:
         raise ValueError(
-            f"`momentum` must be in [0, 1] or None, but got {_number(momentum)}: it is the weight of "
-            "the new observation, running = (1 - momentum) * running + momentum * observed"
+            f"`momentum` must be in [0, 1] or None, but got {_number(momentum)}: it is the weight "
+            "of the new observation, running = (1 - momentum) * running + momentum * observed"
         )
 
 
