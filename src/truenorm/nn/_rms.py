@@ -38,12 +38,13 @@ class RMSNorm(Activated, PaddedRows, Direct, torch.nn.RMSNorm):
         parameters, eps, shape = self._parameters, self.eps, self.normalized_shape
         try:
             weight = parameters["weight"]
-        except KeyError:
+            if not (shape and input.is_floating_point()) or input.shape[-len(shape) :] != shape:
+                return None
+            if eps is None:
+                eps = RMS_EPS[input.dtype]
+        # a strided nested tensor has no shape, and float8 no eps
+        except (KeyError, RuntimeError):
             return None
-        if not (shape and input.is_floating_point()) or input.shape[-len(shape) :] != shape:
-            return None
-        if eps is None:
-            eps = RMS_EPS[input.dtype]
         if not eps >= 0:
             return None
         return eager.call(eager.OWN, input, weight, None, (), eager.rms(len(shape)), eps)
