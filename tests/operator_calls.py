@@ -211,14 +211,18 @@ def _as_its_shape_rule(operator: str, arguments: dict[str, Any], outputs: list[A
     return ""
 
 
+def _has_values(value: Tensor) -> bool:
+    return bool(value.untyped_storage().nbytes()) or not value.numel()
+
+
 def _snapshot(arguments: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
     """Copies of what an operator that refuses may not have changed."""
     kept = []
     for name, value in arguments.items():
         plain = isinstance(value, Tensor) and value.layout is torch.strided
-        if plain and not value.is_nested and value.device.type == "cpu" and not value.is_quantized:
-            if value.untyped_storage().nbytes() or not value.numel():
-                kept.append((name, value, value.detach().clone()))
+        plain = plain and not value.is_nested and not value.is_quantized
+        if plain and value.device.type == "cpu" and _has_values(value):
+            kept.append((name, value, value.detach().clone()))
     return kept
 
 
@@ -253,7 +257,7 @@ def _wrong(operator: str, arguments: dict[str, Any]) -> str:
 def main() -> None:
     first, count, *chosen = sys.argv[1:]
     warnings.simplefilter("ignore")
-    done = refused = 0
+    done = 0
     for operator in chosen or operators():
         for seed in range(int(first), int(first) + int(count)):
             print(operator, seed, flush=True)

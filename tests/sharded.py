@@ -114,7 +114,7 @@ def in_parallel(rank: int, dim: int) -> None:
     from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
     mesh = mesh_of((torch.distributed.get_world_size(),))
-    whole = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.GELU(), torch.nn.RMSNorm(8))
+    whole = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.GELU(), torch.nn.RMSNorm(8, 1e-6))
     randomize(whole)
     own = truenorm.convert(copy.deepcopy(whole))
     rows = SequenceParallel(sequence_dim=dim)

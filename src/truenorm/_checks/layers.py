@@ -33,7 +33,9 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def check_floating(input: Tensor, *, complex_too: bool = False) -> None:
-    if not (input.is_floating_point() or (complex_too and input.is_complex())):
+    # of one byte: float8 and its like, which are for storage
+    floating = input.is_floating_point() and input.dtype.itemsize > 1
+    if not (floating or (complex_too and input.is_complex())):
         raise NotImplementedError(
             f"`input` has dtype {input.dtype}, and normalization is not implemented for it: "
             "convert it to a floating point dtype, e.g. input.float()"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch.nn import Module
@@ -15,6 +17,7 @@ def register(lrp: Any) -> None:
     rules = lrp.SUPPORTED_LAYERS_WITH_RULES
     for ours, theirs in layers.like(rules).items():
         rules[ours] = _checked(rules[theirs])
+    lrp.LRP._clear_properties = _sparing_ours(lrp.LRP._clear_properties)
 
 
 def _checked(rule: Any) -> Any:
@@ -24,3 +27,18 @@ def _checked(rule: Any) -> Any:
         return rule.forward_hook(self, module, inputs, outputs)
 
     return type(rule.__name__, (rule,), {"forward_hook": forward_hook, "__doc__": rule.__doc__})
+
+
+def _sparing_ours(clear: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Captum ends by deleting `activation` of every layer: of truenorm's that is an option."""
+
+    @functools.wraps(clear)
+    def clear_theirs(self: Any) -> None:
+        every = self.layers
+        self.layers = [layer for layer in every if type(layer) not in layers.TORCHS]
+        try:
+            clear(self)
+        finally:
+            self.layers = every
+
+    return clear_theirs

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from .. import _plain
 from .._axes import BATCH, Axes
-from . import activated, autograd, eager, operators, recomputed, route, sharding, standard
+from . import (
+    activated,
+    activation,
+    autograd,
+    eager,
+    operators,
+    recomputed,
+    route,
+    sharding,
+    standard,
+)
 from .activation import Epilogue
 from .autograd import Running
 from .operators import within_backward
@@ -32,6 +42,11 @@ __all__ = [
     "route",
     "within_backward",
 ]
+
+
+def _after(y: Tensor, after: Epilogue) -> Tensor:
+    z = y if after.residual is None else y + after.residual
+    return activation.act(z, after.act, after.parameter)
 
 
 def _sharded() -> Any:
@@ -121,6 +136,9 @@ def normalize_fixed(
     after: Epilogue | None = None,
 ) -> Tensor:
     """Normalize x (N, C, *) by given statistics, one mean and variance per channel."""
+    if x.layout is torch._mkldnn:  # type: ignore[attr-defined]
+        y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
+        return y if after is None else _after(y, after)
     if sharding.wanted(x, mean, var, weight, bias):
         return _sharded().normalize_fixed(x, mean, var, weight, bias, eps, after)  # type: ignore[no-any-return]
     if after is not None:

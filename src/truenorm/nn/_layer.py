@@ -33,9 +33,10 @@ class LayerNorm(Activated, PaddedRows, Direct, torch.nn.LayerNorm):
         parameters, eps, shape = self._parameters, self.eps, self.normalized_shape
         try:
             weight, bias = parameters["weight"], parameters["bias"]
-        except KeyError:
-            return None
-        if not shape or input.shape[-len(shape) :] != shape:
+            if not shape or input.shape[-len(shape) :] != shape:
+                return None
+        # a strided nested tensor has no shape
+        except (KeyError, RuntimeError):
             return None
         if not eps >= 0:
             return None

@@ -109,6 +109,12 @@ class PaddedRows(Configurable):
     def _nested(self, input: Tensor, more: More) -> Tensor:
         """A jagged tensor: its rows are those of the values that it holds one after the other."""
         nested: Any = input
+        layer: Any = self
+        given = more.mask is not None or more.lengths is not None
+        if input.layout == torch.strided and isinstance(self, torch.nn.LayerNorm) and not given:
+            # it has no shape to speak of; torch's own operator knows its inside
+            args = self.normalized_shape, layer.weight, layer.bias, layer.eps
+            return torch.nn.functional.layer_norm(input, *args)
         _checks.check_nested_rows(
             nested, self.normalized_shape, more.mask is not None or more.lengths is not None
         )

@@ -38,14 +38,15 @@ class RMSNorm(Activated, PaddedRows, Direct, torch.nn.RMSNorm):
         parameters, eps, shape = self._parameters, self.eps, self.normalized_shape
         try:
             weight = parameters["weight"]
-        except KeyError:
-            return None
-        if not (shape and input.is_floating_point()) or input.shape[-len(shape) :] != shape:
+            if not (shape and input.is_floating_point()) or input.shape[-len(shape) :] != shape:
+                return None
+            if eps is None:
+                eps = RMS_EPS[input.dtype]
+        # a strided nested tensor has no shape, and float8 no eps
+        except (KeyError, RuntimeError):
             return None
         if input.dim() > 3 and not input.is_contiguous():
             return None  # channels_last stays, which no kernel for trailing sizes writes
-        if eps is None:
-            eps = RMS_EPS[input.dtype]
         if not eps >= 0:
             return None
         return eager.call(eager.OWN, input, weight, None, (), eager.rms(len(shape)), eps)
