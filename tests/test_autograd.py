@@ -263,3 +263,34 @@ def test_backward_twice_needs_the_graph_kept() -> None:
     assert torch.equal(first, second)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(y, x, direction)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+@pytest.mark.parametrize("with_tangent", [(0,), (1,), (0, 1), (0, 1, 2), (3,), (1, 3), (2, 4)])
+def test_running_statistics_with_a_tangent(name: str, with_tangent: tuple[int, ...]) -> None:
+    """Refused where torch refuses them: in evaluation, beside another tangent."""
+
+    def run(library: object, training: bool) -> str:
+        tensors = (
+            torch.randn(3, 2, 5),
+            torch.randn(2),
+            torch.rand(2),
+            torch.randn(2),
+            torch.randn(2),
+        )
+        with forward_ad.dual_level():
+            given = [
+                forward_ad.make_dual(t, torch.randn_like(t)) if i in with_tangent else t
+                for i, t in enumerate(tensors)
+            ]
+            try:
+                y = getattr(library, name)(*given, training)
+            except RuntimeError as error:
+                return str(error)
+            return "a tangent" if forward_ad.unpack_dual(y).tangent is not None else "none"
+
+    for training in (True, False):
+        wanted, found = run(torch.nn.functional, training), run(F, training)
+        assert found.startswith(wanted[:90])
+    refused = bool({1, 2} & {*with_tangent}) and bool({0, 3, 4} & {*with_tangent})
+    assert ("cannot have" in found) == refused

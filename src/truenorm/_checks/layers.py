@@ -171,6 +171,14 @@ def check_both_running(running_mean: Any, running_var: Any) -> None:
         )
 
 
+def check_running_constant(has_tangent: bool) -> None:
+    if has_tangent:
+        raise RuntimeError(
+            "batch_norm is not differentiable wrt running_mean and running_var, they cannot have "
+            "forward grad defined: pass them without a tangent (forward_ad.unpack_dual(t).primal)"
+        )
+
+
 def check_running_given(running_mean: Any, flag: str) -> None:
     if running_mean is None:
         raise RuntimeError(

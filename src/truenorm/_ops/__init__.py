@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import _plain
+from .. import _checks, _plain
 from .._axes import BATCH, Axes
 from . import (
     activated,
@@ -147,6 +147,8 @@ def normalize_fixed(
     if way == route.STANDARD:
         return standard.normalize_fixed(x, mean, var, weight, bias, eps)
     if way == route.PLAIN:
+        # as torch: a backward sees none of it
+        _checks.check_running_constant(route.has_tangent(mean, var))
         return _plain.apply(x, mean, var, weight, bias, BATCH, eps)
     if way == route.GRAPH:
         return cast(Tensor, operators.apply(x, mean, var, weight, bias, eps))

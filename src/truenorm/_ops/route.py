@@ -36,8 +36,11 @@ def standard() -> bool:
 
 def transformed(*tensors: Tensor | None) -> bool:
     """Whether a function transform or forward-mode AD is at work: the plain formulas serve both."""
-    if torch._C._are_functorch_transforms_active():
-        return True
+    return torch._C._are_functorch_transforms_active() or has_tangent(*tensors)
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode AD carries a derivative of one of them."""
     if forward_ad._current_level < 0:
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
