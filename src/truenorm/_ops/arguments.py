@@ -298,6 +298,22 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
     return check
 
 
+def _on_memory(names: Sequence[str], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that is not called on a storage that was freed, which torch's operators read."""
+
+    @functools.wraps(kernel)
+    def on_memory(*args: Any) -> Any:
+        for name, each in zip(names, args, strict=True):
+            if isinstance(each, Tensor) and each.numel() > 0 and each.data_ptr() == 0:
+                raise RuntimeError(
+                    f"`{name}` of {_shape(each)} has no memory: its storage was freed; pass a "
+                    "tensor that holds its values"
+                )
+        return kernel(*args)
+
+    return on_memory
+
+
 class Library:
     """A torch.library.Library, all of whose operators look at their arguments first."""
 
@@ -323,7 +339,7 @@ class Library:
 
     def impl(self, name: str, kernel: Callable[..., Any], key: str) -> None:
         if kernel is not torch.library.fallthrough_kernel:
-            kernel = self._checked(name, kernel, operator.ne)
+            kernel = self._checked(name, _on_memory(list(self._places[name]), kernel), operator.ne)
         self.own.impl(name, kernel, key)
 
     def register_fake(self, name: str, rule: Callable[..., Any]) -> None:
