@@ -189,6 +189,7 @@ def _running_check(places: dict[str, int], differs: Differs) -> Check:
     def check(args: Sequence[Any]) -> None:
         at = {name: args[place] for name, place in places.items()}
         mean, var, x = at["running_mean"], at["running_var"], at["x"]
+        _dense("x", x, mean)
         features = mean.numel()
         for name, t in (("running_mean", mean), ("running_var", var)):
             _floating(name, t, mean)
@@ -321,17 +322,25 @@ class Library:
         self.namespace = namespace
         self.own = torch.library.Library(namespace, "DEF")
         self._places: dict[str, dict[str, int]] = {}
+        self._required: dict[str, tuple[int, ...]] = {}
 
     def define(self, schema: str, *, tags: Any = ()) -> None:
         parsed = torch._C.parse_schema(schema)
         self._places[parsed.name] = {a.name: i for i, a in enumerate(parsed.arguments)}
+        # for which the dispatcher lets None pass
+        required = (i for i, a in enumerate(parsed.arguments) if str(a.type) == "Tensor")
+        self._required[parsed.name] = tuple(required)
         self.own.define(schema, tags=tags)
 
     def _checked(self, name: str, body: Callable[..., Any], differs: Differs) -> Any:
         check = _check_of(name, self._places[name], differs)
+        names, required = list(self._places[name]), self._required[name]
 
         @functools.wraps(body)
         def checked(*args: Any) -> Any:
+            for place in required:
+                if args[place] is None:
+                    raise RuntimeError(f"`{names[place]}` is None, and may not be: pass a tensor")
             check(args)
             return body(*args)
 
