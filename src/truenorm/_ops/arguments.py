@@ -189,6 +189,7 @@ def _running_check(places: dict[str, int], differs: Differs) -> Check:
     def check(args: Sequence[Any]) -> None:
         at = {name: args[place] for name, place in places.items()}
         mean, var, x = at["running_mean"], at["running_var"], at["x"]
+        _dense("x", x, mean)
         features = mean.numel()
         for name, t in (("running_mean", mean), ("running_var", var)):
             _floating(name, t, mean)
@@ -298,6 +299,22 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
     return check
 
 
+def _on_memory(names: Sequence[str], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that is not called on a storage that was freed, which torch's operators read."""
+
+    @functools.wraps(kernel)
+    def on_memory(*args: Any) -> Any:
+        for name, each in zip(names, args, strict=True):
+            if isinstance(each, Tensor) and each.numel() > 0 and each.data_ptr() == 0:
+                raise RuntimeError(
+                    f"`{name}` of {_shape(each)} has no memory: its storage was freed; pass a "
+                    "tensor that holds its values"
+                )
+        return kernel(*args)
+
+    return on_memory
+
+
 class Library:
     """A torch.library.Library, all of whose operators look at their arguments first."""
 
@@ -305,17 +322,25 @@ class Library:
         self.namespace = namespace
         self.own = torch.library.Library(namespace, "DEF")
         self._places: dict[str, dict[str, int]] = {}
+        self._required: dict[str, tuple[int, ...]] = {}
 
     def define(self, schema: str, *, tags: Any = ()) -> None:
         parsed = torch._C.parse_schema(schema)
         self._places[parsed.name] = {a.name: i for i, a in enumerate(parsed.arguments)}
+        # for which the dispatcher lets None pass
+        required = (i for i, a in enumerate(parsed.arguments) if str(a.type) == "Tensor")
+        self._required[parsed.name] = tuple(required)
         self.own.define(schema, tags=tags)
 
     def _checked(self, name: str, body: Callable[..., Any], differs: Differs) -> Any:
         check = _check_of(name, self._places[name], differs)
+        names, required = list(self._places[name]), self._required[name]
 
         @functools.wraps(body)
         def checked(*args: Any) -> Any:
+            for place in required:
+                if args[place] is None:
+                    raise RuntimeError(f"`{names[place]}` is None, and may not be: pass a tensor")
             check(args)
             return body(*args)
 
@@ -323,7 +348,7 @@ class Library:
 
     def impl(self, name: str, kernel: Callable[..., Any], key: str) -> None:
         if kernel is not torch.library.fallthrough_kernel:
-            kernel = self._checked(name, kernel, operator.ne)
+            kernel = self._checked(name, _on_memory(list(self._places[name]), kernel), operator.ne)
         self.own.impl(name, kernel, key)
 
     def register_fake(self, name: str, rule: Callable[..., Any]) -> None:
