@@ -65,17 +65,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs many GiB of memory, skipped where absent")
-    # pytest-xdist's own, which it registers itself where it is installed
-    config.addinivalue_line("markers", "xdist_group(name): the tests of a name run on one worker")
 
 
-# before pytest-xdist's own, which reads the marks
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        group = workers.group_of(item)
-        if group:
-            item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return workers.scheduler(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 # what a worker counted, to the process that prints the summary
