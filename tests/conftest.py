@@ -68,16 +68,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs many GiB of memory, skipped where absent")
-    # pytest-xdist's own, which it registers itself where it is installed
-    config.addinivalue_line("markers", "xdist_group(name): the tests of a name run on one worker")
     if torch.cuda.is_available():
         # torch's and Triton's own are others there, by version and GPU
         for line in ("default", "error:truenorm"):
             config.addinivalue_line("filterwarnings", line)
 
 
-# before pytest-xdist's own, which reads the marks
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if PRETENDS:
         # which is slow: the first and the last of a test's cases
@@ -85,10 +81,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             of_test.setdefault(getattr(item, "function", item), []).append(item)
         items[:] = [case for cases in of_test.values() for case in cases[:: len(cases) - 1 or 1]]
-    for item in items:
-        group = workers.group_of(item)
-        if group:
-            item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return workers.scheduler(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 # what a worker counted, to the process that prints the summary

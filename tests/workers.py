@@ -1,26 +1,45 @@
-"""Which tests must run on one of pytest-xdist's workers: those that share something."""
+"""Which tests run on one of pytest-xdist's workers: those of a file that shares something.
+
+pytest-xdist's own marks are lost on pytest 9.2, which keeps the names of tests elsewhere; what a
+file shares can be read off its text as well.
+"""
 
 from __future__ import annotations
 
+import re
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
 
+# what a file says, and the group of its tests; "" stands for a group of its own
+SHARED = (
+    (r"pytest\.mark\.large", "large"),  # two at a time would need twice the memory
+    (r"^from processes import", "processes"),  # which start once and stay, in one worker
+    (r"^from pooling import", ""),  # statistics of one worker's memory
+    (r"^from browser import", ""),  # one browser at a time
+    (r'scope="module"', ""),  # made once
+)
 
-def group_of(item: pytest.Item) -> str:
-    """The name of a test's group; "" where it may run on any worker."""
-    if item.get_closest_marker("large"):
-        return "large"  # two at a time would need twice the memory
-    module: Any = getattr(item, "module", None)
-    if getattr(module, "processes", None) is processes.processes:
-        return "processes"  # they start once and stay, in the worker that started them
-    if "pooled" in vars(module or object()):
-        return module.__name__  # all of the pool's tests look at one worker's memory
-    # what a fixture makes for a whole file is made once
-    fixtures: Any = getattr(item, "_fixtureinfo", None)
-    scopes = {d.scope for of in getattr(fixtures, "name2fixturedefs", {}).values() for d in of}
-    # one browser of a file at a time
-    function: Any = getattr(item, "function", None)
-    browses = "browser" in getattr(getattr(function, "__code__", None), "co_names", ())
-    return module.__name__ if "module" in scopes or browses else ""
+
+@cache
+def group_of(path: Path) -> str:
+    """The name of a file's group; "" where each of its tests may run on any worker."""
+    text = path.read_text(encoding="utf-8")
+    for said, group in SHARED:
+        if re.search(said, text, re.MULTILINE):
+            return group or path.stem
+    return ""
+
+
+def scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        """Hands out groups, the largest first, and then single tests."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(config.rootpath / nodeid.partition("::")[0]) or nodeid
+
+    return Scheduler(config, log)
