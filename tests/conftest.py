@@ -106,8 +106,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     processes.close_all()
-    if WORKER:
-        output = session.config.workeroutput  # type: ignore[attr-defined]
+    # none in a run that a test of a worker starts
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
         output["counts"] = [(*key, samples) for key, samples in counts.PASSED.items()]
 
 

@@ -76,6 +76,8 @@ READINGS = [
 
 # torch's exporters use a deprecated part of torch's own
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+# truenorm's checks of shapes; nobody is shown them (_standard.py), but here warnings are errors
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(("page", "reading"), READINGS)
 def test_blocks_run(
     page: Path, reading: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

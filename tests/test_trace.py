@@ -121,8 +121,8 @@ ACTIVATIONS = ("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish"
 OPTIONS: dict[str, Callable[[], Any]] = {
     **{f"activation-{name}": lambda name=name: batch(activation=name) for name in ACTIVATIONS},
     "channel_axis": lambda: randomize(truenorm.BatchNorm2d(9, channel_axis=-1)),
-    "frozen": lambda: batch(frozen=True),
-    "frozen-instance": lambda: instance(frozen=True, **TRACKED),
+    "frozen": lambda: batch(statistics_frozen=True),
+    "frozen-instance": lambda: instance(statistics_frozen=True, **TRACKED),
     "skip_nonfinite": lambda: batch(skip_nonfinite=True),
     "skip_nonfinite-instance": lambda: instance(skip_nonfinite=True, **TRACKED),
     "momentum-0": lambda: batch(momentum=0.0),
