@@ -213,6 +213,19 @@ def test_thop_counts_as_for_torchs() -> None:
     assert found[0][0] > x.numel()
 
 
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("LayerNorm", (5,)), ("GroupNorm", (2, 6)), ("InstanceNorm2d", (6,)), ("BatchNorm2d", (6,))],
+)
+def test_fvcore_counts_as_for_torchs(name: str, args: Any) -> None:
+    fvcore = library("fvcore.nn")
+    x = torch.randn(2, 6, 7, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [fvcore.FlopCountAnalysis(m.eval(), x).total() for m in both(name, *args)]
+    assert found[0] == found[1] > 0
+
+
 # ---------------------------------------------------------------- torch's own
 
 
