@@ -2,6 +2,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(TRUENORM_X86)
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 
 namespace truenorm {
@@ -21,6 +25,14 @@ extern const InstructionSet instruction_set;
 
 namespace {
 
+#if defined(TRUENORM_X86)
+// Asked of the processor: clang 14's __builtin_cpu_supports does not know it.
+[[maybe_unused]] bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 // TRUENORM_HAS_*: which of them this library was built with
 const InstructionSet* choose() {
   const char* wanted = std::getenv("TRUENORM_ISA");
@@ -30,9 +42,8 @@ const InstructionSet* choose() {
   };
 #if defined(TRUENORM_X86)
   __builtin_cpu_init();
-  [[maybe_unused]] const bool has_avx2 = __builtin_cpu_supports("avx2") &&
-                                         __builtin_cpu_supports("fma") &&
-                                         __builtin_cpu_supports("f16c");
+  [[maybe_unused]] const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #endif
 #if defined(TRUENORM_HAS_avx512)
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&

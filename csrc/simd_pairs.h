@@ -118,8 +118,10 @@ using AnyOrder = std::conditional_t<std::is_same_v<T, bf16>, EvenOdd, InOrder<T>
 template <class P, class V>
 TN_INLINE V unread(V v, int start, int k, int keep, V value = V{}) {
   using I = std::conditional_t<std::is_same_v<V, vd>, vl, vi>;
-  I place;
-  for (int i = 0; i < P::lanes; ++i) place[i] = start + P::place(k, i);
+  // an array: of a vector that is set lane by lane gcc warns at -O2
+  std::conditional_t<std::is_same_v<V, vd>, int64_t, int32_t> places[P::lanes];
+  for (int i = 0; i < P::lanes; ++i) places[i] = start + P::place(k, i);
+  const I place = load_raw<I>(places);
   return place >= keep ? v : value;
 }
 
