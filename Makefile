@@ -120,11 +120,10 @@ clean:  ## remove what the other targets made
 
 # --- set-up, redone only when what it is made from changes ----------------------------------------
 
-# What pip says goes to a log, whose end is shown when it fails. Python compiles what it imports, which
-# is a small part of what is installed.
+# What pip says goes to a log, whose end is shown when it fails.
 define pip_install
 	@mkdir -p $(dir $(INSTALL_LOG))
-	@$(PIP) install -v --no-compile --progress-bar off -c $(CONSTRAINTS) $(1) \
+	@$(PIP) install -v --progress-bar off -c $(CONSTRAINTS) $(1) \
 		> $(INSTALL_LOG) 2>&1 || { grep -v '^Requirement already' $(INSTALL_LOG) | tail -n 60; \
 		echo "The whole log: $(INSTALL_LOG)"; exit 1; } >&2
 endef
