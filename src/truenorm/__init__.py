@@ -9,7 +9,7 @@ from ._fold import fold
 from ._fuse import fuse, unfuse
 from ._inspect import inspect
 from ._library import info
-from ._ops.recomputed import recompute_outputs
+from ._core.recomputed import recompute_outputs
 from ._pool import empty_cache
 from ._standard import standard_ops
 from ._triton.tune import tune

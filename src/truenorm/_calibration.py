@@ -19,7 +19,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from . import _checks, _exchange, nn
 from ._extras import has, require
 from ._model import swap
-from ._ops import channel_moments
+from ._core.normalize import channel_moments
 from .moments import Moments, load_named, save_named
 from .nn._base import Spanning
 from .nn._options import STORE, Configurable, options_of

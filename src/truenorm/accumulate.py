@@ -12,8 +12,9 @@ from torch.nn import Module
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from . import _checks, _plain
-from .moments import merge_pairs
+from . import _checks
+from ._core import plain
+from ._core.merging import merge_pairs
 from .nn._policy import Policed
 
 __all__ = ["accumulate"]
@@ -31,29 +32,23 @@ class Gathered:
     def __init__(self, running: Tensor, per_sample: bool) -> None:
         wide = torch.float32 if running.device.type == "mps" else torch.float64
         self.per_sample = per_sample
-        self.count = torch.zeros(1, dtype=wide, device=running.device)
         self.mean = torch.zeros(running.numel(), dtype=wide, device=running.device)
+        self.count = torch.zeros_like(self.mean)
         self.second = torch.zeros_like(self.mean)
         self.batches = torch.zeros(1, dtype=torch.int64, device=running.device)
 
-    def add(
-        self, mean: Tensor, var: Tensor, values: int | Tensor, channels: int, skip: bool
-    ) -> None:
-        """Merge a micro-batch's statistics, of `values` values each."""
+    def add(self, record: Tensor, num_features: int, skip: bool) -> None:
+        """Merge a micro-batch's statistics."""
         with torch.no_grad():
-            fine = _plain.all_finite(mean, var) if skip else torch.ones_like(self.count).bool()
-            count = torch.as_tensor(values, dtype=self.count.dtype, device=mean.device)
-            count = count.reshape(1)
+            fine = plain.all_finite(record) if skip else torch.ones_like(record[0, :1]).bool()
             if self.per_sample:
-                seen, second = _plain.observed(mean, var, channels, count)
-                count = torch.where(count > 0, mean.numel() // channels, count)
+                count, seen, second = plain.observed(record, num_features)
             else:
-                seen, second = mean, var * count
-            here = count > 0
+                seen, var, count = plain.wide(record)
+                second = var * count
             count = torch.where(fine, count, 0.0)
-            kept = fine & here
-            seen = torch.where(kept, seen.to(self.mean.dtype), 0.0)
-            second = torch.where(kept, second.to(self.mean.dtype), 0.0)
+            kept = count > 0
+            seen, second = (torch.where(kept, t, 0.0) for t in (seen, second))
             if self.per_sample:
                 share = count / (self.count + count).clamp(min=1.0)
                 self.mean.add_((seen - self.mean) * share)
@@ -81,13 +76,14 @@ class Gathered:
                 momentum_now = 0.0 if counted is None else 1.0 / (counted.double() + 1.0)
             else:
                 momentum_now = momentum
-            observed = self.second
+            observed, least = self.second, 1
             if not self.per_sample:
-                observed = self.second / (self.count - 1.0)
+                # fewer than two values have no variance
+                observed, least = self.second / (self.count - 1.0).clamp(min=1.0), 2
             for running, seen in ((mean, self.mean), (var, observed)):
                 wide = running.to(seen.dtype)
                 moved = (1.0 - momentum_now) * wide + momentum_now * seen
-                running.copy_(torch.where(self.count > 0, moved, wide))
+                running.copy_(torch.where(self.count >= least, moved, wide))
             if counted is not None:
                 counted.add_((self.batches > 0).reshape(counted.shape))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import _checks
-from ._ops import synchronized
+from ._core.normalize import normalize_together
 from .nn._base import Spanning
 
 __all__ = ["call_together"]
@@ -30,11 +30,8 @@ def call_together(layers: Sequence[Spanning], inputs: Sequence[Tensor]) -> list[
     _checks.check_together(layers, inputs, Spanning)
     groups = [layer._statistics_group() for layer in layers]
     _checks.check_one_group(groups)
-    if not groups or groups[0] is None:
+    if not groups or groups[0] is None or any(layer._makes_several_calls() for layer in layers):
         return [layer.forward(x) for layer, x in zip(layers, inputs, strict=True)]
-    calls = [layer._spanning(x) for layer, x in zip(layers, inputs, strict=True)]
-    outputs = synchronized.normalize_together(calls, groups[0])
-    shaped = [
-        y.squeeze(0) if y.dim() != x.dim() else y for x, y in zip(inputs, outputs, strict=True)
-    ]
-    return [layer._activate(y) for layer, y in zip(layers, shaped, strict=True)]
+    prepared = [layer._prepared(x) for layer, x in zip(layers, inputs, strict=True)]
+    outputs = normalize_together([call for call, _ in prepared], groups[0])
+    return [back(y) for (_, back), y in zip(prepared, outputs, strict=True)]

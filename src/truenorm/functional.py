@@ -1,6 +1,6 @@
 """torch.nn.functional's normalization functions: the same names, arguments and defaults.
 
-Each validates its arguments, then makes one call. The formulas, forward and backward, are written
+Each validates its arguments, then makes one call: the layers too take it from here. The formulas, forward and backward, are written
 out in `truenorm.reference`.
 """
 
@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _axes, _checks, _ops, _padding
-from ._ops.activation import Epilogue
+from . import _axes, _checks
+from ._core import masks
+from ._core.call import Call, Form, Running
+from ._core.normalize import local_response_norm as _response
+from ._core.normalize import normalize, normalize_with_statistics
 from .moments import Moments
 
 __all__ = [
@@ -77,48 +80,46 @@ def batch_norm(
             eps=eps,
             **more,
         )
-    if more:
-        check_batch_norm(input, running_mean, running_var, weight, bias, training, eps)
-        if not training:
-            _checks.check_running_given(running_mean, "training=False")
-        running = _running(running_mean, running_var, momentum)
-        return _masked(input, running, not training, weight, bias, _axes.BATCH, eps, more)
-    return batch_norm_tracked(
-        input, running_mean, running_var, None, weight, bias, training, momentum, eps
-    )
+    if isinstance(input, Tensor) and input.dim() < 2 and not input.numel() and not more:
+        _checks.check_floating(input)
+        return input.clone()  # as torch, which looks for channels only where there are values
+    running = _running(running_mean, running_var, momentum)
+    args = input, running_mean, running_var, weight, bias, training, eps
+    call = batch_call(*args, one_value=bool(more))
+    return _made(call, running if training else None, more)
 
 
-def batch_norm_tracked(
+def batch_call(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float | None,
     eps: float,
-    after: Epilogue | None = None,
-) -> Tensor:
-    """batch_norm that also counts batches; momentum None averages over all batches counted.
+    *,
+    one_value: bool = False,
+) -> Call:
+    """By x's own statistics where `training`, else by the running ones.
 
-    after: what one pass does to the result, where `_ops.activated.serves` says that it can.
+    one_value: whether a statistic of x's own may span one value, which has no variance.
     """
     _checks.check_tensor("input", input)
     _checks.check_floating(input)
-    if input.dim() < 2 and not input.numel():
-        return input.clone()  # as torch, which looks for channels only where there are values
-    check_batch_norm(input, running_mean, running_var, weight, bias, training, eps)
+    # torch fails over the channels it looks for, or over the statistics it checks first
+    one_dim_error = IndexError if training and running_mean is None else RuntimeError
+    _checks.check_at_least_2d(input, one_dim_error)
+    _checks.check_eps(eps, "batch_norm", training=training)
+    _check_per_channel(input, running_mean, running_var, weight, bias)
+    given = None
     if not training:
         _checks.check_running_given(running_mean, "training=False")
         assert running_mean is not None and running_var is not None
-        return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps, after)
-    count = _axes.values_per_statistic(input.shape, _axes.BATCH)
-    _checks.check_more_than_one_value(input, count, per_sample=False)
-    running = None
-    if running_mean is not None and running_var is not None:
-        running = _ops.Running(running_mean, running_var, num_batches_tracked, momentum)
-    return _ops.normalize(input, weight, bias, _axes.BATCH, eps, running, after)
+        given = running_mean, running_var
+    elif not one_value:
+        values = _axes.values_per_statistic(input.shape, _axes.BATCH)
+        _checks.check_more_than_one_value(input, values, per_sample=False)
+    return Call(input, weight, bias, Form(_axes.BATCH, eps, not training), given=given)
 
 
 def batch_norm_stats(
@@ -139,28 +140,19 @@ def batch_norm_stats(
 
     Errors: as for `batch_norm` in training.
     """
-    check_batch_norm(input, None, None, weight, bias, True, eps)
+    call = batch_call(input, None, None, weight, bias, True, eps)
+    y, (mean, var, _) = normalize_with_statistics(call)
     count = _axes.values_per_statistic(input.shape, _axes.BATCH)
-    _checks.check_more_than_one_value(input, count, per_sample=False)
-    y, mean, var = _ops.normalize_with_statistics(input, weight, bias, _axes.BATCH, eps)
     return y, Moments(mean.new_full((), count), mean, var * count)
 
 
-def check_batch_norm(
+def _check_per_channel(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    training: bool,
-    eps: float,
 ) -> None:
-    _checks.check_tensor("input", input)
-    _checks.check_floating(input)
-    # torch fails over the channels it looks for, or over the statistics it checks first
-    one_dim_error = IndexError if training and running_mean is None else RuntimeError
-    _checks.check_at_least_2d(input, one_dim_error)
-    _checks.check_eps(eps, "batch_norm", training=training)
     _checks.check_both_running(running_mean, running_var)
     _checks.check_per_channel("running_mean", running_mean, input)
     _checks.check_per_channel("running_var", running_var, input)
@@ -216,58 +208,38 @@ def instance_norm(
             eps=eps,
             **more,
         )
-    if more:
-        check_instance_norm(input, running_mean, running_var, weight, bias)
-        if not use_input_stats:
-            _checks.check_running_given(running_mean, "use_input_stats=False")
-        running = _running(running_mean, running_var, momentum)
-        axes = _axes.instance(input.shape[1])
-        return _masked(input, running, not use_input_stats, weight, bias, axes, eps, more)
-    return instance_norm_then(
-        None, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
-    )
+    running = _running(running_mean, running_var, momentum)
+    args = input, running_mean, running_var, weight, bias, use_input_stats, eps
+    call = instance_call(*args, one_value=bool(more))
+    return _made(call, running if use_input_stats else None, more)
 
 
-def instance_norm_then(
-    after: Epilogue | None,
+def instance_call(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     use_input_stats: bool,
-    momentum: float,
     eps: float,
-) -> Tensor:
-    check_instance_norm(input, running_mean, running_var, weight, bias)
-    if not use_input_stats:
-        _checks.check_running_given(running_mean, "use_input_stats=False")
-        assert running_mean is not None and running_var is not None
-        return _ops.normalize_fixed(input, running_mean, running_var, weight, bias, eps, after)
-    axes = _axes.instance(input.shape[1])
-    count = _axes.values_per_statistic(input.shape, axes) if input.shape[1] else 0
-    _checks.check_more_than_one_value(input, count, per_sample=True)
-    running = None
-    if running_mean is not None and running_var is not None:
-        running = _ops.Running(running_mean, running_var, None, momentum)
-    return _ops.normalize(input, weight, bias, axes, eps, running, after)
-
-
-def check_instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> None:
+    *,
+    one_value: bool = False,
+) -> Call:
+    """By x's own statistics where `use_input_stats`, else by the running ones."""
     _checks.check_tensor("input", input)
     _checks.check_floating(input)
     _checks.check_at_least_2d(input, ValueError)
-    _checks.check_both_running(running_mean, running_var)
-    _checks.check_per_channel("running_mean", running_mean, input)
-    _checks.check_per_channel("running_var", running_var, input)
-    _checks.check_per_channel("weight", weight, input)
-    _checks.check_per_channel("bias", bias, input)
+    _check_per_channel(input, running_mean, running_var, weight, bias)
+    if use_input_stats:
+        axes = _axes.instance(input.shape[1])
+        if not one_value and input.shape[1]:
+            values = _axes.values_per_statistic(input.shape, axes)
+            _checks.check_more_than_one_value(input, values, per_sample=True)
+        return Call(input, weight, bias, Form(axes, eps))
+    _checks.check_running_given(running_mean, "use_input_stats=False")
+    assert running_mean is not None and running_var is not None
+    given = running_mean, running_var
+    return Call(input, weight, bias, Form(_axes.BATCH, eps, True), given=given)
 
 
 def group_norm(
@@ -308,36 +280,30 @@ def group_norm(
             eps=eps,
             **more,
         )
-    if more:
-        check_group_norm(input, num_groups, weight, bias)
-        return _masked(input, None, False, weight, bias, _axes.group(num_groups), eps, more)
-    return group_norm_then(None, input, num_groups, weight, bias, eps)
+    call = group_call(input, num_groups, weight, bias, eps, one_value=bool(more))
+    return _made(call, None, more)
 
 
-def group_norm_then(
-    after: Epilogue | None,
+def group_call(
     input: Tensor,
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-) -> Tensor:
-    check_group_norm(input, num_groups, weight, bias)
-    n, c, s = _axes.ncs(input.shape, _axes.BATCH)
-    # as torch: an error only where the whole batch has one value per group
-    _checks.check_more_than_one_value(input, n * c // num_groups * s, per_sample=False)
-    return _ops.normalize(input, weight, bias, _axes.group(num_groups), eps, None, after)
-
-
-def check_group_norm(
-    input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
-) -> None:
+    *,
+    one_value: bool = False,
+) -> Call:
     _checks.check_tensor("input", input)
     _checks.check_floating(input)
     _checks.check_at_least_2d(input, RuntimeError)
     _checks.check_groups(input, num_groups)
     _checks.check_per_channel("weight", weight, input)
     _checks.check_per_channel("bias", bias, input)
+    if not one_value:
+        n, c, s = _axes.ncs(input.shape, _axes.BATCH)
+        # as torch: an error only where the whole batch has one value per group
+        _checks.check_more_than_one_value(input, n * c // num_groups * s, per_sample=False)
+    return Call(input, weight, bias, Form(_axes.group(num_groups), eps))
 
 
 def _more(mask: Tensor | None, lengths: Tensor | None, padding_value: float) -> dict[str, Any]:
@@ -349,27 +315,18 @@ def _more(mask: Tensor | None, lengths: Tensor | None, padding_value: float) -> 
     return {"mask": mask, "lengths": lengths, "padding_value": padding_value}
 
 
-def _running(mean: Tensor | None, var: Tensor | None, momentum: float) -> _ops.Running | None:
-    return None if mean is None or var is None else _ops.Running(mean, var, None, momentum)
+def _running(mean: Tensor | None, var: Tensor | None, momentum: float) -> Running | None:
+    return None if mean is None or var is None else Running(mean, var, None, momentum)
 
 
-def _masked(
-    input: Tensor,
-    running: _ops.Running | None,
-    fixed: bool,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    axes: _axes.Axes,
-    eps: float,
-    more: dict[str, Any],
-) -> Tensor:
-    """By the statistics of what is valid, or where `fixed` by the running ones."""
-    mask = _padding.mask_of(input, 1, **more)
-    assert mask is not None
-    value = more["padding_value"]
-    if fixed and running is not None:
-        return _padding.fixed(input, mask, running.mean, running.var, weight, bias, eps, value)
-    return _padding.normalize(input, mask, weight, bias, axes, eps, value, running)
+def _made(call: Call, running: Running | None, more: dict[str, Any]) -> Tensor:
+    """By the statistics of what is valid, or by those that are given."""
+    call = call._replace(running=running)
+    if more:
+        mask = masks.mask_of(call.x, 1, **more)
+        form = call.form._replace(padding=more["padding_value"])
+        return normalize(call._replace(mask=mask, form=form))
+    return normalize(call)
 
 
 def layer_norm(
@@ -402,24 +359,22 @@ def layer_norm(
             bias=bias,
             eps=eps,
         )
-    return layer_norm_then(None, input, normalized_shape, weight, bias, eps)
+    return normalize(layer_call(input, normalized_shape, weight, bias, eps))
 
 
-def layer_norm_then(
-    after: Epilogue | None,
+def layer_call(
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-) -> Tensor:
+) -> Call:
     _checks.check_tensor("input", input)
     _checks.check_floating(input)
     _checks.check_normalized_shape(input, normalized_shape)
     _checks.check_elementwise("weight", weight, input, normalized_shape)
     _checks.check_elementwise("bias", bias, input, normalized_shape)
-    axes = _axes.layer(len(normalized_shape))
-    return _ops.normalize(input, weight, bias, axes, eps, None, after)
+    return Call(input, weight, bias, Form(_axes.layer(len(normalized_shape)), eps))
 
 
 def rms_norm(
@@ -445,26 +400,27 @@ def rms_norm(
         return handle_torch_function(
             rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps
         )
-    return rms_norm_then(None, input, normalized_shape, weight, eps)
+    return in_torchs_memory_format(normalize(rms_call(input, normalized_shape, weight, eps)), input)
 
 
-def rms_norm_then(
-    after: Epilogue | None,
+def rms_call(
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None,
     eps: float | None,
-) -> Tensor:
+) -> Call:
     _checks.check_tensor("input", input)
     _checks.check_floating(input, complex_too=True)
     _checks.check_normalized_shape(input, normalized_shape)
     eps = _axes.rms_eps(eps, input.dtype)
     _checks.check_elementwise("weight", weight, input, normalized_shape)
-    axes = _axes.rms(len(normalized_shape))
-    y = _ops.normalize(input, weight, None, axes, eps, None, after)
+    return Call(input, weight, None, Form(_axes.rms(len(normalized_shape)), eps))
+
+
+def in_torchs_memory_format(y: Tensor, input: Tensor) -> Tensor:
+    """An RMSNorm's output in its input's, as torch's, which is made of elementwise operators."""
     if input.dim() < 4 or input.is_contiguous():
         return y
-    # as torch, whose RMSNorm is made of elementwise operators
     for form, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
         if input.dim() == dims and input.is_contiguous(memory_format=form):
             return y.contiguous(memory_format=form)
@@ -507,7 +463,7 @@ def local_response_norm(
     widened = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if widened and (input.dim() > 3 or device != "cpu"):
         input = input.to(torch.promote_types(input.dtype, torch.float32))
-    return _ops.local_response_norm(input, size, alpha, beta, k)
+    return _response(input, size, alpha, beta, k)
 
 
 for _name in __all__:

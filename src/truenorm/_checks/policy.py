@@ -61,11 +61,11 @@ def check_tracks(option: str, chosen: bool) -> None:
         )
 
 
-FOR_ONE_PROCESS = ("virtual_batch_size", "renorm", "on_single")
+FOR_ONE_PROCESS = ("on_single",)
 
 
 def check_small_batches(chosen: Mapping[str, Any]) -> None:
-    """virtual_batch_size and renorm go neither with each other nor with other processes."""
+    """virtual_batch_size goes not with renorm, nor on_single with other processes."""
     size, group = chosen.get("virtual_batch_size"), chosen.get("process_group")
     if size is not None and chosen.get("renorm"):
         raise ValueError(

@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from torch.nn import Module
 
 from .._model.layers import has_hooks
-from .._ops import activation
+from .._core import activation
 from ..nn._activation import Activated
 from ..nn._options import options_of
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .. import _axes, _plain
+from .. import _axes
+from .._core import plain
+from .._core.call import Form
 from .. import functional as ours
 from .._axes import Axes
 from .._model.layers import BATCH, GROUP, INSTANCE, LAYER, View, eps_of, trailing, uses_running
@@ -38,9 +40,10 @@ def kernel_errors(
     axes = _own_axes(kind, seen, part)
     eps, wide = eps_of(module, part.dtype), part.double()
     if running[0] is not None:
-        exact = _plain.apply(wide, *running, None, None, _axes.BATCH, eps)
+        axes, given = _axes.BATCH, running
     else:
-        exact = _plain.forward(wide, None, None, axes, eps)[0]
+        given = None
+    exact, _ = plain.norm(wide, None, None, None, None, given, Form(axes, eps))
     if not bool(exact.isfinite().all()):
         return None, None
     # where the running statistics are not the data's, the output is larger than one deviation

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from .. import _padding
+from .._core import masks
 from .._model.layers import BATCH, LAYER, RMS
 from ..nn._options import options_of
 from ..nn._padded import Padded, PaddedRows
@@ -33,7 +33,7 @@ def parts(
     unbatched = module._is_unbatched(x)
     axis = options_of(module).channel_axis
     batched = x.unsqueeze(0) if unbatched else x
-    valid = _padding.mask_of(batched, axis, mask, lengths, 0.0, unbatched)
+    valid = masks.mask_of(batched, axis, mask, lengths, 0.0, unbatched)
     if valid is None or valid.dim() == seen.dim():
         return [seen]
     if kind == BATCH:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ops import channel_moments
+from .._core.normalize import channel_moments
 
 
 def of_channels(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .. import _checks
-from .._ops import activated, activation
-from .._ops.activation import Epilogue
-from ._base import Spanning
-from ._options import NOTHING, Activation, Configurable, More, Option
-from ._padded import Padded
-from ._policy import Policed
+from .._core import activation
+from .._core.call import Call
+from ._base import Direct
+from ._options import Activation, Configurable, Option
 
 
-class Activated(Configurable):
-    """A layer that takes a residual, and ends with an activation; mixed in before all others.
-
-    One pass does all of it where there is a kernel for that. Elsewhere both are torch's operators
-    after the layer's own, so what a path can do without them (vmap, export, masks, processes) it
-    can do with them.
-    """
+class Activated(Direct):
+    """A layer that takes a residual, and ends with an activation; mixed in before all others."""
 
     activation: Activation | None
     leaky_relu_slope: float
@@ -39,54 +33,86 @@ class Activated(Configurable):
         "overwrite_input": Option(False, _checks.check_flag("overwrite_input")),
     }
 
-    def _long_way(self, input: Tensor, more: More) -> Tensor:
-        layer: Any = super()
-        residual, overwrite = more.residual, self._truenorm_options.overwrite_input
-        act = self._act() if more.then is None else more.then
-        if not act[0] and residual is None and not overwrite:
-            return layer._long_way(input, more)  # type: ignore[no-any-return]
+    def _long_way(
+        self,
+        input: Tensor,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        padding_value: float,
+        residual: Tensor | None = None,
+        then: tuple[int, float] | None = None,
+    ) -> Tensor:
+        act = self._act() if then is None else then
+        overwrite = self._truenorm_options.overwrite_input
         # what `fuse` has found may add whatever torch adds
-        if residual is not None and more.then is None:
+        if residual is not None and then is None:
             _checks.check_residual(residual, input)
         if overwrite:
             _checks.check_may_be_overwritten(input)
-        _checks.check_padding_value(more.padding_value)
-        if self._in_one_pass(input, more):
-            after = Epilogue(*act, residual, overwrite)
-            return layer._long_way(input, NOTHING._replace(after=after))  # type: ignore[no-any-return]
-        y: Tensor = layer._long_way(
-            input, more._replace(residual=None, then=None, padding_value=0.0)
-        )
-        if more.mask is None and more.lengths is None:
-            z = y if residual is None else y + residual
-            if not z.is_nested:
-                return activation.act(z, *act)
-            # nested tensors do not have every activation; their values do
-            values, offsets = z.values(), z.offsets()  # type: ignore[attr-defined]
-            return torch.nested.nested_tensor_from_jagged(activation.act(values, *act), offsets)
-        valid: Tensor = layer._valid(input, more)
-        if residual is not None:
-            # what is padded may be NaN, whose gradient would be too
-            y = y + torch.where(valid, residual, 0.0)
-        return torch.where(valid, activation.act(y, *act), more.padding_value)
+        if act[0] or residual is not None or overwrite:
+            _checks.check_padding_value(padding_value)
+        if isinstance(input, Tensor) and input.is_nested:
+            return self._nested(input, mask is not None or lengths is not None, residual, act)
+        if residual is not None and not _fits(residual, input):
+            return self._composed(input, (mask, lengths, padding_value), residual, act)
+        beside = mask, lengths, padding_value, residual, act, overwrite
+        call, back = self._prepared(input, *beside)
+        return back(self._normalized(call))
 
-    def _in_one_pass(self, input: Tensor, more: More) -> bool:
+    def _prepared(
+        self,
+        input: Tensor,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        padding_value: float = 0.0,
+        residual: Tensor | None = None,
+        act: tuple[int, float] | None = None,
+        inplace: bool = False,
+    ) -> tuple[Call, Callable[[Tensor], Tensor]]:
+        """The whole call, checked, and what lays its output out as the input is."""
         layer: Any = self
-        if more.mask is not None or more.lengths is not None:
-            return False
-        if more.residual is not None:
-            if not isinstance(more.residual, Tensor) or more.residual.shape != input.shape:
-                return False
-            # the residual would have to be moved as the input is
-            if isinstance(self, Padded) and self._truenorm_options.channel_axis != 1:
-                return False
-        bias = getattr(self, "bias", None)
-        if not activated.serves(input, more.residual, layer.weight, bias):
-            return False
-        if isinstance(self, Spanning) and self._statistics_group() is not None:
-            return False
-        own = isinstance(self, Policed) and self._statistics_are_own()
-        return not (own and layer._has_policy())
+        at = layer._arranged(input, mask, lengths, padding_value)
+        call = self._call(at.x, at.mask)
+        if residual is not None:
+            residual = at.move(residual).reshape(call.x.shape)
+        number, parameter = self._act() if act is None else act
+        form = call.form._replace(act=number, parameter=parameter, padding=padding_value)
+        call = call._replace(form=form, mask=at.mask, residual=residual, inplace=inplace)
+
+        def back(y: Tensor) -> Tensor:
+            y = at.back(y)
+            return y if y.dim() == input.dim() else y.squeeze(0)
+
+        return call, back
+
+    def _composed(
+        self, input: Tensor, padded: tuple[Any, ...], residual: Tensor, act: tuple[int, float]
+    ) -> Tensor:
+        """The residual and the activation after y, as torch adds what is not like it."""
+        *given, padding_value = padded
+        call, back = self._prepared(input, *given, 0.0, None, (activation.NONE, 0.0))
+        y = back(self._normalized(call))
+        if call.mask is None:
+            return activation.act(y + residual, *act)
+        layer: Any = self
+        at = layer._arranged(input, *padded)
+        valid = at.back(at.valid)
+        # what is padded may be NaN, whose gradient would be too
+        z = y + torch.where(valid, residual, 0.0)
+        return torch.where(valid, activation.act(z, *act), padding_value)
+
+    def _nested(
+        self, input: Any, masked: bool, residual: Any, act: tuple[int, float]
+    ) -> Tensor:
+        layer: Any = self
+        y = layer._of_nested(input, masked)
+        z = y if residual is None else y + residual
+        if not act[0] or not z.is_nested:
+            return activation.act(z, *act)
+        # nested tensors do not have every activation; their values do
+        return torch.nested.nested_tensor_from_jagged(
+            activation.act(z.values(), *act), z.offsets(), z.lengths(), jagged_dim=z._ragged_idx
+        )
 
     def _act(self) -> tuple[int, float]:
         """The activation's number, and its parameter."""
@@ -102,8 +128,15 @@ class Activated(Configurable):
                 return activation.NONE, 0.0
         return _NUMBERS[options.activation], 0.0
 
-    def _activate(self, z: Tensor) -> Tensor:
-        return activation.act(z, *self._act())
+
+def _fits(residual: Any, input: Tensor) -> bool:
+    """Whether a kernel can add it: under autocast, say, torch promotes one of the two."""
+    return (
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.layout == input.layout
+    )
 
 
 _NUMBERS = {

@@ -13,8 +13,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from .. import _checks, _exchange
-from .._ops import recomputed, synchronized
-from ._options import NOTHING, Configurable, More, Option, options_of
+from .._core import recomputed
+from .._core.call import Call
+from .._core.normalize import normalize
+from ._options import Configurable, Option, options_of
 
 
 class Traceable(torch.nn.Module):
@@ -24,12 +26,9 @@ class Traceable(torch.nn.Module):
     def _is_traced(input: Any) -> bool:
         return isinstance(input, Proxy)
 
-    def _as_leaf(self, input: Any, more: More = NOTHING) -> Tensor:
+    def _as_leaf(self, input: Any, **given: Any) -> Tensor:
         tracer = input.tracer
         path = tracer.path_of_module(self)
-        given = {k: v for k, v in more._asdict().items() if v is not More._field_defaults[k]}
-        if "then" in given:
-            given["_then"] = given.pop("then")
         return tracer.create_proxy("call_module", path, (input,), given)  # type: ignore[no-any-return]
 
     def __prepare_scriptable__(self) -> Any:
@@ -55,9 +54,21 @@ class Direct(Traceable, Configurable):
         """The short way; None where it is not for this call."""
         raise NotImplementedError
 
-    def _validated(self, input: Tensor, more: More) -> Tensor:
+    def _long_way(self, input: Tensor, mask: Any, lengths: Any, padding: float, *after: Any) -> Any:
         """The long way, where every error is worded."""
         raise NotImplementedError
+
+    def _call(self, x: Tensor, mask: Tensor | None) -> Call:
+        """What the layer computes of an arranged input, once this is found to be in order."""
+        raise NotImplementedError
+
+    def _normalized(self, call: Call) -> Tensor:
+        """The call's output, by the layer's policies."""
+        return normalize(call)
+
+    def _makes_several_calls(self) -> bool:
+        """Whether that takes more than the one."""
+        return False
 
     def forward(
         self,
@@ -82,27 +93,29 @@ class Direct(Traceable, Configurable):
             direct = self._directly(input)
             if direct is not None:
                 return direct
-        more = NOTHING if plain else More(mask, lengths, padding_value, residual, _then)
+        beside = mask, lengths, padding_value, residual, _then
         if self._is_traced(input):
-            return self._as_leaf(input, more)
-        return self._long_way(input, more)
+            named = zip(_BESIDE, beside, _WITHOUT, strict=True)
+            return self._as_leaf(input, **{n: v for n, v, not_given in named if v is not not_given})
+        return self._long_way(input, *beside)  # type: ignore[no-any-return]
 
-    def _slow_forward(self, *input: Any, **more: Any) -> Any:
+    def _slow_forward(self, *input: Any, **beside: Any) -> Any:
         """What torch calls for `forward` while it traces.
 
         Its older ONNX exporter gives a model's arguments by position and as tensors, the defaults
         of those that are taken by name alone too.
         """
         if len(input) > 1 and torch.onnx.is_in_onnx_export():
-            more = dict(zip(More._fields, input[1:], strict=False), **more)
+            beside = dict(zip(_BESIDE, input[1:], strict=False), **beside)
             input = input[:1]
-            more["_then"] = more.pop("then", None)
-            if isinstance(more.get("padding_value"), Tensor):
-                more["padding_value"] = float(more["padding_value"])
-        return super()._slow_forward(*input, **more)  # type: ignore[no-untyped-call]
+            if isinstance(beside.get("padding_value"), Tensor):
+                beside["padding_value"] = float(beside["padding_value"])
+        return super()._slow_forward(*input, **beside)  # type: ignore[no-untyped-call]
 
-    def _long_way(self, input: Tensor, more: More) -> Tensor:
-        return self._validated(input, more)
+
+# what a layer is called with besides its input
+_BESIDE = "mask", "lengths", "padding_value", "residual", "_then"
+_WITHOUT = None, None, 0.0, None, None
 
 
 class FixedRank(Direct):
@@ -158,13 +171,6 @@ class Spanning(Configurable):
         """The group that this call's statistics span, or None."""
         group = self._truenorm_options.process_group
         return None if group is None else _exchange.active_group(group)
-
-    def _activate(self, z: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _spanning(self, input: Tensor) -> synchronized.Call:
-        """This call, checked, for statistics that span a group."""
-        raise NotImplementedError
 
 
 class LazyFeatures(torch.nn.Module):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, _padding, functional
-from .._axes import BATCH
-from .._ops import eager, synchronized
+from .. import _checks, functional
+from .._core import eager
+from .._core.call import Call
 from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
-from ._options import DEFAULTS, More, with_options
+from ._options import DEFAULTS, with_options
 from ._padded import Padded
 from ._policy import SmallBatches
 
@@ -63,54 +63,20 @@ class BatchForward(Activated, Padded, FixedRank, Spanning, SmallBatches, Running
         if self.training and self.momentum is not None:
             _checks.check_momentum(self.momentum)
 
-    def _spanning(self, input: Tensor) -> synchronized.Call:
-        self._check_input(input)
-        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        functional.check_batch_norm(input, mean, var, weight, bias, True, self.eps)
-        running = self._running(True)
-        return synchronized.Call(self, input, weight, bias, BATCH, self.eps, running)
-
-    def _validated(self, input: Tensor, more: More) -> Tensor:
-        if (group := self._statistics_group()) is not None:
-            _checks.check_no_mask_across_processes(type(self).__name__, more.mask is not None)
-            return synchronized.normalize(self._spanning(input), group)
-        self._check_input(input)
-        if more.mask is not None:
-            return self._masked(input, more.mask, more)
+    def _call(self, x: Tensor, mask: Tensor | None) -> Call:
+        self._check_input(x)
+        mean, var = self.running_mean, self.running_var
         # as torch: the running statistics serve evaluation wherever they exist, and are updated
         # in training only while they are tracked
-        running_mean, running_var = self.running_mean, self.running_var
         own = self._statistics_are_own()
-        if own and self._has_policy():
-            functional.check_batch_norm(
-                input, running_mean, running_var, self.weight, self.bias, True, self.eps
-            )
-            return self._by_policy(input, BATCH)
-        training = own or (running_mean is None and running_var is None)
-        if own and not self.track_running_stats:
-            running_mean = running_var = None
-        return functional.batch_norm_tracked(
-            input,
-            running_mean,
-            running_var,
-            self.num_batches_tracked if training and running_mean is not None else None,
-            self.weight,
-            self.bias,
-            training,
-            self.momentum,
-            self.eps,
-            more.after,
-        )
-
-    def _masked(self, input: Tensor, mask: Tensor, more: More) -> Tensor:
-        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        own = self._statistics_are_own()
-        functional.check_batch_norm(input, mean, var, weight, bias, own, self.eps)
-        if not own and mean is not None and var is not None:
-            return _padding.fixed(
-                input, mask, mean, var, weight, bias, self.eps, more.padding_value
-            )
-        return self._by_valid(input, mask, BATCH, self._running(True) if own else None, more)
+        group = self._statistics_group()
+        one_value = mask is not None or group is not None or (own and self._may_be_alone())
+        training = own or (mean is None and var is None)
+        args = x, mean, var, self.weight, self.bias, training, self.eps
+        call = functional.batch_call(*args, one_value=one_value)
+        if not own:
+            return call
+        return call._replace(running=self._running(True), group=group, layer=self)
 
 
 @with_options

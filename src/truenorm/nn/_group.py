@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import _checks, functional
-from .._axes import group
-from .._ops import eager, synchronized
+from .._core import eager
+from .._core.call import Call
 from ._activation import Activated
-from ._base import Direct, Spanning
-from ._options import DEFAULTS, More, with_options
+from ._base import Spanning
+from ._options import DEFAULTS, with_options
 from ._padded import Padded
 
 
 @with_options
-class GroupNorm(Activated, Padded, Direct, Spanning, torch.nn.GroupNorm):
+class GroupNorm(Activated, Padded, Spanning, torch.nn.GroupNorm):
     """Normalize each group of channels of each sample by its own mean and variance.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias
@@ -55,21 +55,10 @@ class GroupNorm(Activated, Padded, Direct, Spanning, torch.nn.GroupNorm):
             return None
         return eager.call(eager.OWN, input, weight, bias, (), eager.group(self.num_groups), eps)
 
-    def _validated(self, input: Tensor, more: More) -> Tensor:
-        if (processes := self._statistics_group()) is not None:
-            _checks.check_no_mask_across_processes("GroupNorm", more.mask is not None)
-            return synchronized.normalize(self._spanning(input), processes)
+    def _call(self, x: Tensor, mask: Tensor | None) -> Call:
         _checks.check_eps(self.eps, "GroupNorm")
-        if more.mask is not None:
-            functional.check_group_norm(input, self.num_groups, self.weight, self.bias)
-            return self._by_valid(input, more.mask, group(self.num_groups), None, more)
-        args = input, self.num_groups, self.weight, self.bias, self.eps
-        if more.after is not None:
-            return functional.group_norm_then(more.after, *args)
-        return functional.group_norm(*args)
-
-    def _spanning(self, input: Tensor) -> synchronized.Call:
-        _checks.check_eps(self.eps, "GroupNorm")
-        functional.check_group_norm(input, self.num_groups, self.weight, self.bias)
-        axes = group(self.num_groups)
-        return synchronized.Call(self, input, self.weight, self.bias, axes, self.eps)
+        group = self._statistics_group()
+        args = x, self.num_groups, self.weight, self.bias, self.eps
+        one_value = mask is not None or group is not None
+        call = functional.group_call(*args, one_value=one_value)
+        return call._replace(group=group, layer=self)

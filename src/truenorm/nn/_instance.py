@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _checks, _padding, functional
-from .._axes import instance
-from .._ops import Running, eager, synchronized
+from .. import _checks, functional
+from .._core import eager
+from .._core.call import Call, Running
 from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
-from ._options import DEFAULTS, More, with_options
+from ._options import DEFAULTS, with_options
 from ._padded import Padded
 from ._policy import Policed
 
@@ -66,59 +65,28 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
             _checks.check_momentum(self.momentum)
         return input.unsqueeze(0) if unbatched else input
 
-    def _spanning(self, input: Tensor) -> synchronized.Call:
-        x = self._batched(input)
-        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        functional.check_instance_norm(x, mean, var, weight, bias)
-        running = None
-        if mean is not None and var is not None:
-            momentum = self.momentum or 0.0
-            skip = self._truenorm_options.skip_nonfinite
-            running = Running(mean, var, None, momentum, skip, self._gathered)
-        axes = instance(x.shape[1])
-        return synchronized.Call(self, x, weight, bias, axes, self.eps, running)
-
     def _is_unbatched(self, input: Tensor) -> bool:
         return input.dim() == self._dims[0]
 
-    def _masked(self, input: Tensor, mask: Tensor, more: More) -> Tensor:
-        x = self._batched(input)
-        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        functional.check_instance_norm(x, mean, var, weight, bias)
+    def _call(self, x: Tensor, mask: Tensor | None) -> Call:
+        x = self._batched(x)
         own = self._statistics_are_own() or not self.track_running_stats
-        if not own and mean is not None and var is not None:
-            return _padding.fixed(x, mask, mean, var, weight, bias, self.eps, more.padding_value)
-        running = self._running(False) if own else None
-        return self._by_valid(x, mask, instance(x.shape[1]), running, more)
+        group = self._statistics_group()
+        alone = self._statistics_are_own() and self._may_be_alone()
+        args = x, self.running_mean, self.running_var, self.weight, self.bias, own, self.eps
+        one_value = mask is not None or group is not None or alone
+        call = functional.instance_call(*args, one_value=one_value)
+        if not own:
+            return call
+        return call._replace(running=self._moving(), group=group, layer=self)
 
-    def _validated(self, input: Tensor, more: More) -> Tensor:
-        if (group := self._statistics_group()) is not None:
-            _checks.check_no_mask_across_processes(type(self).__name__, more.mask is not None)
-            y = synchronized.normalize(self._spanning(input), group)
-        elif more.mask is not None:
-            return self._masked(input, more.mask, more)
-        elif self._statistics_are_own() and self._has_policy():
-            x = self._batched(input)
-            mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-            functional.check_instance_norm(x, mean, var, weight, bias)
-            y = self._by_policy(x, instance(x.shape[1]))
-        else:
-            x, norm = self._batched(input), functional.instance_norm
-            if (after := more.after) is not None:
-                if after.residual is not None:
-                    after = after._replace(residual=after.residual.view(x.shape))
-                norm = partial(functional.instance_norm_then, after)
-            y = norm(
-                x,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                self._statistics_are_own() or not self.track_running_stats,
-                self.momentum if self.momentum is not None else 0.0,
-                self.eps,
-            )
-        return y.squeeze(0) if y.dim() != input.dim() else y
+    def _moving(self) -> Running | None:
+        """As torch: the running statistics that there are, whether they are tracked or not."""
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None:
+            return None
+        skip = self._truenorm_options.skip_nonfinite
+        return Running(mean, var, None, self.momentum or 0.0, skip, self._gathered)
 
 
 @with_options

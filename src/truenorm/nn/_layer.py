@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from .. import _checks, functional
-from .._ops import eager
+from .._core import eager
+from .._core.call import Call
 from ._activation import Activated
-from ._base import Direct
-from ._options import More, with_options
+from ._options import with_options
 from ._padded import PaddedRows
 
 
 @with_options
-class LayerNorm(Activated, PaddedRows, Direct, torch.nn.LayerNorm):
+class LayerNorm(Activated, PaddedRows, torch.nn.LayerNorm):
     """Normalize over the trailing dimensions, one mean and variance for each leading index.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias, weight and bias element by element.
@@ -42,9 +42,6 @@ class LayerNorm(Activated, PaddedRows, Direct, torch.nn.LayerNorm):
             return None
         return eager.call(eager.OWN, input, weight, bias, (), eager.layer(len(shape)), eps)
 
-    def _validated(self, input: Tensor, more: More) -> Tensor:
+    def _call(self, x: Tensor, mask: Tensor | None) -> Call:
         _checks.check_eps(self.eps, "LayerNorm")
-        args = input, self.normalized_shape, self.weight, self.bias, self.eps
-        if more.after is not None:
-            return functional.layer_norm_then(more.after, *args)
-        return functional.layer_norm(*args)
+        return functional.layer_call(x, self.normalized_shape, self.weight, self.bias, self.eps)

@@ -17,8 +17,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .._ops.activation import Epilogue
-
 Activation = Literal["relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish"]
 OnSingle = Literal["error", "running", "skip"]
 
@@ -243,20 +241,6 @@ class Configurable(torch.nn.Module):
         chosen = (f"{name}={value!r}" for name, value in self._chosen().items())
         return ", ".join(filter(None, [super().extra_repr(), *chosen]))
 
-
-class More(NamedTuple):
-    """What a call was given besides the input."""
-
-    mask: Tensor | None = None
-    lengths: Tensor | None = None
-    padding_value: float = 0.0
-    residual: Tensor | None = None
-    then: tuple[int, float] | None = None  # an activation that `fuse` found
-    # what the layer's own pass does besides; set by Activated
-    after: Epilogue | None = None
-
-
-NOTHING = More()
 
 C = TypeVar("C", bound=type[Configurable])
 

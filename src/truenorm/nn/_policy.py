@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from .. import _axes, _checks, _ops
-from .._axes import BATCH, Axes
-from .._ops import Running, route
-from ._options import Configurable, OnSingle, Option
+from .. import _checks
+from .._core import masks, route
+from .._axes import BATCH
+from .._core.call import Call, Running
+from .._core.normalize import normalize, normalize_together, num_values, statistics
+from .._core.operators import within_backward
+from ._base import Direct
+from ._options import OnSingle, Option
 
 _RECORD = "truenorm"  # in a state_dict's metadata
 
 
-class Policed(Configurable, _NormBase):
+class Policed(Direct, _NormBase):
     """A layer with running statistics, and what these do beyond torch's layers."""
 
     statistics_frozen: bool
@@ -33,7 +37,7 @@ class Policed(Configurable, _NormBase):
         "on_single": Option("error", _checks.check_on_single),
         "skip_nonfinite": Option(False, _checks.check_flag("skip_nonfinite")),
     }
-    _asked_by_short_way = Configurable._asked_by_short_way | {"statistics_frozen"}
+    _asked_by_short_way = Direct._asked_by_short_way | {"statistics_frozen"}
 
     def _check_options(self, chosen: dict[str, Any]) -> None:
         super()._check_options(chosen)
@@ -54,16 +58,6 @@ class Policed(Configurable, _NormBase):
     def _is_plain(self) -> bool:
         return super()._is_plain() and self._gathered is None
 
-    def _has_policy(self) -> bool:
-        options = self._truenorm_options
-        return (
-            self._gathered is not None
-            or options.on_single != "error"
-            or options.skip_nonfinite
-            or options.virtual_batch_size is not None
-            or options.renorm
-        )
-
     def _running(self, count_batches: bool) -> Running | None:
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None or not self.track_running_stats:
@@ -74,36 +68,48 @@ class Policed(Configurable, _NormBase):
             mean, var, batches, momentum, self._truenorm_options.skip_nonfinite, self._gathered
         )
 
-    def _alone(self, x: Tensor, axes: Axes) -> bool:
-        """Whether each statistic spans one value, and something other than an error follows."""
-        values = _axes.values_per_statistic(x.shape, axes) if x.shape[1] else 0
+    def _may_be_alone(self) -> bool:
+        """Whether a statistic may span one value."""
+        return self._truenorm_options.on_single != "error"
+
+    def _normalized(self, call: Call) -> Tensor:
+        if call.given is not None or not self._may_be_alone():
+            return super()._normalized(call)
         on_single = self._truenorm_options.on_single
-        if on_single != "error" and route.tracing():
+        if route.tracing():
             asks, remedy = "whether there is one value per channel", 'set on_single="error"'
             _checks.fail_untraceable("on_single", on_single, asks, remedy)
-        if values != 1 or x.numel() == 0:
-            return False
-        if on_single == "error":
-            _checks.check_more_than_one_value(x, 1, per_sample=axes.num_groups > 0)
-        return True
+        if call.mask is not None:
+            return self._some_alone(call, call.mask)
+        if num_values(call) != 1 or call.x.numel() == 0:
+            return super()._normalized(call)
+        return normalize(self._by_constants(call))
 
-    def _normalize_alone(self, x: Tensor) -> Tensor:
+    def _by_constants(self, call: Call) -> Call:
+        """What a value that is alone is normalized by."""
         by_running = self._truenorm_options.on_single == "running"
         if by_running:
-            mean, var = _steady(self, x)
+            given = _steady(self, call.x)
         else:
-            mean = x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
-            var = torch.ones_like(mean)
-        eps = self.eps if by_running else 0.0
-        return _ops.normalize_fixed(x, mean, var, self.weight, self.bias, eps)
-
-    def _by_policy(self, x: Tensor, axes: Axes) -> Tensor:
-        """The training step of a checked input (N, C, *)."""
-        if self._alone(x, axes):
-            return self._normalize_alone(x)
-        return _ops.normalize(
-            x, self.weight, self.bias, axes, self.eps, self._running(not axes.num_groups)
+            dtype = torch.promote_types(call.x.dtype, torch.float32)
+            mean = call.x.new_zeros(call.x.shape[1], dtype=dtype)
+            given = mean, torch.ones_like(mean)
+        form = call.form._replace(
+            axes=BATCH, eps=call.form.eps if by_running else 0.0, constant=True
         )
+        return call._replace(form=form, given=given, running=None)
+
+    def _some_alone(self, call: Call, mask: Tensor) -> Tensor:
+        """Of each statistic by itself, whether its valid values are one."""
+        x = call.x
+        valid = masks.against(mask, x).expand(x.shape)
+        dims = [d for d in range(x.dim()) if d != 1 and not (d == 0 and call.form.axes.num_groups)]
+        alone = valid.sum(dims, keepdim=True) == 1
+        if route.way(call) == route.KERNEL and not alone.any():
+            return super()._normalized(call)
+        # as it is before the running statistics move
+        constant = normalize(self._by_constants(call))
+        return torch.where(alone, constant, super()._normalized(call))
 
     # --- frozen is part of the state, in the metadata, which torch's layers load and ignore
 
@@ -140,37 +146,56 @@ class SmallBatches(Policed):
         super()._check_options(chosen)
         _checks.check_small_batches(chosen)
 
-    def _by_policy(self, x: Tensor, axes: Axes) -> Tensor:
+    def _normalized(self, call: Call) -> Tensor:
         options = self._truenorm_options
         size = options.virtual_batch_size
-        if size is None and not options.renorm:
-            return super()._by_policy(x, axes)
+        if call.given is not None or (size is None and not options.renorm):
+            return super()._normalized(call)
         if size is not None and route.tracing():
             asks, remedy = "how many samples there are", "set virtual_batch_size=None"
             _checks.fail_untraceable("virtual_batch_size", size, asks, remedy)
-        if self._alone(x, axes):
-            return self._normalize_alone(x)
-        if options.renorm and x.numel():
-            return self._renormalized(x)
-        parts = x.split(_chunks(x, size or x.shape[0])) if x.numel() else [x]
-        running = self._running(True)
-        made = [_ops.normalize(p, self.weight, self.bias, axes, self.eps, running) for p in parts]
+        alone = num_values(call) == 1 and call.group is None
+        if call.x.numel() == 0 or (alone and call.mask is None):
+            return super()._normalized(call)
+        if options.renorm:
+            return super()._normalized(self._renormalized(call))
+        assert size is not None
+        parts = _ghosts(call, _chunks(call.x, size))
+        if call.group is not None:
+            made = normalize_together(parts, call.group)
+        else:
+            made = [super(SmallBatches, self)._normalized(part) for part in parts]
         return made[0] if len(made) == 1 else torch.cat(made)
 
-    def _renormalized(self, x: Tensor) -> Tensor:
+    def _makes_several_calls(self) -> bool:
+        options = self._truenorm_options
+        return options.renorm or options.virtual_batch_size is not None
+
+    def _renormalized(self, call: Call) -> Call:
+        """The call with r and d in weight and bias."""
         rmax, dmax = self._truenorm_options.rmax, self._truenorm_options.dmax
-        mean, var = _ops.channel_moments(x.detach())
+        x, weight, bias, form = call[:4]
+        mean, var = statistics(call)
         known_mean, known_var = _steady(self, x)
-        sigma = torch.sqrt(known_var.to(var.dtype) + self.eps)
-        r = (torch.sqrt(var + self.eps) / sigma).clamp(1.0 / rmax, rmax)
+        sigma = torch.sqrt(known_var.to(var.dtype) + form.eps)
+        r = (torch.sqrt(var + form.eps) / sigma).clamp(1.0 / rmax, rmax)
         d = ((mean - known_mean.to(mean.dtype)) / sigma).clamp(-dmax, dmax)
-        weight, bias = self.weight, self.bias
         narrow = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
         scale = r.to(narrow) if weight is None else weight * r.to(narrow)
         shift = d.to(narrow) if weight is None else weight * d.to(narrow)
-        if bias is not None:
-            shift = bias + shift
-        return _ops.normalize(x, scale, shift, BATCH, self.eps, self._running(True))
+        return call._replace(weight=scale, bias=shift if bias is None else bias + shift)
+
+
+def _ghosts(call: Call, sizes: list[int]) -> list[Call]:
+    """The call on some samples each."""
+    xs, *others = (
+        [None] * len(sizes) if t is None else t.split(sizes)
+        for t in (call.x, call.mask, call.residual)
+    )
+    return [
+        call._replace(x=x, mask=mask, residual=residual)
+        for x, mask, residual in zip(xs, *others, strict=True)
+    ]
 
 
 def _chunks(x: Tensor, size: int) -> list[int]:
@@ -191,9 +216,9 @@ def _steady(layer: Policed, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     mean, var = layer.running_mean, layer.running_var
     assert mean is not None and var is not None
-    if route.way(x) != route.KERNEL:
+    if route.way_of(x) != route.KERNEL:
         return mean.clone(), var.clone()
-    if _ops.within_backward() and "_truenorm_found" in vars(layer):
+    if within_backward() and "_truenorm_found" in vars(layer):
         return cast(tuple[Tensor, Tensor], vars(layer)["_truenorm_found"])
     found = mean.clone(), var.clone()
     vars(layer)["_truenorm_found"] = found

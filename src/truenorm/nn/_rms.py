@@ -9,15 +9,15 @@ from torch import Tensor
 
 from .. import _checks, functional
 from .._axes import RMS_EPS
-from .._ops import eager
+from .._core import eager
+from .._core.call import Call
 from ._activation import Activated
-from ._base import Direct
-from ._options import More, with_options
+from ._options import with_options
 from ._padded import PaddedRows
 
 
 @with_options
-class RMSNorm(Activated, PaddedRows, Direct, torch.nn.RMSNorm):
+class RMSNorm(Activated, PaddedRows, torch.nn.RMSNorm):
     """Divide by the root mean square over the trailing dimensions.
 
     y = x / sqrt(E[x²] + eps) · weight, weight element by element; eps None is the machine epsilon
@@ -55,10 +55,10 @@ class RMSNorm(Activated, PaddedRows, Direct, torch.nn.RMSNorm):
     def forward(self, x: Tensor, **more: Any) -> Tensor:  # type: ignore[override]
         return super().forward(x, **more)
 
-    def _validated(self, input: Tensor, more: More) -> Tensor:
+    def _call(self, x: Tensor, mask: Tensor | None) -> Call:
         if self.eps is not None:
             _checks.check_eps(self.eps, "RMSNorm")
-        args = input, self.normalized_shape, self.weight, self.eps
-        if more.after is not None:
-            return functional.rms_norm_then(more.after, *args)
-        return functional.rms_norm(*args)
+        return functional.rms_call(x, self.normalized_shape, self.weight, self.eps)
+
+    def _normalized(self, call: Call) -> Tensor:
+        return functional.in_torchs_memory_format(super()._normalized(call), call.x)

@@ -44,12 +44,8 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
 
     _own_options: ClassVar[dict[str, Option | None]] = {
         "process_group": None,
-        # each of them asks how many values there are, or sums up by itself
+        # it asks how many values there are
         "on_single": None,
-        "virtual_batch_size": None,
-        "renorm": None,
-        "rmax": None,
-        "dmax": None,
     }
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -19,8 +19,8 @@ from torch.overrides import has_torch_function_variadic
 
 from .._axes import Axes
 from .._library import NATIVE
-from . import autograd, operators
-from .operators import NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT
+from . import gradients, operators
+from .call import NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT, Form
 
 # what to call, with (), (running_mean, running_var, num_batches_tracked, momentum), (mean, var)
 OWN = operators.eager_forward._op
@@ -93,14 +93,14 @@ def call(
     return y  # type: ignore[no-any-return]
 
 
-def _pull_back(x: Tensor, weight: Tensor | None, kept: Any, grad: Tensor) -> autograd.Grads:
+def _pull_back(x: Tensor, weight: Tensor | None, kept: Any, grad: Tensor) -> list[Any]:
     """Gradients of (x, weight, bias), in a way that can itself be differentiated."""
     record, form, eps = kept
-    mean, var = record[:-2].view(2, -1)
+    moments = record[:-2].view(2, -1)
     num_groups = x.shape[1] if form & INSTANCE else form >> 16
     axes = Axes(num_groups, form >> 8 & 0xFF, not form & _UNCENTRED)
-    saved = x, weight, mean, var
-    return autograd.pull_back(saved, (axes, eps, bool(form & FIXED)), grad, form & _NEEDS)
+    whole = Form(axes, eps, bool(form & FIXED))
+    return gradients.pull_back(whole, x, weight, moments, grad, form & _NEEDS)
 
 
 class Normalize(Function):

@@ -1,8 +1,9 @@
 """Who serves a call: the one place that chooses.
 
 A kernel called at once; the operator itself, which stands in a compiler's graph; the plain formula,
-which torch can transform and differentiate as it likes; or torch's own operators, in what is traced
-for a file that runs without truenorm. Whoever computes asks here, and nobody else.
+which torch can transform and differentiate as it likes; torch's own operators, in what is traced
+for a file that runs without truenorm; or, where the input is a DTensor, each process its own part.
+Whoever computes asks here, and nobody else.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from torch.autograd import forward_ad
 from torch.jit import _trace
 
 from .. import _standard
+from . import sharding
+from .call import Call
 
-KERNEL, GRAPH, PLAIN, STANDARD = range(4)
+KERNEL, GRAPH, PLAIN, STANDARD, SHARDED = range(5)
 
 # what torch.jit.trace, and all that is built on it, records into; None elsewhere
 _tracing_state = torch._C._get_tracing_state
@@ -46,11 +49,24 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-def way(x: Tensor, *others: Tensor | None) -> int:
-    """One of the four above, for a call with this input; others: what else it differentiates."""
+def way_of(x: Tensor, *others: Tensor | None) -> int:
+    """One of the five above, for this input; others: what else of the call is differentiated."""
+    if x.layout is torch._mkldnn:  # type: ignore[attr-defined]
+        return STANDARD
+    if sharding.wanted(x, *others):
+        return SHARDED
     if standard():
         return STANDARD
     # empty inputs have no moments, and complex RMSNorm has no kernel
     if x.numel() == 0 or x.is_complex() or transformed(x, *others):
         return PLAIN
     return GRAPH if torch.compiler.is_compiling() else KERNEL
+
+
+def way(call: Call) -> int:
+    """One of the five above, for a whole call."""
+    given = call.given or ()
+    found = way_of(call.x, call.weight, call.bias, call.residual, *given)
+    if found in (KERNEL, GRAPH) and call.own_mask():
+        return PLAIN
+    return found

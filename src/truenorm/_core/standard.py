@@ -6,21 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _axes, _plain
-from .._axes import BATCH, Axes
-from . import autograd
-from .autograd import Running
+from .. import _axes
+from . import activation, plain, running
+from .call import Call, Running
 
 
-def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    axes: Axes,
-    eps: float,
-    running: Running | None = None,
-) -> Tensor:
-    """x by its own statistics, which move `running`."""
+def norm(call: Call) -> Tensor:
+    """A call's output; x's own statistics move `running`."""
+    if call.mask is not None:
+        y, record = plain.norm(*call[:3], call.mask, call.residual, call.given, call.form)
+        if call.running is not None:
+            running.move(call.running, record)
+        return y
+    y = _own(call) if call.given is None else _given(call, *call.given)
+    if call.residual is not None:
+        y = y + call.residual
+    return activation.act(y, call.form.act, call.form.parameter)
+
+
+def _own(call: Call) -> Tensor:
+    x, weight, bias, form = call[:4]
+    axes, eps = form.axes, form.eps
     if axes.feature_dims:
         shape = x.shape[-axes.feature_dims :] if weight is None else weight.shape
         if axes.centred:
@@ -28,11 +34,11 @@ def normalize(
         if torch.onnx.is_in_onnx_export() and not torch.compiler.is_exporting():
             return _rms(x, axes.feature_dims, weight, eps)
         return F.rms_norm(x, list(shape), weight, eps)
-    if running is not None and not _moved_by_torch(running):
-        y = normalize(x, weight, bias, axes, eps)
-        autograd.track(running, x, *_plain.moments(x, axes))
-        return y
-    mean, var, count, momentum = (None, None, None, 0.0) if running is None else running[:4]
+    moving = call.running
+    if moving is not None and not _moved_by_torch(moving):
+        running.move(moving, plain.statistics(x, None, axes))
+        moving = None
+    mean, var, count, momentum = (None, None, None, 0.0) if moving is None else moving[:4]
     if not axes.num_groups or mean is not None:
         weight, bias = _widened(weight, x, mean), _widened(bias, x, mean)
     if not axes.num_groups:
@@ -53,13 +59,13 @@ def _rms(x: Tensor, dims: int, weight: Tensor | None, eps: float) -> Tensor:
     return (y if weight is None else y * weight).to(x.dtype)
 
 
-def _moved_by_torch(running: Running) -> bool:
+def _moved_by_torch(moving: Running) -> bool:
     """Whether torch's own norm moves these statistics as this layer does.
 
     It does not skip what is not finite, and in a trace keeps the example's 1 / count.
     """
-    plain = running.momentum is not None and not running.skip_nonfinite
-    return plain and running.gathered is None
+    plain_ones = moving.momentum is not None and not moving.skip_nonfinite
+    return plain_ones and moving.gathered is None
 
 
 def _widened(parameter: Tensor | None, x: Tensor, statistic: Tensor | None) -> Tensor | None:
@@ -73,27 +79,12 @@ def _widened(parameter: Tensor | None, x: Tensor, statistic: Tensor | None) -> T
     return parameter if parameter.dtype == wide else parameter.to(wide)
 
 
-def normalize_fixed(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """x by given statistics, one per channel: BatchNorm in evaluation, and InstanceNorm too.
+def _given(call: Call, mean: Tensor, var: Tensor) -> Tensor:
+    """By given statistics, one per channel: BatchNorm in evaluation, and InstanceNorm too.
 
     torch's own exporter drops the running statistics of an InstanceNorm (pytorch#72057).
     """
-    weight, bias = _widened(weight, x, mean), _widened(bias, x, mean)
-    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-
-
-def normalize_with_statistics(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: Axes, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    mean, var = _plain.moments(x, axes)
-    return normalize(x, weight, bias, axes, eps), mean.detach(), var.detach()
-
-
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _plain.moments(x, BATCH)
-
-
-def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    return F.local_response_norm(x, size, alpha, beta, k)
+    x, weight, bias, form = call[:4]
+    if x.layout is not torch._mkldnn:  # type: ignore[attr-defined]
+        weight, bias = _widened(weight, x, mean), _widened(bias, x, mean)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, form.eps)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, route
+from . import route
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -48,7 +48,7 @@ class _Recipe:
         made: Tensor | None = self.made()
         if made is None:
             tensors = [t if t is None else t.get() for t in self.tensors]
-            with torch.no_grad(), autograd._below_autograd():
+            with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
                 found = self.op._op(*tensors, *self.rest)
             made = found if isinstance(found, Tensor) else found[0]
             # whoever saved it as well takes the same one, while that lives

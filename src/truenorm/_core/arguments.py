@@ -18,22 +18,16 @@ from torch import Tensor
 
 from .. import _axes
 from .._axes import Axes
+from .call import ACT, BY_OUTPUT, FEATURES, GROUPS, PER_CHANNEL, axes_of
 
 Check = Callable[[Sequence[Any]], None]
 Differs = Callable[[Any, Any], bool]
 
-# one value per statistic of x
-_STATISTICS = "mean", "var", "mean_grad", "mean_grad_x_hat"
+# how many values per statistic of x
+_STATISTICS = {"mean": 1, "var": 1, "sums": 2, "record": 3}
 _PARAMETERS = "weight", "bias"
-# what has no moments where it is empty, and the operator's name in the error
-_OF_VALUES = {
-    "forward": "forward",
-    "forward_act": "forward",
-    "forward_act_": "forward",
-    "moments": "moments",
-    "masked_forward": "masked_forward",
-    "masked_backward": "masked_backward",
-}
+# what has no moments where it is empty
+_OF_VALUES = "norm", "norm_", "statistics"
 _ACTIVATIONS = 8  # the last number of activation.py
 
 
@@ -73,34 +67,40 @@ def _floating(name: str, t: Tensor, x: Tensor, *, complex_too: bool = False) -> 
         )
 
 
-def _input(x: Tensor, axes: Axes, *, complex_too: bool) -> None:
+def _input(x: Tensor, form: Any, *, complex_too: bool) -> Axes:
+    """Which values of x share a statistic, by a number that call.py makes."""
     _floating("x", x, x, complex_too=complex_too)
-    groups, feature_dims, _ = axes
     dim = x.dim()
-    if not 0 <= feature_dims <= dim:
+    if type(form) is int and form < 0:
+        raise RuntimeError(f"`form` (={form}) must be a number that `Form.bits` of call.py made")
+    if dim < 2 and not form >> FEATURES & 0xFF:
+        raise RuntimeError(
+            f"`x` of {_shape(x)} needs the dimensions (N, C, …): add them with x[None]"
+        )
+    axes = axes_of(form, x)
+    groups, feature_dims, _ = axes
+    if feature_dims > dim:
         raise RuntimeError(
             f"`feature_dims` (={feature_dims}) must be from 0 to {dim}, the dimensions of `x` of "
             f"{_shape(x)}: pass how many of the last dimensions share a statistic"
         )
-    if feature_dims > 0:
-        if groups != 1:
+    if feature_dims:
+        in_form = form >> GROUPS
+        if in_form or form & PER_CHANNEL:
             raise RuntimeError(
-                f"`num_groups` (={groups}) must be 1 where `feature_dims` (={feature_dims}) is not "
-                "0: pass 1"
+                f"`num_groups` (={in_form}) must be 0 where `feature_dims` (={feature_dims}) is "
+                "not: pass 0"
             )
-        return
-    if dim < 2:
-        raise RuntimeError(
-            f"`x` of {_shape(x)} needs the dimensions (N, C, …): add them with x[None]"
-        )
+        return axes
     channels = x.shape[1]
-    if type(groups) is not int or (type(channels) is not int and groups >= 0):
-        return
-    if groups < 0 or (groups > 0 and (channels % groups or groups > max(channels, 1))):
+    if type(groups) is not int or type(channels) is not int or form & PER_CHANNEL:
+        return axes
+    if groups > 0 and (channels % groups or groups > max(channels, 1)):
         raise RuntimeError(
             f"`num_groups` (={groups}) must be 0, or divide the {channels} channels of `x` of "
             f"{_shape(x)}: pass a divisor of {channels}"
         )
+    return axes
 
 
 def _parameter(name: str, p: Tensor, x: Tensor, shape: Sequence[int], differs: Differs) -> None:
@@ -165,33 +165,15 @@ def _number(name: str, value: int, least: int, most: int | None, meaning: str) -
         raise RuntimeError(f"`{name}` (={value}) must be {meaning}")
 
 
-def _needs(needs: int, residual: bool, holds: Tensor | None) -> None:
-    if residual:
-        meaning = (
-            "from 0 to 31, the sum of 1 (of x), 2 (of weight), 4 (of bias), 8 (of residual) and "
-            "16 (residual holds the output)"
-        )
-        _number("needs", needs, 0, 31, meaning)
-        if needs & 16 and holds is None:
-            raise RuntimeError(
-                "`needs` (=16) must be less than 16 where `residual` is None: pass the output as "
-                "residual"
-            )
-    else:
-        meaning = "from 0 to 7, the sum of 1 (of x), 2 (of weight) and 4 (of bias)"
-        _number("needs", needs, 0, 7, meaning)
-
-
 # ---------------------------------------------------------------- all of an operator's
 
 
 def _running_check(places: dict[str, int], differs: Differs) -> Check:
-    """Of running statistics that are moved; of x only the shape counts."""
+    """Of running statistics that are moved."""
 
     def check(args: Sequence[Any]) -> None:
         at = {name: args[place] for name, place in places.items()}
-        mean, var, x = at["running_mean"], at["running_var"], at["x"]
-        _dense("x", x, mean)
+        mean, var = at["running_mean"], at["running_var"]
         features = mean.numel()
         for name, t in (("running_mean", mean), ("running_var", var)):
             _floating(name, t, mean)
@@ -215,28 +197,15 @@ def _running_check(places: dict[str, int], differs: Differs) -> Check:
             )
         else:
             _dense("num_batches_tracked", batches, mean)
-        count, spans = at["mean"].numel(), at.get("count")
-        for name in ("mean", "var"):
-            t = at[name]
-            _floating(name, t, mean)
-            known = type(count) is int and type(features) is int
-            wrong = known and (count % features != 0 or (spans is None and count > x.numel()))
-            if wrong or differs(t.numel(), count):
-                raise RuntimeError(
-                    f"`{name}` must hold {features} values, one per channel of `running_mean`, or "
-                    f"as many for each sample of `x` of {_shape(x)}, but got {_shape(t)}: pass "
-                    "what was returned for this x"
-                )
-        values = x.numel()
-        if spans is None and type(values) is int and type(count) is int and 0 < values < 2 * count:
+        record = at["record"]
+        _floating("record", record, mean)
+        count = record.numel()
+        known = type(count) is int and type(features) is int
+        if (known and count % (3 * features)) or record.dim() != 2 or record.shape[0] != 3:
             raise RuntimeError(
-                f"`x` of {_shape(x)} has one value per statistic, which has no variance: pass more "
-                "than one"
-            )
-        if spans is not None and differs(spans.numel(), 1) and differs(spans.numel(), features):
-            raise RuntimeError(
-                f"`count` must hold one value or {features}, one per channel, but got "
-                f"{_shape(spans)}: pass how many values each statistic spans"
+                f"`record` must have shape (3, {features}), mean, variance and count of each "
+                f"channel of `running_mean`, or as many for each sample, but got {_shape(record)}: "
+                "pass what `norm` or `statistics` returned"
             )
 
     return check
@@ -247,53 +216,55 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
     if "running_mean" in places:
         return _running_check(places, differs)
     at_x = places["x"]
-    at_groups, at_features, at_centred = (
-        places.get(n) for n in ("num_groups", "feature_dims", "centred")
-    )
+    at_form = places.get("form")
     parameters = [(n, places[n]) for n in _PARAMETERS if n in places]
-    statistics = [(n, places[n]) for n in _STATISTICS if n in places]
+    statistics = [(n, places[n], per) for n, per in _STATISTICS.items() if n in places]
     at_grad, at_residual, at_mask = (places.get(n) for n in ("grad", "residual", "mask"))
-    at_needs, at_act, at_size = (places.get(n) for n in ("needs", "act", "size"))
-    overwrites = name.endswith("act_")
-    of_values = _OF_VALUES.get(name)
+    at_size, overwrites = places.get("size"), name == "norm_"
+    of_values = name in _OF_VALUES
 
     def check(args: Sequence[Any]) -> None:
         x: Tensor = args[at_x]
-        axes = Axes(
-            0 if at_groups is None else args[at_groups],
-            0 if at_features is None else args[at_features],
-            True if at_centred is None else args[at_centred],
-        )
+        form = 0 if at_form is None else args[at_form]
         # a window's formula holds of complex values too, in plain operators
-        _input(x, axes, complex_too=at_size is not None)
-        if of_values is not None and any(type(size) is int and size == 0 for size in x.shape):
+        axes = _input(x, form, complex_too=at_size is not None)
+        asked = of_values and ("mean" not in places or args[places["mean"]] is None)
+        if asked and any(type(size) is int and size == 0 for size in x.shape):
             raise RuntimeError(
-                f"truenorm::{of_values} takes no empty tensor: it has no moments, and `x` has "
+                f"truenorm::{name} takes no empty tensor: it has no moments, and `x` has "
                 f"{_shape(x)}; pass a tensor that holds values"
             )
         features = axes.feature_dims
         shape = x.shape[x.dim() - features :] if features else x.shape[1:2]
         if at_grad is not None:
             _gradient(args[at_grad], x, differs)
-        if at_mask is not None:
+        if at_mask is not None and args[at_mask] is not None:
             _mask(args[at_mask], x, axes, differs)
         if statistics:
             count = _axes.num_statistics(x.shape, axes)
-            for each, place in statistics:
-                _statistic(each, args[place], x, count, differs)
+            for each, place, per in statistics:
+                if args[place] is not None:
+                    _statistic(each, args[place], x, per * count, differs)
+            if "var" in places and (args[places["mean"]] is None) != (args[places["var"]] is None):
+                missing = "mean" if args[places["mean"]] is None else "var"
+                raise RuntimeError(
+                    f"`{missing}` is None, and its pair is given: pass both, or neither"
+                )
         for each, place in parameters:
             if args[place] is not None:
                 _parameter(each, args[place], x, shape, differs)
         if at_residual is not None and args[at_residual] is not None:
             _residual(args[at_residual], x, differs)
-        if at_needs is not None:
-            held = None if at_residual is None else args[at_residual]
-            _needs(args[at_needs], at_residual is not None, held)
-        if at_act is not None:
+        if at_form is not None:
             _number(
-                "act", args[at_act], 0, _ACTIVATIONS,
+                "act", form >> ACT & 0xFF, 0, _ACTIVATIONS,
                 "from 0 to 8 (truenorm: no such activation): see csrc/activation.h",
             )  # fmt: skip
+            if form & BY_OUTPUT and at_residual is not None and args[at_residual] is None:
+                raise RuntimeError(
+                    "`residual` is None, where `form` says that it holds the output: pass the "
+                    "output as residual"
+                )
         if at_size is not None:
             _number("size", args[at_size], 1, None, "at least 1, the channels of a window")
         if overwrites:

@@ -1,0 +1,122 @@
+"""What a layer asks for, as one value: made once, and carried from the layer to the kernel.
+
+y = act(norm(x) · weight + bias + residual), and `padding` where the mask says that nothing is valid.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import _axes
+from .._axes import Axes
+
+NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_RESIDUAL = 1, 2, 4, 8
+# the residual's place holds y, whose sign is that of what the activation took
+BY_OUTPUT = 16
+CONSTANT, UNCENTRED, PER_CHANNEL = 32, 64, 128
+# the statistics are wanted too
+KEEP = 256
+ACT, FEATURES, GROUPS = 16, 24, 32  # where in the number these begin
+
+
+class Form(NamedTuple):
+    """What a call computes, apart from its tensors: hashable, and for an operator one number.
+
+    constant: whether statistics that are given do not depend on x, as those of evaluation; those of
+        several processes do.
+    parameter: of the activation: leaky_relu's slope, elu's alpha.
+    padding: what y holds where nothing is valid.
+    """
+
+    axes: Axes
+    eps: float
+    constant: bool = False
+    act: int = 0
+    parameter: float = 0.0
+    padding: float = 0.0
+
+    def bits(self, x: Tensor, flags: int = 0) -> int:
+        """This form of a call with that x, as csrc/call.h reads it."""
+        groups, feature_dims, centred = self.axes
+        if feature_dims:
+            groups = 0
+        elif groups and groups == x.shape[1]:
+            # so that a compiler's unknown number of channels is no part of it
+            groups, flags = 0, flags | PER_CHANNEL
+        if self.constant:
+            flags |= CONSTANT
+        if not centred:
+            flags |= UNCENTRED
+        return flags | self.act << ACT | feature_dims << FEATURES | groups << GROUPS
+
+    def numbers(self, x: Tensor, flags: int = 0) -> tuple[int, float, float]:
+        return self.bits(x, flags), self.eps, self.parameter
+
+
+def axes_of(bits: int, x: Tensor) -> Axes:
+    """Which values share a statistic, by a number that `Form.bits` made."""
+    feature_dims = bits >> FEATURES & 0xFF
+    if feature_dims:
+        return Axes(1, feature_dims, not bits & UNCENTRED)
+    groups = x.shape[1] if bits & PER_CHANNEL else bits >> GROUPS
+    return Axes(groups, 0, not bits & UNCENTRED)
+
+
+def form_of(
+    bits: int, x: Tensor, eps: float, parameter: float = 0.0, padding: float = 0.0
+) -> Form:
+    """The form that `Form.bits` made a number of."""
+    constant, act = bool(bits & CONSTANT), bits >> ACT & 0xFF
+    return Form(axes_of(bits, x), eps, constant, act, parameter, padding)
+
+
+class Running(NamedTuple):
+    """Running statistics to update, and how."""
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor | None
+    momentum: float | None
+    # whether a batch whose statistics are not finite leaves them where they are
+    skip_nonfinite: bool = False
+    # where the batch's moments are gathered instead, until `accumulate` ends
+    gathered: Any = None
+
+
+class Call(NamedTuple):
+    """One layer's input, and what to do with it.
+
+    x: (N, C, *positions), or (*, *features).
+    mask: (N, *positions), one for each leading index where the last dimensions are the features;
+        or of x's shape, where each channel or element has a mask of its own.
+    residual: of x's shape and dtype.
+    given: mean and biased variance, instead of x's own.
+    running: moves towards x's own statistics.
+    group: the processes over which statistics span.
+    inplace: whether y may be written over x; it is not where a gradient is to come.
+    layer: whose call it is, for what is remembered of it.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    form: Form
+    mask: Tensor | None = None
+    residual: Tensor | None = None
+    given: tuple[Tensor, Tensor] | None = None
+    running: Running | None = None
+    group: Any = None
+    inplace: bool = False
+    layer: Any = None
+
+    def differentiated(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.weight, self.bias, self.residual
+
+    def own_mask(self) -> bool:
+        """Whether channels, or elements of a row, have masks of their own."""
+        return self.mask is not None and self.mask.dim() == self.x.dim()
+
+    def num_statistics(self) -> int:
+        return _axes.num_statistics(self.x.shape, self.form.axes)

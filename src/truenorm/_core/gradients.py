@@ -1,0 +1,404 @@
+"""Gradients of the operators, and gradients of those.
+
+First derivatives are a kernel. Second ones differentiate the plain formula of the first, so that
+third and higher ones follow by themselves. Several calls whose statistics span processes go through
+one node, so that they share an exchange forward and one backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import operators, plain, recomputed, spanning
+from .activation import LEAKY_RELU, RELU, RELU6
+from .call import (
+    BY_OUTPUT,
+    KEEP,
+    NEEDS_BIAS,
+    NEEDS_INPUT,
+    NEEDS_RESIDUAL,
+    NEEDS_WEIGHT,
+    Form,
+    form_of,
+)
+from .operators import run, run_masked
+from .route import transformed
+
+Grads = tuple[Tensor | None, ...]
+_NEEDS = NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_RESIDUAL
+
+
+def _cut(flat: Sequence[Any], size: int) -> Iterator[Any]:
+    """A flat list, as autograd wants it, in pieces: one for each call."""
+    return (flat[i : i + size] for i in range(0, len(flat), size))
+
+
+def _flat(pieces: Iterable[Any]) -> list[Any]:
+    return [each for piece in pieces for each in piece]
+
+
+class _Made(NamedTuple):
+    """What the backward of some calls knows of them, besides tensors."""
+
+    forms: Sequence[Form]
+    by_output: Sequence[bool]
+    group: Any
+
+
+class _Pulled(NamedTuple):
+    """What one call's gradients are made of."""
+
+    grad: Tensor
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None  # or y
+    mask: Tensor | None
+    record: Tensor
+
+
+def _saves_output(form: Form, residual: Tensor | None) -> bool:
+    """Whether y is saved rather than the residual: the next layer saves it too."""
+    if residual is None or recomputed.asked():
+        return False
+    # in half precision much of what is below 6 is rounded to 6
+    return (
+        form.act == RELU
+        or (form.act == LEAKY_RELU and form.parameter > 0)
+        or (form.act == RELU6 and residual.element_size() > 2)
+    )
+
+
+def _saved(
+    form: Form, by_output: bool, x: Any, weight: Any, bias: Any, residual: Any, mask: Any, y: Any
+) -> tuple[Any, ...]:
+    """Of a call; without an activation neither bias nor residual is asked for again."""
+    if not form.act:
+        return x, weight, None, None, mask
+    return x, weight, bias, y if by_output else residual, mask
+
+
+# ---------------------------------------------------------------- first derivatives
+
+
+def _by_kernel(made: _Made, pulled: Sequence[_Pulled], wanted: Sequence[Any]) -> list[Any]:
+    """Gradients of (x, weight, bias, residual), call by call; None for what is not wanted."""
+    sums: Sequence[Any] = [None] * len(pulled)
+    if made.group is not None:
+        sums = spanning.gradient_sums(made.forms, made.by_output, pulled, made.group, wanted)
+    found: list[Any] = []
+    for form, by_output, p, want, across in zip(
+        made.forms, made.by_output, pulled, wanted, sums, strict=True
+    ):
+        of_x, of_weight, of_bias, of_residual = want
+        as_it_is = of_residual and not form.act and p.mask is None
+        if across is not None:
+            of_weight = of_bias = False
+        flags = [of_x, of_weight, of_bias, of_residual and not as_it_is]
+        needs = sum(flag for flag, on in zip(_NEEDS, flags, strict=True) if on)
+        grads: list[Any] = [None] * 4
+        if needs:
+            bits, *numbers = form.numbers(p.x, needs | BY_OUTPUT * by_output)
+            tensors = p.x, p.record, p.weight, p.bias, p.mask, p.residual
+            means = None if across is None else across.means
+            made_of = run_masked(
+                operators.norm_backward, p.x, p.mask, p.grad, *tensors, means, bits, *numbers
+            )
+            grads = [g if on else None for g, on in zip(made_of, flags, strict=True)]
+        if as_it_is:
+            grads[3] = p.grad
+        if across is not None:
+            grads[1:3] = across.of_parameters
+        found += [g if w else None for g, w in zip(grads, want, strict=True)]
+    return found
+
+
+def _by_formula(made: _Made, pulled: Sequence[_Pulled]) -> list[Tensor]:
+    """All gradients, as differentiable functions of what is pulled back."""
+    found: list[Tensor] = []
+    for form, by_output, p in zip(made.forms, made.by_output, pulled, strict=True):
+        # mean and variance are functions of x here, unless they are constant
+        given = (p.record[0], p.record[1]) if form.constant else None
+        g = plain.norm_backward(
+            *(p.grad, p.x, p.weight, p.bias, p.mask, p.residual, given, form),
+            by_output=by_output,
+            total=spanning.total(made.group),
+        )
+        shape, dtype = operators.parameter_like(p.x, p.weight, form.axes.feature_dims)
+        parameters = (t.view(shape).to(dtype) for t in (g.weight, g.bias))
+        found += [g.x, *parameters, g.residual]
+    return found
+
+
+def _pull_back(made: _Made, pulled: Sequence[_Pulled], wanted: Sequence[Any]) -> list[Any]:
+    if torch.compiler.is_compiling():
+        return _by_kernel(made, pulled, wanted)
+    if any(transformed(p.grad, p.x, p.weight, p.bias, p.residual) for p in pulled):
+        found: list[Any] = _by_formula(made, pulled)
+        return [g if w else None for g, w in zip(found, _flat(wanted), strict=True)]
+    if torch.is_grad_enabled():
+        return list(NormBackward.apply(made, wanted, *_flat(pulled)))  # type: ignore[no-untyped-call]
+    return _by_kernel(made, pulled, wanted)
+
+
+def pull_back(
+    form: Form, x: Tensor, weight: Tensor | None, record: Tensor, grad: Tensor, needs: int
+) -> list[Any]:
+    """Gradients of one call's x, weight and bias, in a way that can itself be differentiated."""
+    wanted = [[bool(needs & flag) for flag in _NEEDS]]
+    pulled = _Pulled(grad, x, weight, None, None, None, record)
+    return _pull_back(_Made([form], [False], None), [pulled], wanted)[:3]
+
+
+# ---------------------------------------------------------------- the nodes of a graph
+
+
+class Norm(Function):
+    """Outputs of several calls, then their records.
+
+    tensors: for each call x, weight, bias, residual, mask, mean, var.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, forms: Sequence[Form], group: Any, *tensors: Any) -> Any:
+        calls = list(_cut(tensors, 7))
+        outputs, records = [], []
+        saved: list[Any] = []
+        by_output = []
+        across: Sequence[Any] = [None] * len(calls)
+        if group is not None:
+            xs, masks = [c[0] for c in calls], [c[4] for c in calls]
+            across = spanning.statistics(forms, xs, masks, group)
+        for form, (x, weight, bias, residual, mask, mean, var), record in zip(
+            forms, calls, across, strict=True
+        ):
+            if record is None:
+                y, record = norm(form, x, weight, bias, residual, mask, mean, var, KEEP)
+            else:
+                given = record[0], record[1]
+                y, _ = norm(form, x, weight, bias, residual, mask, *given, 0)
+            output = _saves_output(form, residual)
+            saved += _saved(form, output, x, weight, bias, residual, mask, y)
+            by_output.append(output)
+            outputs.append(y)
+            records.append(record)
+        ctx.save_for_backward(*saved, *records)
+        ctx.made = _Made(forms, by_output, group)
+        ctx.bias_dtypes = [None if c[2] is None else c[2].dtype for c in calls]
+        ctx.mark_non_differentiable(*records)
+        return (*outputs, *records)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        calls = len(ctx.made.forms)
+        kept = ctx.saved_tensors  # once: checkpointing gives them out only once
+        pulled = [
+            _Pulled(grad, *saved, record)
+            for grad, saved, record in zip(
+                grads[:calls], _cut(kept[: 5 * calls], 5), kept[5 * calls :], strict=True
+            )
+        ]
+        wanted = [needs[:4] for needs in _cut(ctx.needs_input_grad[2:], 7)]
+        found = _pull_back(ctx.made, pulled, wanted)
+        result: list[Any] = [None, None]
+        for (of_x, of_weight, of_bias, of_residual), dtype in zip(
+            _cut(found, 4), ctx.bias_dtypes, strict=True
+        ):
+            if of_bias is not None and of_bias.dtype != dtype:
+                of_bias = of_bias.to(dtype)
+            result += [of_x, of_weight, of_bias, of_residual, None, None, None]
+        return tuple(result)
+
+
+def norm(
+    form: Form, x: Any, weight: Any, bias: Any, residual: Any, mask: Any, mean: Any, var: Any,
+    flags: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The operator, by its kernel alone."""
+    bits, eps, parameter = form.numbers(x, flags)
+    args = weight, bias, mask, residual, mean, var, bits, eps, parameter, form.padding
+    made: tuple[Tensor, Tensor] = run_masked(operators.norm, x, mask, x, *args)
+    return made
+
+
+class NormBackward(Function):
+    """The gradients of `Norm`, differentiable. tensors: those of `_Pulled`, call by call."""
+
+    @staticmethod
+    def forward(ctx: Any, made: _Made, wanted: Sequence[Any], *tensors: Any) -> Any:
+        ctx.save_for_backward(*tensors)
+        ctx.made, ctx.wanted = made, wanted
+        ctx.set_materialize_grads(False)
+        return tuple(_by_kernel(made, [_Pulled(*p) for p in _cut(tensors, 7)], wanted))
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Any) -> Any:
+        made: _Made = ctx.made
+        kept = list(_cut(ctx.saved_tensors, 7))
+
+        def gradients(*leaves: Any) -> Sequence[Tensor]:
+            five = _cut(leaves, 5)
+            return _by_formula(made, [_Pulled(*f, *k[5:]) for f, k in zip(five, kept, strict=True)])
+
+        asked = tuple(g if w else None for g, w in zip(incoming, _flat(ctx.wanted), strict=True))
+        leaves = tuple(_flat(k[:5] for k in kept))
+        again = _differentiate(gradients, leaves, asked)
+        return None, None, *_flat((*five, None, None) for five in _cut(again, 5))
+
+
+def _differentiate(
+    gradients: Callable[..., Sequence[Tensor]], inputs: Grads, incoming: Grads
+) -> Grads:
+    """Pull `incoming` back through gradients(*inputs), in a way that is itself differentiable."""
+    with torch.enable_grad():
+        # views, so that one tensor passed as two inputs counts as two
+        views = [i.view_as(i) if i is not None and i.requires_grad else i for i in inputs]
+        outputs = gradients(*views)
+        used = [
+            (output, grad.reshape(output.shape).to(output.dtype))
+            for output, grad in zip(outputs, incoming, strict=True)
+            if grad is not None and output.requires_grad
+        ]
+    wanted = [v for v in views if v is not None and v.requires_grad]
+    found: Sequence[Tensor | None] = [None] * len(wanted)
+    if used and wanted:
+        found = torch.autograd.grad(
+            [output for output, _ in used],
+            wanted,
+            [grad for _, grad in used],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+    remaining = iter(found)
+    return tuple(next(remaining) if v is not None and v.requires_grad else None for v in views)
+
+
+class ResponseBackward(Function):
+    """The gradient of `Response`, differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, window: Any, grad: Tensor, x: Tensor) -> Any:
+        ctx.save_for_backward(grad, x)
+        ctx.window = window
+        return run(operators.response_backward, grad, x, *window)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Any) -> Any:
+        return None, *_response_backward_again(ctx, incoming)
+
+
+def _response_backward_again(ctx: Any, incoming: Tensor) -> Grads:
+    def gradients(grad: Tensor, x: Tensor) -> Sequence[Tensor]:
+        return (plain.response_backward(grad, x, *ctx.window),)
+
+    return _differentiate(gradients, ctx.saved_tensors, (incoming,))
+
+
+def _response_pull_back(ctx: Any, grad: Tensor) -> Any:
+    (x,) = ctx.saved_tensors
+    if torch.compiler.is_compiling():
+        return operators.response_backward(grad, x, *ctx.window)
+    if transformed(grad, x):
+        return plain.response_backward(grad, x, *ctx.window)
+    if torch.is_grad_enabled():
+        return ResponseBackward.apply(ctx.window, grad, x)  # type: ignore[no-untyped-call]
+    return run(operators.response_backward, grad, x, *ctx.window)
+
+
+class Response(Function):
+    """x by the energy of its neighbouring channels; window is (size, alpha, beta, k)."""
+
+    @staticmethod
+    def forward(ctx: Any, window: Any, x: Tensor) -> Any:
+        ctx.save_for_backward(x)
+        ctx.window = window
+        return run(operators.response, x, *window)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return None, _response_pull_back(ctx, grad)
+
+
+# ---------------------------------------------------------------- the operators themselves
+# The same formulas, for calls of torch.ops.truenorm, as the compiler makes them.
+
+
+def _register(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    torch.library.register_autograd(f"truenorm::{name}", backward, setup_context=setup)
+
+
+def _setup_norm(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, mask, residual, _, _, bits, *numbers = inputs
+    y, record = output
+    form = form_of(bits, x, *numbers)
+    by_output = _saves_output(form, residual)
+    ctx.mark_non_differentiable(record)
+    ctx.save_for_backward(*_saved(form, by_output, x, weight, bias, residual, mask, y), record)
+    ctx.made = _Made([form], [by_output], None)
+    ctx.bias_dtypes = [None if bias is None else bias.dtype]
+    ctx.keeps = bool(bits & KEEP)
+
+
+def _norm_backward(ctx: Any, grad: Any, *_: Any) -> Any:
+    if not ctx.keeps:
+        raise RuntimeError(
+            "`form` must hold KEEP (=256) where a gradient is to come: the backward reads the "
+            "record; pass form | 256"
+        )
+    of_x, of_weight, of_bias, _mask, of_residual, *_ = ctx.needs_input_grad
+    *saved, record = ctx.saved_tensors
+    wanted = [[of_x, of_weight, of_bias, of_residual]]
+    g_x, g_weight, g_bias, g_residual = _pull_back(
+        ctx.made, [_Pulled(grad, *saved, record)], wanted
+    )
+    if g_bias is not None and g_bias.dtype != ctx.bias_dtypes[0]:
+        g_bias = g_bias.to(ctx.bias_dtypes[0])
+    return g_x, g_weight, g_bias, None, g_residual, *[None] * 6
+
+
+def _setup_norm_backward(ctx: Any, inputs: Any, output: Any) -> None:
+    grad, x, record, weight, bias, mask, residual, sums, bits, eps, parameter = inputs
+    ctx.save_for_backward(grad, x, weight, bias, residual, mask, record)
+    ctx.set_materialize_grads(False)
+    ctx.bits, ctx.alone = bits, sums is None
+    ctx.made = _Made([form_of(bits, x, eps, parameter)], [bool(bits & BY_OUTPUT)], None)
+
+
+def _norm_backward_backward(ctx: Any, *incoming: Any) -> Any:
+    if not ctx.alone:
+        raise NotImplementedError(
+            "`sums` was given: the second derivative needs the other parts of what the statistics "
+            "span; call a layer with `process_group`"
+        )
+    ctx.wanted = [[bool(ctx.bits & flag) for flag in _NEEDS]]
+    _, _, grad, x, weight, bias, residual, *_ = NormBackward.backward(ctx, *incoming)
+    return grad, x, None, weight, bias, None, residual, *[None] * 4
+
+
+def _setup_response(ctx: Any, inputs: Any, output: Any) -> None:
+    x, *ctx.window = inputs
+    ctx.save_for_backward(x)
+
+
+def _response_backward(ctx: Any, grad: Any) -> Any:
+    return _response_pull_back(ctx, grad), *[None] * 4
+
+
+def _setup_response_backward(ctx: Any, inputs: Any, output: Any) -> None:
+    grad, x, *ctx.window = inputs
+    ctx.save_for_backward(grad, x)
+
+
+def _response_backward_backward(ctx: Any, incoming: Any) -> Any:
+    return *_response_backward_again(ctx, incoming), *[None] * 4
+
+
+_register("norm", _setup_norm, _norm_backward)
+_register("norm_backward", _setup_norm_backward, _norm_backward_backward)
+_register("response", _setup_response, _response_backward)
+_register("response_backward", _setup_response_backward, _response_backward_backward)

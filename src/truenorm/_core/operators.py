@@ -1,0 +1,287 @@
+"""The operators: schema, plain kernel, shape rule. gradients.py makes them differentiable.
+
+The schemas stand here, not in C++: without a native library the plain kernels still need them. What
+`form` holds, call.py says; a record is (3, statistics): means, biased variances, counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import (
+    _axes,
+    _library,  # noqa: F401  (loads the native kernels)
+    _triton,
+)
+from .._axes import BATCH
+from . import arguments, plain
+from .call import (
+    BY_OUTPUT,
+    KEEP,
+    NEEDS_BIAS,
+    NEEDS_INPUT,
+    NEEDS_RESIDUAL,
+    NEEDS_WEIGHT,
+    axes_of,
+    form_of,
+)
+
+_CALL = (
+    "Tensor? weight, Tensor? bias, Tensor? mask, Tensor? residual, Tensor? mean, Tensor? var,"
+    " int form, float eps, float parameter, float padding"
+)
+_PULLED = (
+    "Tensor grad, Tensor x, Tensor record, Tensor? weight, Tensor? bias, Tensor? mask,"
+    " Tensor? residual"
+)
+_RUNNING = "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked"
+_WINDOW = "int size, float alpha, float beta, float k"
+_SCHEMAS = {
+    "norm": f"(Tensor x, {_CALL}) -> (Tensor, Tensor)",
+    "norm_": f"(Tensor(a!) x, {_CALL}) -> Tensor",
+    # sums: means over all of which x is a part, where there are others
+    "norm_backward": f"({_PULLED}, Tensor? sums, int form, float eps, float parameter)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "statistics": "(Tensor x, Tensor? mask, int form) -> Tensor",
+    "gradient_sums": f"({_PULLED}, int form, float eps, float parameter) -> Tensor",
+    "move_": f"({_RUNNING}, Tensor record, float? momentum, bool skip_nonfinite) -> ()",
+    # the same once a batch, for compiled graphs: see move_once
+    "move_once_": f"({_RUNNING}, Tensor record, float? momentum, bool skip_nonfinite) -> ()",
+    "response": f"(Tensor x, {_WINDOW}) -> Tensor",
+    "response_backward": f"(Tensor grad, Tensor x, {_WINDOW}) -> Tensor",
+}
+
+# The short way's (eager.py): on a CPU alone and never compiled, so without plain kernel and shape
+# rule. The second output is what the backward needs; what is not asked for is an undefined tensor,
+# None in Python; momentum NaN averages over all batches.
+_EAGER = {
+    "eager_forward": "(Tensor x, Tensor? weight, Tensor? bias, int form, float eps)"
+    " -> (Tensor, Tensor)",
+    "eager_forward_running": "(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean,"
+    " Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, float momentum, int form, float eps)"
+    " -> (Tensor, Tensor)",
+    "eager_apply": "(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, int form,"
+    " float eps) -> (Tensor, Tensor)",
+    "eager_backward": "(Tensor grad, Tensor x, Tensor record, Tensor? weight)"
+    " -> (Tensor, Tensor, Tensor)",
+}
+
+library = arguments.Library("truenorm")
+for _name, _schema in _SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+for _name, _schema in _EAGER.items():
+    library.define(_name + _schema)
+    # called below autograd only: so no guard is needed to get there
+    library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+# ---------------------------------------------------------------- plain kernels, any device
+
+
+def parameter_like(
+    x: Tensor, weight: Tensor | None, feature_dims: int
+) -> tuple[torch.Size, torch.dtype]:
+    """Shape and dtype of the gradients of weight and bias."""
+    shape = x.shape[-feature_dims:] if feature_dims else x.shape[1:2]
+    if weight is not None:
+        return shape, weight.dtype
+    return shape, torch.promote_types(x.dtype, torch.float32)
+
+
+def _norm(
+    x: Tensor, weight: Any, bias: Any, mask: Any, residual: Any, mean: Any, var: Any, *form: Any
+) -> tuple[Tensor, Tensor]:
+    bits, *numbers = form
+    given = None if mean is None else (mean, var)
+    y, record = plain.norm(x, weight, bias, mask, residual, given, form_of(bits, x, *numbers))
+    return y, record if bits & KEEP else record.new_empty(0)
+
+
+def _norm_(x: Tensor, *rest: Any) -> Tensor:
+    y, record = _norm(x, *rest)
+    x.copy_(y)
+    return record
+
+
+def _norm_backward(
+    grad: Tensor, x: Tensor, record: Tensor, weight: Any, bias: Any, mask: Any, residual: Any,
+    sums: Any, bits: int, eps: float, parameter: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    form = form_of(bits, x, eps, parameter)
+    found = plain.norm_backward(
+        *(grad, x, weight, bias, mask, residual, (record[0], record[1]), form),
+        by_output=bool(bits & BY_OUTPUT),
+        sums=sums,
+    )
+    shape, dtype = parameter_like(x, weight, form.axes.feature_dims)
+    parameters = (
+        g.view(shape).to(dtype) if bits & needed else x.new_empty(0, dtype=dtype)
+        for g, needed in ((found.weight, NEEDS_WEIGHT), (found.bias, NEEDS_BIAS))
+    )
+    of_x = found.x if bits & NEEDS_INPUT else x.new_empty(0)
+    # without an activation it is grad itself
+    of_residual = found.residual.clone() if bits & NEEDS_RESIDUAL else x.new_empty(0)
+    return of_x, *parameters, of_residual
+
+
+def _statistics(x: Tensor, mask: Tensor | None, bits: int) -> Tensor:
+    return plain.statistics(x, mask, axes_of(bits, x))
+
+
+def _gradient_sums(
+    grad: Tensor, x: Tensor, record: Tensor, weight: Any, bias: Any, mask: Any, residual: Any,
+    bits: int, eps: float, parameter: float,
+) -> Tensor:  # fmt: skip
+    return plain.gradient_sums(
+        *(grad, x, weight, bias, mask, residual, (record[0], record[1])),
+        form_of(bits, x, eps, parameter),
+        by_output=bool(bits & BY_OUTPUT),
+    )
+
+
+# Activation checkpointing computes a forward again within the backward pass, which is how that
+# is told from a first one, in both of torch's forms of it.
+_graph_task = torch._C._current_graph_task_id
+
+
+def within_backward() -> bool:
+    """Whether this runs within a backward pass, on its thread."""
+    return _graph_task() != -1
+
+
+def move_once(*args: Any) -> None:
+    """Move running statistics, unless the batch is computed again within a backward pass."""
+    if within_backward():
+        return
+    if torch._C._are_functorch_transforms_active():  # whose errors are torch's
+        with torch.no_grad():
+            plain.move(*args)
+        return
+    with torch._C._AutoDispatchBelowAutograd():
+        move(*args)
+
+
+PLAIN: dict[str, Callable[..., Any]] = {
+    "norm": _norm,
+    "norm_": _norm_,
+    "norm_backward": _norm_backward,
+    "statistics": _statistics,
+    "gradient_sums": _gradient_sums,
+    "move_": plain.move,
+    "response": plain.response,
+    "response_backward": plain.response_backward,
+}
+for _name, _kernel in PLAIN.items():
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+# asks, and calls move_: the same on every device
+library.impl("move_once_", move_once, "CompositeExplicitAutograd")
+_triton.register(library, PLAIN)
+
+
+# ---------------------------------------------------------------- shape rules, for the compiler
+
+
+def statistic_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _record_like(x: Tensor, bits: int) -> Tensor:
+    shape = 3, _axes.num_statistics(x.shape, axes_of(bits, x))
+    return x.new_empty(shape, dtype=statistic_dtype(x))
+
+
+def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _axes.empty_result(x, axes_of(rest[-4], x)), _fake_norm_(x, *rest)
+
+
+def _fake_norm_(x: Tensor, *rest: Any) -> Tensor:
+    record = _record_like(x, rest[-4])
+    return record if rest[-4] & KEEP else record.new_empty(0)
+
+
+def _fake_norm_backward(
+    grad: Tensor, x: Tensor, record: Any, weight: Any, bias: Any, mask: Any, residual: Any,
+    sums: Any, bits: int, *numbers: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    axes = axes_of(bits, x)
+    shape, dtype = parameter_like(x, weight, axes.feature_dims)
+
+    def parameter(needed: int) -> Tensor:
+        return x.new_empty(shape if bits & needed else 0, dtype=dtype)
+
+    def result(needed: int) -> Tensor:
+        return _axes.empty_result(x, axes) if bits & needed else x.new_empty(0)
+
+    pair = parameter(NEEDS_WEIGHT), parameter(NEEDS_BIAS)
+    return result(NEEDS_INPUT), *pair, result(NEEDS_RESIDUAL)
+
+
+def _fake_statistics(x: Tensor, mask: Any, bits: int) -> Tensor:
+    return _record_like(x, bits)
+
+
+def _fake_gradient_sums(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    n, c, _ = _axes.ncs(x.shape, axes := axes_of(rest[-3], x))
+    return x.new_empty((2, n * c if axes.num_groups else c), dtype=statistic_dtype(x))
+
+
+def _fake_nothing(*args: Any) -> None:
+    return None
+
+
+def _fake_response(x: Tensor, *window: Any) -> Tensor:
+    return _axes.empty_result(x, BATCH)
+
+
+def _fake_response_backward(grad: Tensor, x: Tensor, *window: Any) -> Tensor:
+    return _axes.empty_result(x, BATCH)
+
+
+_RULES: dict[str, Callable[..., Any]] = {
+    "norm": _fake_norm,
+    "norm_": _fake_norm_,
+    "norm_backward": _fake_norm_backward,
+    "statistics": _fake_statistics,
+    "gradient_sums": _fake_gradient_sums,
+    "move_": _fake_nothing,
+    "move_once_": _fake_nothing,
+    "response": _fake_response,
+    "response_backward": _fake_response_backward,
+}
+for _name, _rule in _RULES.items():
+    library.register_fake(_name, _rule)
+
+
+def run(op: Any, *args: Any) -> Any:
+    """An operator's kernel: the operator itself in a graph, else straight to what it calls."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op._op(*args)
+
+
+def run_masked(op: Any, x: Tensor, mask: Tensor | None, *args: Any) -> Any:
+    """The same of a call with this mask: where each channel has one of its own, the formula."""
+    if mask is not None and mask.dim() == x.dim():
+        return PLAIN[op._opname](*args)
+    return run(op, *args)
+
+
+_defined = torch.ops.truenorm
+norm = _defined.norm.default
+norm_ = _defined.norm_.default
+norm_backward = _defined.norm_backward.default
+statistics = _defined.statistics.default
+gradient_sums = _defined.gradient_sums.default
+move = _defined.move_.default
+move_in_graph = _defined.move_once_.default
+response = _defined.response.default
+response_backward = _defined.response_backward.default
+eager_forward = _defined.eager_forward.default
+eager_forward_running = _defined.eager_forward_running.default
+eager_apply = _defined.eager_apply.default
+eager_backward = _defined.eager_backward.default
