@@ -37,7 +37,7 @@ from torch import Tensor
 
 import truenorm
 import truenorm.functional as F
-from truenorm._ops.masked import masked_backward, masked_forward
+from truenorm._core.masked import masked_backward, masked_forward
 
 Parts = Iterator[Iterable[Tensor | None]]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

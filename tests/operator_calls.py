@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedFakeTensorE
 import truenorm
 
 OPS = torch.ops.truenorm
-LIBRARY = truenorm._ops.operators._library_def
+LIBRARY = truenorm._core.operators.library
 # what the eager operators' `form` may be: csrc/eager.cpp
 BATCH, FIXED, INSTANCE, GROUP, LAYER, RMS = (
     0,

@@ -21,7 +21,7 @@ from truenorm._bench.report import Lines, summary
 from truenorm._bench.results import Result, families
 from truenorm._bench.subject import Subject, validate
 from truenorm._bench.timing import BOTH, DIRECTIONS, FORWARD, Plan, Quartiles, Timing, in_turn
-from truenorm._ops import eager
+from truenorm._core import eager
 from truenorm.cli import main
 
 TINY = Plan(minimum=2, maximum=2, seconds=0.0, round_seconds=1e-6)

@@ -142,9 +142,9 @@ def test_the_short_way_serves_it(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = own(Mixed)
     convert(layer)
     calls = []
-    real = truenorm._ops.eager.call
+    real = truenorm._core.eager.call
     monkeypatch.setattr(
-        truenorm._ops.eager, "call", lambda *args: calls.append(args) or real(*args)
+        truenorm._core.eager, "call", lambda *args: calls.append(args) or real(*args)
     )
     layer(x)
     assert len(calls) == 1

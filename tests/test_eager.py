@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import truenorm
 from truenorm import _library
-from truenorm._ops import eager, operators
+from truenorm._core import eager, operators
 
 native = pytest.mark.skipif(_library.NATIVE is None, reason="needs the native library")
 # the other two have no short way

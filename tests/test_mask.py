@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import truenorm
 from truenorm import _axes
-from truenorm._ops import masked
+from truenorm._core import masked
 
 LAYERS: dict[str, Any] = {
     "InstanceNorm1d": lambda: truenorm.InstanceNorm1d(5, affine=True),

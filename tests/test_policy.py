@@ -137,7 +137,7 @@ def test_checkpoint_counts_once(
     make: Callable[[], Any], reentrant: bool, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if how == "long":
-        monkeypatch.setattr(truenorm._ops.eager, "call", lambda *_: None)
+        monkeypatch.setattr(truenorm._core.eager, "call", lambda *_: None)
     layer = make()
     other = copy.deepcopy(layer)
     x, grad = data(4, 5, 3, 7), data(4, 5, 3, 7)

@@ -24,7 +24,7 @@ from on_triton import (
 
 import truenorm
 from truenorm import _axes, _triton
-from truenorm._ops import operators
+from truenorm._core import operators
 from truenorm._triton import config
 
 ROOT = Path(__file__).parent.parent

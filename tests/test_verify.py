@@ -15,7 +15,7 @@ from torch import Tensor
 
 from truenorm import functional
 from truenorm._extras import CommandError
-from truenorm._ops import eager
+from truenorm._core import eager
 from truenorm._verify import add_parser, differs
 from truenorm._verify.cases import LAYERS, SPECS, in_layout, layouts_of
 from truenorm._verify.command import measure

@@ -47,7 +47,9 @@ def act_backward(grad: Tensor, z: Tensor, kind: int, parameter: float) -> Tensor
         case 4:
             return aten.elu_backward(grad, parameter, 1.0, 1.0, False, z)  # type: ignore[no-any-return]
         case 5:
-            return aten.silu_backward(grad, z)  # type: ignore[no-any-return]
+            # torch's own has no derivative
+            sigmoid = torch.sigmoid(z)
+            return grad * sigmoid * (1.0 + z * (1.0 - sigmoid))
         case 6:
             return aten.gelu_backward(grad, z)  # type: ignore[no-any-return]
         case 7:

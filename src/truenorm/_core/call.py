@@ -111,7 +111,7 @@ class Call(NamedTuple):
     inplace: bool = False
     layer: Any = None
 
-    def differentiated(self) -> tuple[Tensor | None, ...]:
+    def differentiated(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         return self.x, self.weight, self.bias, self.residual
 
     def own_mask(self) -> bool:

@@ -99,8 +99,9 @@ def _pull_back(x: Tensor, weight: Tensor | None, kept: Any, grad: Tensor) -> lis
     moments = record[:-2].view(2, -1)
     num_groups = x.shape[1] if form & INSTANCE else form >> 16
     axes = Axes(num_groups, form >> 8 & 0xFF, not form & _UNCENTRED)
-    whole = Form(axes, eps, bool(form & FIXED))
-    return gradients.pull_back(whole, x, weight, moments, grad, form & _NEEDS)
+    count = moments.new_full((1, moments.shape[1]), x.numel() // moments.shape[1])
+    whole = Form(axes, eps, bool(form & FIXED)), x, weight, torch.cat([moments, count])
+    return gradients.pull_back(*whole, grad, form & _NEEDS)
 
 
 class Normalize(Function):

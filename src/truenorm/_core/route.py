@@ -65,8 +65,9 @@ def way_of(x: Tensor, *others: Tensor | None) -> int:
 
 def way(call: Call) -> int:
     """One of the five above, for a whole call."""
-    given = call.given or ()
-    found = way_of(call.x, call.weight, call.bias, call.residual, *given)
+    if call.given is not None:
+        sharding.wanted(call.x, *call.given)  # which refuses what is sharded beside a plain x
+    found = way_of(*call.differentiated())
     if found in (KERNEL, GRAPH) and call.own_mask():
         return PLAIN
     return found
