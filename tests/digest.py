@@ -37,7 +37,8 @@ from torch import Tensor
 
 import truenorm
 import truenorm.functional as F
-from truenorm._core.masked import masked_backward, masked_forward
+from truenorm._axes import BATCH, Axes, layer
+from truenorm._core.call import KEEP, Form
 
 Parts = Iterator[Iterable[Tensor | None]]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -175,9 +176,7 @@ def masked() -> Parts:
 
 
 def masked_parts(x: Tensor, mask: Tensor, groups: int) -> Parts:
-    made = masked_forward(x, mask, None, None, groups, 1e-5, 1.5)
-    yield made
-    yield masked_backward(x, x, mask, *made[1:3], None, groups, 1e-5, 7)
+    return called(Axes(groups, 0, True), x, x, mask=mask)
 
 
 @kind
@@ -187,7 +186,7 @@ def activated() -> Parts:
     for act in range(9):
         for dtype in DTYPES:
             for make, shape in (("BatchNorm2d", (3, 70, 9, 7)), ("LayerNorm", (5, 131))):
-                axes = (0, 0, True) if make == "BatchNorm2d" else (1, 1, True)
+                axes = BATCH if make == "BatchNorm2d" else layer(1)
                 for hard in (False, True):
                     x, r = ((4 * torch.randn(shape)).to(dtype) for _ in range(2))
                     if hard:
@@ -195,18 +194,38 @@ def activated() -> Parts:
                         x.view(-1)[-8:] = special.to(dtype)
                     for place in layouts(shape).values():
                         for residual in (place(r), None) if act else (place(r),):
-                            yield from activated_parts(place(x), place(r), residual, axes, act)
+                            yield from called(
+                                axes, place(x), place(r), residual=residual, act=act
+                            )
 
 
-def activated_parts(
-    x: Tensor, grad: Tensor, residual: Tensor | None, axes: tuple[int, int, bool], act: int
+@kind
+def masked_and_activated() -> Parts:
+    for act in range(9):
+        for dtype in DTYPES:
+            for axes, shape in ((BATCH, (3, 7, 90)), (Axes(7, 0, True), (3, 7, 90)), (layer(1), (6, 131))):
+                x, r = ((4 * torch.randn(shape)).to(dtype) for _ in range(2))
+                mask = torch.rand(shape[0], *shape[2:] if not axes.feature_dims else ()) < 0.6
+                residual = r if act % 2 else None
+                yield from called(axes, x, r, mask=mask, residual=residual, act=act)
+
+
+def called(
+    axes: Axes,
+    x: Tensor,
+    grad: Tensor,
+    *,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: int = 0,
 ) -> Parts:
-    forward = torch.ops.truenorm.forward_act.default
-    backward = torch.ops.truenorm.backward_act.default
-    y, mean, var = forward(x, None, None, residual, *axes, 1e-5, act, 0.3)
-    yield (y,)
-    given = grad, x, mean, var, None, None, residual, *axes, 1e-5, False, act, 0.3
-    yield backward(*given, 15 if residual is not None else 7)
+    ops: Any = torch.ops.truenorm
+    form = Form(axes, 1e-5, act=act, parameter=0.3)
+    given = None, None, mask, residual
+    y, record = ops.norm(x, *given, None, None, *form.numbers(x, KEEP), 1.5)
+    yield y, record
+    needs = 15 if residual is not None else 7
+    yield ops.norm_backward(grad, x, record, *given, None, *form.numbers(x, needs))
 
 
 def add(digest: Any, part: Tensor | None) -> None:

@@ -25,6 +25,8 @@ import truenorm
 
 OPS = torch.ops.truenorm
 LIBRARY = truenorm._core.operators.library
+# of the others' `form`: call.py
+CONSTANT, UNCENTRED, KEEP = 32, 64, 256
 # what the eager operators' `form` may be: csrc/eager.cpp
 BATCH, FIXED, INSTANCE, GROUP, LAYER, RMS = (
     0,
@@ -50,18 +52,23 @@ def operators(backend: str = truenorm.info().cpu) -> list[str]:
 
 
 def _shapes(draw: random.Random, names: list[str]) -> tuple[tuple[int, ...], tuple[int, int, bool]]:
-    """A shape of x, and axes that fit it."""
+    """A shape of x, and axes that fit it: (num_groups, feature_dims, centred)."""
     shape = tuple(draw.choice((1, 2, 3, 4, 6, 33)) for _ in range(draw.choice((2, 3, 4, 4, 5))))
     shape = (shape[0], draw.choice((2, 4, 6)), *shape[2:])
-    if "num_groups" not in names:
+    if "form" not in names:
         return shape, (0, 0, True)
     groups = draw.choice((0, 1, 2, shape[1]))
-    if "feature_dims" in names and draw.random() < 0.4:
+    if "sums" not in names and draw.random() < 0.4:
         return shape, (1, draw.randint(1, len(shape)), draw.random() < 0.5)
     return shape, (groups, 0, True)
 
 
-def _form(draw: random.Random, operator: str) -> int:
+def _form(draw: random.Random, operator: str, axes: tuple[int, int, bool]) -> int:
+    if not operator.startswith("eager_"):
+        groups, dims, centred = axes
+        flags = draw.randint(0, 15) | draw.choice((0, CONSTANT)) | draw.choice((0, KEEP))
+        flags |= draw.randint(0, 8) << 16 | (0 if centred else UNCENTRED)
+        return flags | dims << 24 | (0 if dims else groups) << 32
     if operator == "eager_forward_running":
         return draw.choice((BATCH, INSTANCE)) | 7
     if operator == "eager_apply":
@@ -78,8 +85,8 @@ def valid(operator: str, draw: random.Random) -> dict[str, Any]:
     x = torch.randn(shape, dtype=torch.float64).to(dtype)
     if len(shape) == 4 and draw.random() < 0.3:
         x = x.contiguous(memory_format=torch.channels_last)
-    form = _form(draw, operator)
-    if "form" in names or "record" in names:
+    form = _form(draw, operator, axes)
+    if operator.startswith("eager_"):
         groups = shape[1] if form & INSTANCE else form >> 16
         axes = groups, form >> 8 & 0xFF, not form & 16
     groups, dims, _ = axes
@@ -94,35 +101,35 @@ def valid(operator: str, draw: random.Random) -> dict[str, Any]:
         "x": x,
         "grad": torch.randn(shape).to(dtype),
         "residual": torch.randn(shape).to(dtype) if draw.random() < 0.7 else None,
-        "mask": torch.rand(shape[:1] + shape[2:]) < 0.6,
+        "mask": torch.rand(shape[: len(shape) - dims] if dims else shape[:1] + shape[2:]) < 0.6,
         "weight": torch.randn(features).to(of_parameters) if draw.random() < 0.7 else None,
         "bias": torch.randn(features).to(of_parameters) if draw.random() < 0.7 else None,
         "mean": per(statistics),
         "var": per(statistics),
-        "mean_grad": per(statistics),
-        "mean_grad_x_hat": per(statistics),
+        "sums": per(2 * statistics).view(2, -1) if draw.random() < 0.3 else None,
+        "record": per(3 * statistics).view(3, -1),
         "running_mean": per(shape[1]).float(),
         "running_var": per(shape[1]).float(),
         "num_batches_tracked": torch.tensor(3),
-        "count": None,
-        "num_groups": groups,
-        "feature_dims": dims,
-        "centred": axes[2],
         "eps": 1e-5,
-        "fixed": draw.random() < 0.3,
-        "needs": draw.randint(0, 15 if "residual" in names else 7),
-        "act": draw.randint(0, 8),
         "parameter": 0.3,
         "momentum": 0.1,
         "skip_nonfinite": draw.random() < 0.3,
-        "padding_value": 1.5,
+        "padding": 1.5,
         "size": draw.randint(1, 7),
         "alpha": 1e-2,
         "beta": 0.75,
         "k": 1.0,
         "form": form,
     }
-    if "record" in names:
+    if operator in ("norm", "norm_"):
+        for name in ("mask",) if draw.random() < 0.5 else ():
+            made[name] = None
+        if draw.random() < 0.6:
+            made["mean"] = made["var"] = None
+    if operator == "move_" or operator == "move_once_":
+        made["record"] = per(3 * shape[1] * draw.choice((1, 4))).view(3, -1)
+    if operator == "eager_backward":
         bits = form | 7
         made["record"] = torch.cat([per(2 * statistics), torch.tensor([1e-5, bits]).double()])
     return {name: made[name] for name in names}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import truenorm
 from truenorm import _axes
-from truenorm._core import masked
+from truenorm._core import plain
+from truenorm._core.call import KEEP, Form
 
 LAYERS: dict[str, Any] = {
     "InstanceNorm1d": lambda: truenorm.InstanceNorm1d(5, affine=True),
@@ -208,31 +209,22 @@ def test_second_derivatives(name: str) -> None:
     assert torch.autograd.gradgradcheck(call, (x, weight))
 
 
-def test_operators_are_whole() -> None:
-    x = torch.randn(3, 4, 5, 2, requires_grad=True)
-    mask = torch.rand(3, 5, 2) < 0.5
-    weight = torch.randn(4, requires_grad=True)
-    for groups in (0, 4, 2):
-        args = x, mask, weight, None, groups, 1e-5, 0.5
-        torch.library.opcheck(torch.ops.truenorm.masked_forward.default, args)
-        y, mean, var, _ = masked.masked_forward(*args)
-        grads = y.detach(), x.detach(), mask, mean, var, weight.detach(), groups, 1e-5, 7
-        torch.library.opcheck(torch.ops.truenorm.masked_backward.default, grads)
-
-
 @pytest.mark.parametrize("groups", [0, 2, 4])
 def test_kernels_and_plain_formulas_agree(groups: int) -> None:
+    ops: Any = torch.ops.truenorm
     x, grad, weight = torch.randn(3, 4, 50), torch.randn(3, 4, 50), torch.randn(4)
+    form = Form(_axes.Axes(groups, 0, True), 1e-5, padding=2.0)
     for mask in masks((3, 4, 50)).values():
-        axes = _axes.Axes(groups, 0, True)
-        made = masked.masked_forward(x, mask, weight, weight, groups, 1e-5, 2.0)
-        plain = masked.plain_forward(x, mask, weight, weight, axes, 1e-5, 2.0)
-        for a, b in zip(made, plain, strict=True):
+        y, record = ops.norm(
+            *(x, weight, weight, mask, None, None, None), *form.numbers(x, KEEP), 2.0
+        )
+        by_formula = plain.norm(x, weight, weight, mask, None, None, form)
+        for a, b in zip((y, record), by_formula, strict=True):
             torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-6, atol=1e-6)
-        _, mean, var, _ = made
-        ours = masked.masked_backward(grad, x, mask, mean, var, weight, groups, 1e-5, 7)
-        theirs = masked.plain_backward(grad, x, mask, weight, axes, 1e-5)
-        for a, b in zip(ours, theirs, strict=True):
+        tensors = grad, x, record, weight, weight, mask, None, None
+        ours = ops.norm_backward(*tensors, *form.numbers(x, 7))
+        theirs = plain.norm_backward(grad, x, weight, weight, mask, None, None, form)
+        for a, b in zip(ours[:3], theirs[:3], strict=True):
             torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-5, atol=1e-5)
 
 
@@ -309,11 +301,12 @@ def test_without_eps_what_has_no_values_leaves_no_nan() -> None:
     axes, mask = _axes.instance(3), torch.arange(9) < torch.tensor([[0], [9]])
     x, weight = torch.randn(2, 3, 9, requires_grad=True), torch.randn(3, requires_grad=True)
     grad = torch.randn(2, 3, 9)
-    y = masked.plain_forward(x, mask, weight, None, axes, 0.0, 0.0).y
+    form = Form(axes, 0.0)
+    y, _ = plain.norm(x, weight, None, mask, None, None, form)
     by_autograd = torch.autograd.grad(y, (x, weight), grad)
     alone = torch.nn.functional.instance_norm(x[1:], weight=weight, eps=0.0)
     expected = torch.autograd.grad(alone, (x, weight), grad[1:])
-    by_formula = masked.plain_backward(grad, x, mask, weight, axes, 0.0)
+    by_formula = plain.norm_backward(grad, x, weight, None, mask, None, None, form)
     for found in (by_autograd, by_formula):
         for ours, theirs in zip(found, expected, strict=False):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, check_dtype=False)

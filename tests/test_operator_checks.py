@@ -41,147 +41,174 @@ def test_random_calls(backend: str) -> None:
 
 X = torch.arange(24.0).reshape(2, 4, 3)
 FOUR, DOUBLES = torch.ones(4), torch.ones(4, dtype=torch.float64)
-AXES = (0, 0, True)
-RUNNING = (torch.zeros(4), torch.ones(4), torch.tensor(3), X, DOUBLES, DOUBLES, 0.1)
+LAYER, GROUP = 1 << 24, 1 << 32
+RUNNING = (torch.zeros(4), torch.ones(4), torch.tensor(3), torch.ones(3, 4).double(), 0.1, False)
+NUMBERS = (1e-5, 0.0)  # eps, and the activation's parameter
+
+
+def norm(x: Any, form: int = 0, **tensors: Any) -> tuple[Any, ...]:
+    names = ("weight", "bias", "mask", "residual", "mean", "var")
+    return (x, *(tensors.get(name) for name in names), form, *NUMBERS, 0.0)
+
+
+def pulled(form: int = 7, **tensors: Any) -> tuple[Any, ...]:
+    names = ("grad", "x", "record", "weight", "bias", "mask", "residual", "sums")
+    default = {"grad": X, "x": X, "record": torch.ones(3, 4).double()}
+    return (*({**default, **tensors}.get(name) for name in names), form, *NUMBERS)
+
+
 # operator, arguments, the words of the error: the same of C++ kernel, plain kernel and shape rule
 REFUSED: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "short weight": (
-        "forward",
-        (X, torch.ones(3), None, *AXES, 1e-5),
+        "norm",
+        norm(X, weight=torch.ones(3)),
         "`weight` must have shape (4,), one value per channel of `x` of shape (2, 4, 3), but got "
         "shape (3,): pass one of that shape, or None",
     ),
     "bias of integers": (
-        "forward",
-        (X, None, FOUR.long(), *AXES, 1e-5),
+        "norm",
+        norm(X, bias=FOUR.long()),
         "`bias` has dtype torch.int64: truenorm has no kernel for this dtype; pass bias.float()",
     ),
     "weight of features": (
-        "forward",
-        (X, FOUR, None, 1, 2, True, 1e-5),
+        "norm",
+        norm(X, 2 * LAYER, weight=FOUR),
         "`weight` must have shape (4, 3), one value per channel of `x` of shape (2, 4, 3), but got "
         "shape (4,): pass one of that shape, or None",
     ),
     "groups that do not divide": (
-        "forward",
-        (X, None, None, 3, 0, True, 1e-5),
+        "norm",
+        norm(X, 3 * GROUP),
         "`num_groups` (=3) must be 0, or divide the 4 channels of `x` of shape (2, 4, 3): pass a "
         "divisor of 4",
     ),
     "groups past all memory": (
-        "masked_forward",
-        (X, torch.ones(2, 3, dtype=torch.bool), None, None, 2**40, 1e-5, 0.0),
-        f"`num_groups` (={2**40}) must be 0, or divide the 4 channels of `x` of shape (2, 4, 3): "
+        "norm",
+        norm(X, 2**30 * GROUP, mask=torch.ones(2, 3, dtype=torch.bool)),
+        f"`num_groups` (={2**30}) must be 0, or divide the 4 channels of `x` of shape (2, 4, 3): "
         "pass a divisor of 4",
     ),
     "features past the dimensions": (
-        "forward",
-        (X, None, None, 1, 4, True, 1e-5),
+        "norm",
+        norm(X, 4 * LAYER),
         "`feature_dims` (=4) must be from 0 to 3, the dimensions of `x` of shape (2, 4, 3): pass "
         "how many of the last dimensions share a statistic",
     ),
     "features in groups": (
-        "forward",
-        (X, None, None, 2, 1, True, 1e-5),
-        "`num_groups` (=2) must be 1 where `feature_dims` (=1) is not 0: pass 1",
+        "norm",
+        norm(X, 2 * GROUP | LAYER),
+        "`num_groups` (=2) must be 0 where `feature_dims` (=1) is not: pass 0",
     ),
     "one dimension": (
-        "moments",
-        (FOUR,),
+        "statistics",
+        (FOUR, None, 0),
         "`x` of shape (4,) needs the dimensions (N, C, …): add them with x[None]",
     ),
     "nothing": (
-        "moments",
-        (X[:0],),
-        "truenorm::moments takes no empty tensor: it has no moments, and `x` has shape (0, 4, 3); "
-        "pass a tensor that holds values",
+        "statistics",
+        (X[:0], None, 0),
+        "truenorm::statistics takes no empty tensor: it has no moments, and `x` has shape "
+        "(0, 4, 3); pass a tensor that holds values",
     ),
     "short mean": (
-        "apply",
-        (X, FOUR[:3], FOUR, None, None, 1e-5),
+        "norm",
+        norm(X, mean=FOUR[:3], var=FOUR),
         "`mean` must hold 4 values, one per statistic of `x` of shape (2, 4, 3), but got shape "
         "(3,): pass what was returned for this x and these axes",
     ),
+    "a mean alone": (
+        "norm",
+        norm(X, mean=FOUR),
+        "`var` is None, and its pair is given: pass both, or neither",
+    ),
+    "short record": (
+        "norm_backward",
+        pulled(record=torch.ones(2, 4).double()),
+        "`record` must hold 12 values, one per statistic of `x` of shape (2, 4, 3), but got shape "
+        "(2, 4): pass what was returned for this x and these axes",
+    ),
     "gradient of another shape": (
-        "backward",
-        (X[:, :2], X, FOUR, FOUR, None, *AXES, 1e-5, False, 7),
+        "norm_backward",
+        pulled(grad=X[:, :2]),
         "`grad` must have the shape of `x`, (2, 4, 3), but got shape (2, 2, 3): pass one like x",
     ),
-    "needs that there is not": (
-        "backward",
-        (X, X, FOUR, FOUR, None, *AXES, 1e-5, False, 8),
-        "`needs` (=8) must be from 0 to 7, the sum of 1 (of x), 2 (of weight) and 4 (of bias)",
+    "a form that there is not": (
+        "norm",
+        norm(X, -8),
+        "`form` (=-8) must be a number that `Form.bits` of call.py made",
     ),
     "an output that is not given": (
-        "backward_act",
-        (X, X, FOUR, FOUR, None, None, None, *AXES, 1e-5, False, 1, 0.0, 17),
-        "`needs` (=16) must be less than 16 where `residual` is None: pass the output as residual",
+        "norm_backward",
+        pulled(1 << 16 | 17),
+        "`residual` is None, where `form` says that it holds the output: pass the output as "
+        "residual",
     ),
     "activation that there is not": (
-        "apply_act",
-        (X, FOUR, FOUR, None, None, None, 1e-5, 9, 0.0),
+        "norm",
+        norm(X, 9 << 16),
         "`act` (=9) must be from 0 to 8 (truenorm: no such activation): see csrc/activation.h",
     ),
     "residual of another dtype": (
-        "apply_act",
-        (X, FOUR, FOUR, None, None, X.double(), 1e-5, 1, 0.0),
+        "norm",
+        norm(X, 1 << 16, residual=X.double()),
         "`residual` must have the shape of `x`, (2, 4, 3) and its dtype, torch.float32, but got "
         "shape (2, 4, 3) and torch.float64: pass one like x (truenorm: the residual's shape and "
         "dtype must be the input's)",
     ),
     "expanded input in place": (
-        "apply_act_",
-        (X[:1].expand(2, 4, 3), FOUR, FOUR, None, None, None, 1e-5, 1, 0.0),
+        "norm_",
+        norm(X[:1].expand(2, 4, 3), 1 << 16),
         "`x` of shape (2, 4, 3) is expanded: several of its elements are one in memory, and it is "
         "written to; pass x.contiguous()",
     ),
     "mask of another shape": (
-        "masked_forward",
-        (X, torch.ones(2, 4, dtype=torch.bool), None, None, 0, 1e-5, 0.0),
+        "norm",
+        norm(X, mask=torch.ones(2, 4, dtype=torch.bool)),
         "truenorm: a mask must be a contiguous boolean tensor (N, *positions): `mask` must hold 6 "
         "values for `x` of shape (2, 4, 3), but got shape (2, 4) and dtype torch.bool; pass "
         "mask.bool().contiguous()",
     ),
     "window of nothing": (
-        "local_response_norm",
+        "response",
         (X, 0, 1e-4, 0.75, 1.0),
         "`size` (=0) must be at least 1, the channels of a window",
     ),
     "no running statistics": (
-        "update_running_",
+        "move_",
         (FOUR[:0], *RUNNING[1:]),
         "`running_mean` must be of shape (C,), one value per channel, but got shape (0,) and dtype "
         "torch.float32",
     ),
     "running statistics of two dimensions": (
-        "update_running_",
+        "move_",
         (torch.zeros(2, 2), *RUNNING[1:]),
         "`running_mean` must be of shape (C,), one value per channel, but got shape (2, 2) and "
         "dtype torch.float32",
     ),
     "expanded running statistics": (
-        "update_running_",
+        "move_",
         (RUNNING[0], torch.ones(1).expand(4), *RUNNING[2:]),
         "`running_var` of shape (4,) is expanded: several of its elements are one in memory, and "
         "it is written to; pass running_var.contiguous()",
     ),
     "a count of another dtype": (
-        "update_running_",
+        "move_",
         (*RUNNING[:2], torch.tensor(3.0), *RUNNING[3:]),
         "`num_batches_tracked` must be one torch.int64 value, but got shape () and dtype "
         "torch.float32",
     ),
     "no count": (
-        "update_running_",
-        (*RUNNING[:2], None, *RUNNING[3:6], None),
+        "move_",
+        (*RUNNING[:2], None, RUNNING[3], None, False),
         "`num_batches_tracked` must be a tensor where `momentum` is None: pass the count of "
         "batches, or a momentum",
     ),
-    "statistics that are no multiple": (
-        "update_running_",
-        (*RUNNING[:4], DOUBLES[:3], DOUBLES[:3], 0.1),
-        "`mean` must hold 4 values, one per channel of `running_mean`, or as many for each sample "
-        "of `x` of shape (2, 4, 3), but got shape (3,): pass what was returned for this x",
+    "a record of no multiple": (
+        "move_",
+        (*RUNNING[:3], torch.ones(3, 3).double(), 0.1, False),
+        "`record` must have shape (3, 4), mean, variance and count of each channel of "
+        "`running_mean`, or as many for each sample, but got shape (3, 3): pass what `norm` or "
+        "`statistics` returned",
     ),
 }
 
@@ -206,12 +233,12 @@ def test_the_words(case: str) -> None:
 
 def test_devices_that_differ() -> None:
     with pytest.raises(RuntimeError, match="`weight` is on device meta, but `x` is on cpu"):
-        OPS.forward(X, FOUR.to("meta"), None, *AXES, 1e-5)
+        OPS.norm(*norm(X, weight=FOUR.to("meta")))
 
 
 def test_a_window_of_more_than_all_channels() -> None:
     for x in (X, X.double()):
-        expected = OPS.local_response_norm(x, 9, 1e-1 * 9, 0.75, 1.0)
+        expected = OPS.response(x, 9, 1e-1 * 9, 0.75, 1.0)
         huge = 2**40
-        made = OPS.local_response_norm(x, huge, 1e-1 * huge, 0.75, 1.0)
+        made = OPS.response(x, huge, 1e-1 * huge, 0.75, 1.0)
         assert torch.allclose(made, expected)

@@ -10,16 +10,17 @@ from cases import LAYOUTS
 from torch import Tensor
 from torch.library import opcheck
 
-import truenorm  # noqa: F401  (registers the operators)
+from truenorm._axes import BATCH, Axes, group, instance, layer, rms
+from truenorm._core.call import BY_OUTPUT, KEEP, Form
 
 OPS = torch.ops.truenorm
-# (num_groups, feature_dims, centred), the shape, the number of parameters
-AXES = {
-    "batch": ((0, 0, True), (3, 4, 5, 2), 4),
-    "instance": ((4, 0, True), (3, 4, 5, 2), 4),
-    "group": ((2, 0, True), (3, 4, 5, 2), 4),
-    "layer": ((1, 2, True), (3, 4, 5, 2), (5, 2)),
-    "rms": ((1, 1, False), (3, 4, 5, 2), 2),
+# which values share a statistic, the shape, the shape of weight and bias
+AXES: dict[str, tuple[Axes, tuple[int, ...], Any]] = {
+    "batch": (BATCH, (3, 4, 5, 2), 4),
+    "instance": (instance(4), (3, 4, 5, 2), 4),
+    "group": (group(2), (3, 4, 5, 2), 4),
+    "layer": (layer(2), (3, 4, 5, 2), (5, 2)),
+    "rms": (rms(1), (3, 4, 5, 2), 2),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BY_AXES = pytest.mark.parametrize("axes", AXES)
@@ -40,105 +41,149 @@ def placed(
     return LAYOUTS[layout](tensor(shape, dtype, grad=False)).requires_grad_(grad)
 
 
-def statistics(x: Tensor, spec: tuple[int, int, bool]) -> tuple[Tensor, Tensor]:
-    _, mean, var = OPS.forward.default(x.detach(), None, None, *spec, 1e-5)
-    return mean, var
+def mask_of(shape: Any, axes: Axes) -> Tensor:
+    if axes.feature_dims:
+        return torch.rand(shape[: len(shape) - axes.feature_dims]) < 0.6
+    return torch.rand(shape[0], *shape[2:]) < 0.6
+
+
+def numbers(x: Tensor, axes: Axes, flags: int, act: int = 0, **form: Any) -> tuple[Any, ...]:
+    """(form, eps, parameter)"""
+    parameter = 0.2 if act in (2, 4) else 0.0
+    return Form(axes, 1e-3, act=act, parameter=parameter, **form).numbers(x, flags)
+
+
+def norm_args(x: Tensor, axes: Axes, given: Any = (None, None), **more: Any) -> tuple[Any, ...]:
+    """norm's, by name what is not None or 0."""
+    tensors = (more.pop(name, None) for name in ("weight", "bias", "mask", "residual"))
+    return (x, *tensors, *given, *numbers(x, axes, KEEP, **more), 1.5)
+
+
+def record_of(x: Tensor, axes: Axes, mask: Tensor | None = None) -> Tensor:
+    record: Tensor = OPS.statistics(x.detach(), mask, Form(axes, 0.0).bits(x))
+    return record
 
 
 @BY_LAYOUT
 @BY_AXES
-def test_forward(axes: str, layout: str) -> None:
-    spec, shape, size = AXES[axes]
+def test_norm(axes: str, layout: str) -> None:
+    own, shape, size = AXES[axes]
     x = placed(shape, layout)
     bias = None if axes == "rms" else tensor(size)
-    opcheck(OPS.forward.default, (x, tensor(size), bias, *spec, 1e-5))
+    opcheck(OPS.norm.default, norm_args(x, own, weight=tensor(size), bias=bias))
 
 
 @BY_DTYPE
 @BY_AXES
-def test_forward_dtypes(axes: str, dtype: torch.dtype) -> None:
-    spec, shape, size = AXES[axes]
-    x = tensor(shape, dtype)
-    weight = tensor(size, dtype)
-    opcheck(OPS.forward.default, (x, weight, None, *spec, 1e-3), **AUTOGRAD_TOLERANCES)
+def test_norm_dtypes(axes: str, dtype: torch.dtype) -> None:
+    own, shape, size = AXES[axes]
+    args = norm_args(tensor(shape, dtype), own, weight=tensor(size, dtype))
+    opcheck(OPS.norm.default, args, **AUTOGRAD_TOLERANCES)
 
 
 @BY_LAYOUT
-def test_apply(layout: str) -> None:
+@BY_AXES
+def test_norm_of_everything(axes: str, layout: str) -> None:
+    """Mask, activation, residual, statistics of its own and given ones."""
+    own, shape, size = AXES[axes]
+    place = list(AXES).index(axes)
+    x, residual = placed(shape, layout), placed(shape, "contiguous")
+    more: dict[str, Any] = {"weight": tensor(size), "mask": mask_of(shape, own), "act": place + 1}
+    if place % 2:
+        more |= {"residual": residual, "bias": tensor(size)}
+    opcheck(OPS.norm.default, norm_args(x, own, **more), **AUTOGRAD_TOLERANCES)
+    mean, var, _ = record_of(x, own)
+    args = norm_args(x, own, (mean + 0.3, var + 0.7), constant=True, **more)
+    opcheck(OPS.norm.default, args, **AUTOGRAD_TOLERANCES)
+    detached = [a.detach() if isinstance(a, Tensor) else a for a in args]
+    opcheck(OPS.norm_.default, detached)
+
+
+@BY_LAYOUT
+def test_norm_by_running_statistics(layout: str) -> None:
     mean, var = tensor(4, grad=False), tensor(4, grad=False).abs() + 0.5
     for dtype, with_weight in zip(DTYPES, (True, False, True, False), strict=True):
         x = placed((3, 4, 5, 2), layout, dtype)
         weight = tensor(4) if with_weight else None
-        arguments = (x, mean, var, weight, tensor(4), 1e-5)
-        opcheck(OPS.apply.default, arguments, **AUTOGRAD_TOLERANCES)
-
-
-@pytest.mark.parametrize("needs", [1, 6])
-@pytest.mark.parametrize("fixed", [False, True])
-def test_backward_in_part(fixed: bool, needs: int) -> None:
-    spec, shape, size = AXES["batch"]
-    x = tensor(shape)
-    mean, var = statistics(x, spec)
-    if fixed:
-        mean, var = mean + 0.3, var + 0.7
-    arguments = (tensor(shape), x, mean, var, tensor(size), *spec, 1e-5, fixed, needs)
-    opcheck(OPS.backward.default, arguments, **AUTOGRAD_TOLERANCES)
+        args = norm_args(x, BATCH, (mean, var), constant=True, weight=weight, bias=tensor(4))
+        opcheck(OPS.norm.default, args, **AUTOGRAD_TOLERANCES)
 
 
 @pytest.mark.parametrize("of_grad", ["channels_last", "sliced"])
 @BY_AXES
 def test_backward(axes: str, of_grad: str) -> None:
-    spec, shape, size = AXES[axes]
-    x = placed(shape, "channels_last")
-    grad = placed(shape, of_grad)
-    arguments = (grad, x, *statistics(x, spec), tensor(size), *spec, 1e-5, False, 7)
-    opcheck(OPS.backward.default, arguments, **AUTOGRAD_TOLERANCES)
+    own, shape, size = AXES[axes]
+    x, grad = placed(shape, "channels_last"), placed(shape, of_grad)
+    tensors = grad, x, record_of(x, own), tensor(size), None, None, None, None
+    opcheck(OPS.norm_backward.default, (*tensors, *numbers(x, own, 7)), **AUTOGRAD_TOLERANCES)
 
 
 @BY_DTYPE
 @pytest.mark.parametrize("axes", ["batch", "rms"])
 def test_backward_dtypes(axes: str, dtype: torch.dtype) -> None:
-    spec, shape, _ = AXES[axes]
+    own, shape, _ = AXES[axes]
     x = tensor(shape, dtype)
-    arguments = (tensor(shape, dtype), x, *statistics(x, spec), None, *spec, 1e-5, False, 1)
-    opcheck(OPS.backward.default, arguments, rtol=0.02, atol=0.02)
+    tensors = tensor(shape, dtype), x, record_of(x, own), *[None] * 5
+    opcheck(OPS.norm_backward.default, (*tensors, *numbers(x, own, 1)), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("act", "flags"), [(0, 1), (0, 6), (3, 15), (4, 1), (5, 14), (2, 15 | BY_OUTPUT), (1, 25)]
+)
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_backward_of_everything(masked: bool, constant: bool, act: int, flags: int) -> None:
+    own, shape, size = AXES["batch"]
+    x, mask = tensor(shape), mask_of(shape, BATCH) if masked else None
+    record = record_of(x, own, mask)
+    if constant:
+        record = record + torch.tensor([[0.3], [0.7], [0.0]])
+    tensors = tensor(shape), x, record, tensor(size), tensor(size), mask, tensor(shape), None
+    args = *tensors, *numbers(x, own, flags, act, constant=constant)
+    opcheck(OPS.norm_backward.default, args, **AUTOGRAD_TOLERANCES)
 
 
 @BY_LAYOUT
 @BY_DTYPE
-def test_a_part_of_a_batch(dtype: torch.dtype, layout: str) -> None:
-    spec, shape, size = AXES["batch"]
+@pytest.mark.parametrize("axes", ["batch", "instance", "group"])
+def test_a_part_of_a_batch(axes: str, dtype: torch.dtype, layout: str) -> None:
+    own, shape, size = AXES[axes]
     x, grad = (placed(shape, layout, dtype, grad=False) for _ in range(2))
     weight = tensor(size, grad=False)
-    mean, var = statistics(x, spec)
-    assert all(torch.equal(a, b) for a, b in zip(OPS.moments(x), (mean, var), strict=True))
-    opcheck(OPS.moments.default, (x,))
-    arguments = (grad, x, mean, var, None, *spec, 1e-5, True, 6)
-    _, of_weight, of_bias = OPS.backward(*arguments[:4], torch.ones(4).double(), *arguments[5:])
-    means = of_bias * weight / 30, of_weight * weight / 30
-    of_x = OPS.backward_of_part(grad, x, mean, var, weight, *means, 1e-5)
-    whole = OPS.backward(grad, x, mean, var, weight, *spec, 1e-5, False, 1)[0]
+    record = record_of(x, own)
+    opcheck(OPS.statistics.default, (x, None, Form(own, 0.0).bits(x)))
+    tensors = grad, x, record, weight, None, None, None
+    form = numbers(x, own, 1)
+    opcheck(OPS.gradient_sums.default, (*tensors, *form))
+    sums = OPS.gradient_sums(*tensors, *form).view(2, -1, 4) * weight
+    means = sums.view(2, record.shape[1], -1).sum(2) / record[2]
+    of_x = OPS.norm_backward(*tensors, means, *form)[0]
+    whole = OPS.norm_backward(*tensors, None, *form)[0]
     # the same sums, multiplied and divided in another order
     assert of_x.stride() == whole.stride()
     torch.testing.assert_close(of_x, whole)
-    opcheck(OPS.backward_of_part.default, (grad, x, mean, var, weight, *means, 1e-5))
+    opcheck(
+        OPS.norm_backward.default,
+        (*tensors, means, *form),
+        # a second derivative needs the other parts
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_update_running(dtype: torch.dtype, momentum: float | None) -> None:
+def test_move(dtype: torch.dtype, momentum: float | None) -> None:
     running = [tensor(4, dtype, grad=False), tensor(4, dtype, grad=False)]
-    x = torch.randn(3, 4, 10)
     # batch statistics, and those of each sample
-    for statistic in (4, 12):
-        mean, var = (tensor(statistic, torch.float64, grad=False) for _ in range(2))
+    for statistics in (4, 12):
+        record = tensor((3, statistics), torch.float64, grad=False).abs()
+        record[2] = 30.0
         tracked = torch.tensor(3)
-        opcheck(OPS.update_running_.default, (*running, tracked, x, mean, var, momentum))
+        for skip in (False, True):
+            opcheck(OPS.move_.default, (*running, tracked, record, momentum, skip))
+            opcheck(OPS.move_once_.default, (*running, tracked, record, momentum, skip))
     if momentum is not None:
-        opcheck(OPS.update_running_.default, (*running, None, x, mean, var, momentum))
-    mean, var = (tensor(4, torch.float64, grad=False) for _ in range(2))
-    for count, skip in ((None, False), (None, True), (torch.tensor([30.0]), True)):
-        opcheck(OPS.track_.default, (*running, tracked, x, mean, var, count, momentum, skip))
+        opcheck(OPS.move_.default, (*running, None, record, momentum, False))
 
 
 @pytest.mark.parametrize(
@@ -150,53 +195,34 @@ def test_update_running(dtype: torch.dtype, momentum: float | None) -> None:
         (torch.float16, "contiguous"),
     ],
 )
-def test_local_response_norm(dtype: torch.dtype, layout: str) -> None:
+def test_response(dtype: torch.dtype, layout: str) -> None:
     x, grad = placed((3, 4, 5, 2), layout, dtype), tensor((3, 4, 5, 2), dtype)
-    spec = (3, 0.3, 0.75, 1.0)
-    opcheck(OPS.local_response_norm.default, (x, *spec), **AUTOGRAD_TOLERANCES)
-    opcheck(OPS.local_response_norm_backward.default, (grad, x, *spec), rtol=0.02, atol=0.02)
+    window = (3, 0.3, 0.75, 1.0)
+    opcheck(OPS.response.default, (x, *window), **AUTOGRAD_TOLERANCES)
+    opcheck(OPS.response_backward.default, (grad, x, *window), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("axes", AXES)
-def test_forward_with_an_activation(axes: str) -> None:
-    spec, shape, size = AXES[axes]
-    place = list(AXES).index(axes)
-    x, residual = placed(shape, "channels_last"), placed(shape, "contiguous")
-    after = place + 1, 0.2
-    args = (x, tensor(size), tensor(size), None if place % 2 else residual, *spec, 1e-5, *after)
-    opcheck(OPS.forward_act.default, args, **AUTOGRAD_TOLERANCES)
-    detached = [a.detach() if isinstance(a, Tensor) else a for a in args]
-    opcheck(OPS.forward_act_.default, detached)
+def test_a_record_must_be_kept_for_a_backward() -> None:
+    x = tensor((3, 4))
+    form = numbers(x, BATCH, 0)
+    y, record = OPS.norm(x, *[None] * 6, *form, 0.0)
+    assert record.shape == (0,)
+    with pytest.raises(RuntimeError, match="`form` must hold KEEP"):
+        y.sum().backward()
 
 
-@pytest.mark.parametrize("act", [0, 2, 6])
-def test_apply_with_an_activation(act: int) -> None:
-    mean, var = tensor(4, grad=False), tensor(4, grad=False).abs() + 0.5
-    x, residual = placed((3, 4, 5, 2), "sliced"), tensor((3, 4, 5, 2))
-    args = (x, mean, var, tensor(4), tensor(4), residual, 1e-5, act, 0.2)
-    opcheck(OPS.apply_act.default, args, **AUTOGRAD_TOLERANCES)
-    detached = [a.detach() if isinstance(a, Tensor) else a for a in args]
-    opcheck(OPS.apply_act_.default, detached)
-
-
-@pytest.mark.parametrize(("act", "needs"), [(3, 15), (4, 1), (5, 14), (2, 31), (1, 25)])
-@pytest.mark.parametrize("fixed", [False, True])
-def test_backward_with_an_activation(fixed: bool, act: int, needs: int) -> None:
-    spec, shape, size = AXES["batch"]
-    x = tensor(shape)
-    mean, var = statistics(x, spec)
-    tensors = (tensor(shape), x, mean, var, tensor(size), tensor(size), tensor(shape))
-    args = (*tensors, *spec, 1e-5, fixed, act, 0.2 if act == 2 else 0.0, needs)
-    opcheck(OPS.backward_act.default, args, **AUTOGRAD_TOLERANCES)
+def test_a_second_derivative_of_a_part_is_refused() -> None:
+    x, grad = tensor((3, 4)), tensor((3, 4))
+    sums = torch.zeros(2, 4, dtype=torch.float64)
+    tensors = grad, x, record_of(x, BATCH), None, None, None, None, sums
+    of_x = OPS.norm_backward(*tensors, *numbers(x, BATCH, 1))[0]
+    with pytest.raises(NotImplementedError, match="`sums` was given"):
+        of_x.sum().backward()
 
 
 def test_every_operator_is_here() -> None:
-    tested = {"forward", "apply", "backward", "update_running_", "track_"}
-    tested |= {"moments", "backward_of_part"}
-    # by test_mask.py
-    tested |= {"masked_forward", "masked_backward"}
-    tested |= {"local_response_norm", "local_response_norm_backward"}
-    tested |= {"forward_act", "forward_act_", "apply_act", "apply_act_", "backward_act"}
+    tested = {"norm", "norm_", "norm_backward", "statistics", "gradient_sums"}
+    tested |= {"move_", "move_once_", "response", "response_backward"}
     # by test_eager.py
     tested |= {"eager_forward", "eager_forward_running", "eager_apply", "eager_backward"}
     registered = {
