@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import _checks, _imports
-from .moments import add_pairs
+from ._pairs import add_pairs
 
 # as `process_group`: every process, found out when the layer is called
 WORLD = "world"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _axes
 from .._axes import Axes
-from ..moments import merge_pairs
+from .._pairs import merge_pairs
 from . import autograd, channel_moments, operators
 
 

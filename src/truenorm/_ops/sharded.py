@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _axes, _checks, _exchange, _ops
 from .._axes import BATCH, Axes
-from ..moments import add_pairs
+from .._pairs import add_pairs
 from . import activated, activation, sharding, synchronized
 from .activation import Epilogue
 from .autograd import Running, track

@@ -21,7 +21,7 @@ from torch.autograd import Function
 from .. import _axes, _checks, _exchange, _plain
 from .._axes import Axes
 from .._exchange import all_sum, gather
-from ..moments import add_pairs, merge_pairs
+from .._pairs import add_pairs, merge_pairs
 from . import autograd, operators, parts, route, sharding
 from .autograd import Running
 from .parts import Spec
