@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from truenorm import functional
-from truenorm._bench import cases, command
-from truenorm._bench.cases import CASES, FAMILIES, Case
-from truenorm._bench.chart import draw
-from truenorm._bench.report import Lines, summary
-from truenorm._bench.results import Result, families
-from truenorm._bench.subject import Subject, validate
-from truenorm._bench.timing import BOTH, DIRECTIONS, FORWARD, Plan, Quartiles, Timing, in_turn
 from truenorm._core import eager
-from truenorm.cli import main
+from truenorm._tools.bench import cases, command
+from truenorm._tools.bench.cases import CASES, FAMILIES, Case
+from truenorm._tools.bench.chart import draw
+from truenorm._tools.bench.report import Lines, summary
+from truenorm._tools.bench.results import Result, families
+from truenorm._tools.bench.subject import Subject, validate
+from truenorm._tools.bench.timing import BOTH, DIRECTIONS, FORWARD, Plan, Quartiles, Timing, in_turn
+from truenorm._tools.cli import main
 
 TINY = Plan(minimum=2, maximum=2, seconds=0.0, round_seconds=1e-6)
 SMALL = (
@@ -64,7 +64,7 @@ def test_validation(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     subject = Subject(case, dtype)
     assert validate(subject) == ""
     # cut into pieces, as large cases are
-    monkeypatch.setattr("truenorm._bench.subject._PIECE", 40)
+    monkeypatch.setattr("truenorm._tools.bench.subject._PIECE", 40)
     assert validate(subject) == ""
     for mine, other in zip(subject.ours.buffers(), subject.theirs.buffers(), strict=True):
         assert torch.equal(mine.to(other.dtype), other)
@@ -257,7 +257,7 @@ def test_a_case_without_memory_is_left_out(
 def test_the_command_is_listed_without_the_optional_packages() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('matplotlib', 'rich')));"
-        "from truenorm.cli import main; main(['bench', '--help'])"
+        "from truenorm._tools.cli import main; main(['bench', '--help'])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(name in out.stdout for name in cases.LAYERS)

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from truenorm._bench import cuda, cuda_command
-from truenorm._bench.cases import CUDA_CASES, FAMILIES, Case
-from truenorm._bench.subject import Subject
-from truenorm._bench.timing import BACKWARD, BOTH, FORWARD, Plan
-from truenorm.cli import main
+from truenorm._tools.bench import cuda, cuda_command
+from truenorm._tools.bench.cases import CUDA_CASES, FAMILIES, Case
+from truenorm._tools.bench.subject import Subject
+from truenorm._tools.bench.timing import BACKWARD, BOTH, FORWARD, Plan
+from truenorm._tools.cli import main
 
 ABOUT = {"device": "a device", "torch": torch.__version__, "l2_bytes": 2**20}
 SMALL = (

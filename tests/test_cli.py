@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import truenorm
-from truenorm import _extras
-from truenorm._explain import command as explain_command
-from truenorm.cli import main
+from truenorm._tools import extras
+from truenorm._tools.cli import main
+from truenorm._tools.explain import command as explain_command
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -148,7 +148,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, argv: str, message: str) -> 
 def test_missing_package_names_the_extra(
     capsys, monkeypatch, tmp_path, argv: list[str], missing: str, message: str
 ) -> None:
-    monkeypatch.setattr(_extras, "has", lambda package: package != missing)
+    monkeypatch.setattr(extras, "has", lambda package: package != missing)
     monkeypatch.chdir(tmp_path)
     status, _, err = run(capsys, *argv)
     assert status == 2

@@ -20,8 +20,8 @@ from torch.nn.utils import parametrize
 
 import truenorm
 from truenorm import convert, revert
-from truenorm._model import swap
-from truenorm.convert import left_alone
+from truenorm._models import swap
+from truenorm._models.converting import left_alone
 
 
 class Named(nn.RMSNorm):

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from truenorm._demo import folder
-from truenorm._extras import CommandError
-from truenorm.cli import main
+from truenorm._tools.cli import main
+from truenorm._tools.demo import folder
+from truenorm._tools.extras import CommandError
 
 image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import truenorm
-from truenorm import _extras
-from truenorm._explain.text import show
+from truenorm._tools import extras
+from truenorm._tools.explain.text import show
 
 # layer, shape: the four main layers' examples, then every other layer
 CASES = {
@@ -233,7 +233,7 @@ def test_picture(name: str, tmp_path) -> None:
 
 
 def test_picture_without_matplotlib_names_the_extra(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(_extras, "has", lambda package: package != "matplotlib")
+    monkeypatch.setattr(extras, "has", lambda package: package != "matplotlib")
     with pytest.raises(ImportError, match=r'needs matplotlib: pip install "truenorm\[demo\]"'):
         truenorm.explain(torch.nn.RMSNorm(4), (2, 4), picture=tmp_path / "x.png")
 

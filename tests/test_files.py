@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import truenorm
-from truenorm import _files
-from truenorm.cli import main
+from truenorm._tools import files
+from truenorm._tools.cli import main
 
 
 def _explain(path: Path, force: bool) -> None:
@@ -108,7 +108,7 @@ def test_a_file_that_comes_to_exist_meanwhile(
 
     monkeypatch.setattr("os.link", late)
     with pytest.raises(FileExistsError, match=r"`path` \(='.*x'\) exists"):
-        _files.write(path, "new", force=False)
+        files.write(path, "new", force=False)
     assert path.read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
@@ -118,8 +118,8 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr("os.link", none)
-    _files.write(tmp_path / "x", "new", force=False)
+    files.write(tmp_path / "x", "new", force=False)
     assert (tmp_path / "x").read_text() == "new"
     with pytest.raises(FileExistsError, match="exists: name another file"):
-        _files.write(tmp_path / "x", "newer", force=False)
+        files.write(tmp_path / "x", "newer", force=False)
     assert [p.name for p in tmp_path.iterdir()] == ["x"]

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 
 import truenorm
 from truenorm import fold
+from truenorm._models.folding import Folding
 
 # two float32 layers in one: the product is rounded once more than each of them
 FOLDED = 2e-6
@@ -47,7 +48,7 @@ def image(layer: Any, channels: int) -> Tensor:
     return torch.randn(2, channels, *[6, 7, 8][: layer.weight.dim() - 2])
 
 
-def check_same(result: truenorm._fold.Folding, model: Module, x: Tensor, bound: float) -> None:
+def check_same(result: Folding, model: Module, x: Tensor, bound: float) -> None:
     exact = copy.deepcopy(model).double()(x.double())
     scale = exact.abs().max()
     assert ((result.model(x) - exact).abs().max() / scale).item() < bound

@@ -391,7 +391,7 @@ def another_helper_object(m: Any) -> None:
 @edit
 def an_attribute_of_the_helper_object(m: Any) -> None:
     m[2].settings = copy.copy(Block.settings)
-    truenorm.fuse(m) if isinstance(m[0], truenorm._fuse.classes.Fused) else None
+    truenorm.fuse(m) if isinstance(m[0], truenorm._models.fusing.classes.Fused) else None
     m[2].settings.first = False
 
 
@@ -547,7 +547,7 @@ def replicated(m: Any) -> None:
 @edit
 def fused_again(m: Any) -> None:
     m[1].act = nn.ReLU6()
-    if isinstance(m[0], truenorm._fuse.classes.Fused):
+    if isinstance(m[0], truenorm._models.fusing.classes.Fused):
         truenorm.fuse(m)
 
 

@@ -1,7 +1,8 @@
-"""What an import of truenorm brings along, and how it waits for other libraries' modules."""
+"""What an import of truenorm brings along, its order, and how it waits for other libraries."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import truenorm
 from truenorm import _imports
 
 # each takes longer to import than all of truenorm, or belongs to somebody else
@@ -23,13 +25,20 @@ HEAVY = {
 }  # fmt: skip
 PROGRAMS = {
     "import": "import truenorm",
-    "help": "from truenorm.cli import main; assert main(['--help']) == 0",
-    "info": "from truenorm.cli import main; assert main(['info']) == 0",
+    "help": "from truenorm._tools.cli import main; assert main(['--help']) == 0",
+    "info": "from truenorm._tools.cli import main; assert main(['info']) == 0",
     "a layer": (
         "import truenorm; x = torch.randn(4, 6, 5, requires_grad=True);"
         "truenorm.BatchNorm1d(6)(x).sum().backward(); truenorm.LayerNorm(5)(x).sum().backward()"
     ),
 }
+
+
+SOURCE = Path(truenorm.__file__).parent
+# their members are looked at one by one; every other package as a whole
+OPEN = ("truenorm", "truenorm._models", "truenorm._tools")
+# a DTensor is handed on to rules, which call the package's own functions for each part
+KNOWN = ("_ops", "_ops.parts", "_ops.sharded", "_ops.synchronized")
 
 
 def imported(program: str) -> set[str]:
@@ -52,6 +61,121 @@ def test_nothing_heavy_is_imported(program: str) -> None:
     assert not heavy
     # torch's own among them: what a layer needs is there already
     assert len({m for m in found if m.split(".")[0] != "truenorm"}) < 20
+
+
+def edges(folder: Path) -> dict[str, set[str]]:
+    """What each module of the package in `folder` imports of it, within functions too.
+
+    Not counted: what only a type checker reads; the packages above a module, which come with it;
+    and the version, which stands before all imports.
+    """
+    files = {
+        ".".join(path.relative_to(folder.parent).with_suffix("").parts): path
+        for path in sorted(folder.rglob("*.py"))
+    }
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    found: dict[str, set[str]] = {}
+    for name, path in files.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        found[name] = set()
+        for node in read_at_run_time(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found[name] |= {each.name for each in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                up = "." * node.level + (node.module or "")
+                source = importlib.util.resolve_name(up, package)
+                for each in node.names:
+                    if each.name != "__version__":
+                        whole = f"{source}.{each.name}"
+                        found[name].add(whole if whole in files else source)
+        found[name] = (found[name] & files.keys()) - {name}
+    return found
+
+
+def read_at_run_time(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those below `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        yield node
+        yield from read_at_run_time(node)
+
+
+def circles(imports: dict[str, set[str]]) -> list[tuple[str, ...]]:
+    """Names that import each other, directly or by way of others."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = imports[waiting.pop()] - seen
+            seen |= new
+            waiting.extend(new)
+        return seen
+
+    after = {name: reached(name) for name in imports}
+    mutual = {name: {m for m in after[name] if name in after[m]} for name in imports}
+    return sorted({tuple(sorted(names)) for names in mutual.values() if names})
+
+
+def of_packages(imports: dict[str, set[str]], open_: tuple[str, ...]) -> dict[str, set[str]]:
+    """The same between packages: a module belongs to the one that lies right in an open one."""
+
+    def whole(name: str) -> str:
+        while name not in open_ and name.rpartition(".")[0] not in open_:
+            name = name.rpartition(".")[0]
+        return name
+
+    found: dict[str, set[str]] = {whole(name): set() for name in imports}
+    for name, others in imports.items():
+        found[whole(name)] |= {whole(other) for other in others} - {whole(name)}
+    return found
+
+
+def test_no_circle_of_imports() -> None:
+    found = edges(SOURCE)
+    assert {"truenorm._triton", "truenorm._pool"} <= found["truenorm._library"]  # lazy ones too
+    assert circles(of_packages(found, OPEN)) == []
+    assert circles(found) == [tuple(f"truenorm.{name}" for name in KNOWN)]
+
+
+LAZY, TYPES = "def f():\n    ", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "
+
+
+@pytest.mark.parametrize(
+    ("files", "of_modules", "whole"),
+    [
+        ({"a": "from . import b", "b": LAZY + "from .a import x"}, ["a", "b"], ["a", "b"]),
+        ({"a": "from . import b", "b": TYPES + "from .a import x"}, [], []),
+        ({"a": "from .b import x", "b": "import p.c", "c": "from p import a"}, [*"abc"], [*"abc"]),
+        ({"a": "from . import b, c", "b": "from . import c", "c": ""}, [], []),
+        ({"a": "from . import b, __version__", "b": "from . import __version__"}, [], []),
+        # no module imports the other, their packages do
+        ({"a.x": "from ..b import y", "a.z": "", "b.y": "from ..a.z import z"}, [], ["a", "b"]),
+        # within a package, one module the other
+        ({"a.x": "from . import y", "a.y": LAZY + "from . import x"}, ["a.x", "a.y"], []),
+    ],
+)
+def test_circles_are_found(
+    files: dict[str, str], of_modules: list[str], whole: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "p"
+    for name, text in files.items():
+        path = folder / f"{name.replace('.', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for package in {folder, path.parent}:
+            (package / "__init__.py").touch()
+        path.write_text(text)
+    found = edges(folder)
+    assert circles(found) == [tuple(f"p.{name}" for name in of_modules)] * bool(of_modules)
+    packages = circles(of_packages(found, ("p",)))
+    assert packages == [tuple(f"p.{name}" for name in whole)] * bool(whole)
+
+
+@pytest.mark.parametrize("name", ["_model.swap\n_restored", "_fuse.classes\n_new"])
+def test_what_old_pickles_name_is_found(name: str) -> None:
+    pickled = f"ctruenorm.{name}\n.".encode()
+    imported(f"import pickle; assert callable(pickle.loads({pickled!r}))")
 
 
 @pytest.fixture

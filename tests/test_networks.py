@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import Module
 
 import truenorm
-from truenorm._bench import models
-from truenorm._bench.networks import NETWORKS, Network, first_tensor, without_norms
-from truenorm._bench.timing import Plan
-from truenorm._model.layers import norms_of
-from truenorm.cli import main
+from truenorm._models.layers import norms_of
+from truenorm._tools.bench import models
+from truenorm._tools.bench.networks import NETWORKS, Network, first_tensor, without_norms
+from truenorm._tools.bench.timing import Plan
+from truenorm._tools.cli import main
 
 EVERY = pytest.mark.parametrize("network", NETWORKS, ids=[n.name for n in NETWORKS])
 FOLDING = {"ResNet-50", "MobileNetV2"}

@@ -270,7 +270,7 @@ def test_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     assert "batch/s" in shown
     recalibrate(nn.BatchNorm1d(3), batches([4], 3))
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("truenorm._extras.has", lambda package: False)
+    monkeypatch.setattr("truenorm._tools.extras.has", lambda package: False)
     with pytest.raises(ImportError, match="progress=True needs tqdm: pip install"):
         recalibrate(nn.BatchNorm1d(3), batches([4], 3), progress=True)
 

@@ -18,7 +18,7 @@ from test_convert import ResNet, UNet
 from torch import nn
 
 import truenorm
-from truenorm.cli import main
+from truenorm._tools.cli import main
 
 for package in ("jinja2", "plotly", "sklearn"):
     pytest.importorskip(package)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from truenorm import functional
-from truenorm._extras import CommandError
 from truenorm._core import eager
-from truenorm._verify import add_parser, differs
-from truenorm._verify.cases import LAYERS, SPECS, in_layout, layouts_of
-from truenorm._verify.command import measure
-from truenorm._verify.measure import last_places, output_error
-from truenorm._verify.sections import Options
+from truenorm._tools.extras import CommandError
+from truenorm._tools.verify import add_parser, differs
+from truenorm._tools.verify.cases import LAYERS, SPECS, in_layout, layouts_of
+from truenorm._tools.verify.command import measure
+from truenorm._tools.verify.measure import last_places, output_error
+from truenorm._tools.verify.sections import Options
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "where-torch-differs.md"
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from truenorm import info
-from truenorm._bench import cuda
-from truenorm._bench.cases import Case
-from truenorm._bench.subject import Subject, validate
-from truenorm._bench.timing import BACKWARD, BOTH, FORWARD, OURS, Plan
+from truenorm._tools.bench import cuda
+from truenorm._tools.bench.cases import Case
+from truenorm._tools.bench.subject import Subject, validate
+from truenorm._tools.bench.timing import BACKWARD, BOTH, FORWARD, OURS, Plan
+from truenorm._tools.clock import Clock, DeviceClock
 
 ROOT = Path(__file__).parent.parent
 AFFINE = {"affine": True}
@@ -63,7 +64,7 @@ class Setup:
         self.tiny, self.device, self.end = tiny, device, end
         self.cases = TINY if tiny else CASES
         self.small = TINY[-1:] if tiny else SMALL
-        self.clock: cuda.Clock = _wall if tiny else cuda.DeviceClock()
+        self.clock: Clock = _wall if tiny else DeviceClock()
         self.plan = Plan(2, 2, 0.0) if tiny else Plan(7, 15, 0.3)
         self.rate, self.l2 = 1.0, 2**20
         self.workers = 2 if tiny else max(2, min(14, (os.cpu_count() or 2) - 2))

@@ -15,7 +15,7 @@ import time
 import torch
 
 import truenorm
-from truenorm._bench.networks import NETWORKS
+from truenorm._tools.bench.networks import NETWORKS
 
 
 def main() -> None:

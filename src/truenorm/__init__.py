@@ -2,25 +2,35 @@
 
 __version__ = "0.1.0"
 
-from . import _hosts, distributed, functional, nn, reference  # noqa: F401  (_hosts registers)
-from ._compare import compare
-from ._explain import explain
-from ._fold import fold
-from ._fuse import fuse, unfuse
-from ._inspect import inspect
+# ruff: isort: off
+# in the order of the tree: the public modules, then what each part of truenorm adds to them
+from . import distributed, functional, nn, reference
+from .moments import Moments
+from .nn import *  # noqa: F403
+from .nn import __all__ as _layers
+
+# every call
 from ._library import info
 from ._core.recomputed import recompute_outputs
 from ._pool import empty_cache
 from ._standard import standard_ops
 from ._triton.tune import tune
-from .accumulate import accumulate
-from .convert import convert, revert, reverted
-from .freeze import freeze, unfreeze
-from .moments import Moments
-from .nn import *  # noqa: F403
-from .nn import __all__ as _layers
-from .quantize import fuse_config
-from .recalibrate import recalibrate
+
+# whole models
+from ._models import hosts as _hosts, pickles as _pickles  # noqa: F401  (they register)
+from ._models.accumulating import accumulate
+from ._models.comparing import compare
+from ._models.converting import convert, revert, reverted
+from ._models.folding import fold
+from ._models.freezing import freeze, unfreeze
+from ._models.fusing import fuse, unfuse
+from ._models.inspecting import inspect
+from ._models.quantizing import fuse_config
+from ._models.recalibrating import recalibrate
+
+# one layer, on paper
+from ._tools.explain import explain
+# ruff: isort: on
 
 __all__ = [
     "Moments",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._core.merging import merge_pairs
 from ._core.normalize import channel_moments
+from ._core.merging import merge_pairs
 
 __all__ = ["Moments"]
 

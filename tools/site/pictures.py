@@ -22,7 +22,8 @@ SUBJECTS = {
 
 def _state() -> str:
     """What the pictures depend on."""
-    sources = [Path(__file__), *sorted((ROOT / "src/truenorm/_explain").glob("*.py"))]
+    tools = ROOT / "src/truenorm/_tools"
+    sources = [Path(__file__), tools / "palette.py", *sorted((tools / "explain").glob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from truenorm._bench.report import times
-from truenorm._verify.cases import SPECS
-from truenorm._verify.command import SECTIONS
-from truenorm._verify.measure import Check
-from truenorm._verify.table import header, rows
+from truenorm._tools.bench.report import times
+from truenorm._tools.verify.cases import SPECS
+from truenorm._tools.verify.command import SECTIONS
+from truenorm._tools.verify.measure import Check
+from truenorm._tools.verify.table import header, rows
 
 ROOT = Path(__file__).resolve().parents[2]
 verified: Path | None = None  # what `truenorm verify --json` wrote; build.py sets it

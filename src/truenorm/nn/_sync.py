@@ -14,6 +14,9 @@ from .. import _checks, _exchange
 from ._batch import BatchForward
 from ._options import DEFAULTS, Option, options_of, with_options
 
+# truenorm.convert: `_models/converting.py`, which imports this package, puts it here
+_convert: Any = None
+
 
 @with_options
 class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
@@ -78,14 +81,12 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
         for the batch of one process (`virtual_batch_size`, `renorm`, `on_single`). Nothing is
         changed then.
         """
-        from ..convert import convert
-
         before = _layers(module)
         _checks.check_no_lazy("module", [n for n, m in before.items() if _is_lazy(m)])
         _checks.check_may_span({n: options_of(m) for n, m in before.items()}, process_group)
         options = {name: options_of(layer) for name, layer in before.items()}
         groups = {name: getattr(layer, "process_group", None) for name, layer in before.items()}
-        converted = convert(_theirs(cls, module, process_group), only=(torch.nn.SyncBatchNorm,))
+        converted = _convert(_theirs(cls, module, process_group), only=(torch.nn.SyncBatchNorm,))
         kept = DEFAULTS._asdict().keys() & cls._options.keys()
         for name, layer in _layers(converted).items():
             if name in options:

@@ -1,6 +1,0 @@
-"""`truenorm.inspect`: the normalization layers of a model on real data, and what is wrong."""
-
-from .inspection import inspect
-from .tables import Channels, Finding, Histogram, Inspection, LayerTable
-
-__all__ = ["Channels", "Finding", "Histogram", "Inspection", "LayerTable", "inspect"]

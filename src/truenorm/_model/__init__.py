@@ -1,1 +1,0 @@
-"""What the tools for whole models share: finding layers, and running a model without a trace."""

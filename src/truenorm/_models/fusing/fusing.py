@@ -1,0 +1,109 @@
+"""`fuse` and `unfuse`: a module's forward with its layers' epilogues in one pass, and as it was."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import TypeVar
+
+import torch
+from torch.nn import Module
+
+from ... import _checks
+from ...nn._activation import Activated
+from .classes import PLAN, Fused, fused_class, is_fused_class, original_of
+from .plan import plan
+from .reading import Unreadable, recording
+from .tracing import read
+
+M = TypeVar("M", bound=Module)
+
+
+def fuse(model: M) -> M:
+    """Let each truenorm layer do the activation, and the addition, that follow it; in place.
+
+    y = act(norm(x)) and y = act(norm(x) + r), by one pass over the values in each direction, as
+    with `activation=` and `residual=`. Found are calls that follow one another in one module's
+    forward, read by torch.fx, module by module: layers in an `nn.Sequential`, and in a forward of
+    your own; activations as modules, functions and methods (ReLU, ReLU6, LeakyReLU, ELU, GELU,
+    SiLU, Hardswish), additions as `+`, `+=` and `torch.add`. Where the forward has optional
+    arguments, depends on its tensors' values or on anything that cannot be looked at again, or
+    differs in training and evaluation, it stays as it is.
+
+    A module in which something was found has a class of its own from then on, derived from the one
+    it had and of the same name. Each call compares all that the forward was seen to read
+    (submodules and their hooks, attributes, names of its file) with what it is now. So whatever you
+    change in the model, the result is that of the model as it then is: where something differs, the
+    module's own forward runs; call `fuse` again to have it read anew. Parameters, buffers,
+    names, `state_dict` and hooks stay. A pickled model is as it was before, a deep copy is fused.
+    `unfuse` restores the classes.
+
+    Errors: TypeError where `model` is no module; ValueError where it has no truenorm layer:
+    `convert` first. The model is unchanged then.
+    """
+    _checks.check_module("model", model)
+    layers = [m for m in model.modules() if isinstance(m, Activated)]
+    _checks.check_has_own_layers("model", bool(layers))
+    if sys.getprofile() is None:
+        _fuse(model)
+    else:  # it would be put back as a Python function, which cProfile's is not
+        thread = threading.Thread(target=_fuse, args=(model,))
+        thread.start()
+        thread.join()
+    return model
+
+
+def _fuse(model: Module) -> None:
+    for module in model.modules():
+        _unfuse(module)
+    with recording():
+        # the class of a child is one of the things that its parent's forward is compared by
+        for module in reversed(list(model.modules())):
+            if _may_hold_something(module):
+                _fuse_one(module)
+
+
+def _may_hold_something(module: Module) -> bool:
+    if isinstance(module, (Activated, torch.fx.GraphModule, torch.jit.ScriptModule)):
+        return False
+    # a forward of the instance's own is not the class's
+    if "forward" in vars(module):
+        return False
+    return any(isinstance(m, Activated) for m in module.modules())
+
+
+def _fuse_one(module: Module) -> None:
+    kind = type(module)
+    try:
+        found = read(module)
+        if found is None:
+            return
+        # one that another tool derived from a fused class looks for a plan as it is
+        fused = kind if issubclass(kind, Fused) else fused_class(kind)
+        made = plan(module, fused, found)
+        if made is None:
+            return
+        module.__class__ = fused
+    except (Unreadable, TypeError):  # which a class may raise that cannot be derived from
+        return
+    vars(module)[PLAN] = made
+
+
+def _unfuse(module: Module) -> None:
+    vars(module).pop(PLAN, None)
+    if is_fused_class(type(module)):
+        module.__class__ = original_of(type(module))
+
+
+def unfuse(model: M) -> M:
+    """Give each module that `fuse` has changed its own class again, in place: the inverse.
+
+    A class that another tool has since derived from that of a fused module stays, and runs the
+    forward as it was written.
+
+    Errors: TypeError where `model` is no module.
+    """
+    _checks.check_module("model", model)
+    for module in model.modules():
+        _unfuse(module)
+    return model

@@ -1,0 +1,271 @@
+"""What follows a normalization layer in a graph, and the graph with that as part of the layer."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+from torch.nn import Module
+
+from ..._core import activation
+from ...nn._activation import Activated
+from ...nn._options import options_of
+from ..layers import has_hooks
+
+Act = tuple[int, float]
+_ADDS = {operator.add, operator.iadd, torch.add}
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow}
+_FUNCTIONS = {
+    F.relu: activation.RELU,
+    torch.relu: activation.RELU,
+    torch.relu_: activation.RELU,
+    F.relu_: activation.RELU,
+    F.relu6: activation.RELU6,
+    F.silu: activation.SILU,
+    F.hardswish: activation.HARDSWISH,
+}
+_PLAIN = {
+    torch.nn.ReLU: activation.RELU,
+    torch.nn.ReLU6: activation.RELU6,
+    torch.nn.SiLU: activation.SILU,
+    torch.nn.Hardswish: activation.HARDSWISH,
+}
+# the attributes that say what else an activation does
+_PARAMETERS: dict[type, str] = {
+    torch.nn.LeakyReLU: "negative_slope",
+    torch.nn.ELU: "alpha",
+    torch.nn.GELU: "approximate",
+}
+
+
+class Found(NamedTuple):
+    """A layer's call, and what one pass can do of what follows."""
+
+    norm: Node
+    add: Node | None
+    act: Node
+    act_of: Act
+
+
+def _module(root: Module, node: Node) -> Module | None:
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _leaky(negative_slope: Any = 0.01, inplace: Any = False) -> Act | None:
+    number = isinstance(negative_slope, (int, float))
+    return (activation.LEAKY_RELU, float(negative_slope)) if number else None
+
+
+def _elu(alpha: Any = 1.0, inplace: Any = False) -> Act | None:
+    return (activation.ELU, float(alpha)) if isinstance(alpha, (int, float)) else None
+
+
+def _gelu(*, approximate: Any = "none") -> Act | None:
+    kinds = {"none": activation.GELU, "tanh": activation.GELU_TANH}
+    return (kinds[approximate], 0.0) if approximate in kinds else None
+
+
+def _is_plain(module: Module) -> bool:
+    return not has_hooks(module) and "forward" not in vars(module)
+
+
+def _of_module(module: Any) -> Act | None:
+    # a subclass may do more
+    kind = type(module)
+    if not _is_plain(module):
+        return None
+    if kind in _PLAIN:
+        return _PLAIN[kind], 0.0
+    if kind is torch.nn.LeakyReLU:
+        return _leaky(module.negative_slope)
+    if kind is torch.nn.ELU:
+        return _elu(module.alpha)
+    return _gelu(approximate=module.approximate) if kind is torch.nn.GELU else None
+
+
+def _activation(root: Module, node: Node) -> Act | None:
+    """The activation that a node applies to its only tensor."""
+    if (module := _module(root, node)) is not None:
+        return _of_module(module) if len(node.args) == 1 and not node.kwargs else None
+    if node.op == "call_method" and node.target in ("relu", "relu_") and len(node.args) == 1:
+        return activation.RELU, 0.0
+    if node.op != "call_function" or not node.args:
+        return None
+    rest, named = node.args[1:], dict(node.kwargs)
+    try:
+        if node.target is F.leaky_relu:
+            return _leaky(*rest, **named)
+        if node.target is F.elu:
+            return _elu(*rest, **named)
+        if node.target is F.gelu:
+            return _gelu(*rest, **named)
+    except TypeError:  # arguments that these know nothing of
+        return None
+    if node.target in _FUNCTIONS and set(named) <= {"inplace"} and len(rest) <= 1:
+        return _FUNCTIONS[node.target], 0.0
+    return None
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _residual(norm: Node, add: Node) -> Node | None:
+    """What an addition adds to the layer's output."""
+    if add.op == "call_function" and add.target in _ADDS:
+        in_place = add.target is operator.iadd
+    elif add.op == "call_method" and add.target in ("add", "add_"):
+        in_place = add.target == "add_"
+    else:
+        return None
+    if len(add.args) != 2 or add.kwargs:
+        return None
+    first, second = add.args
+    if first is second or not (isinstance(first, Node) and isinstance(second, Node)):
+        return None
+    if first is norm:
+        return second
+    # in place, the other one would be overwritten
+    return first if second is norm and not in_place else None
+
+
+def _is_norm(root: Module, node: Node) -> bool:
+    module = _module(root, node)
+    if not isinstance(module, Activated) or options_of(module).activation is not None:
+        return False
+    # a subclass with a forward of its own takes other arguments
+    ours = type(module).forward.__module__.startswith("truenorm.")
+    if not ours or len(node.args) != 1 or node.kwargs or not _is_plain(module):
+        return False
+    # where the call is moved to, who reads the input in between would see another one
+    return not options_of(module).overwrite_input or _is_alone(node)
+
+
+def _overwrites(root: Module, node: Node) -> bool:
+    """Whether a node may write over its first tensor."""
+    if (module := _module(root, node)) is not None:
+        own = options_of(module).overwrite_input
+        return own or bool(getattr(module, "inplace", False))
+    target = node.target
+    if isinstance(target, FunctionType) and not target.__module__.startswith("torch."):
+        return True  # who knows
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or bool(node.kwargs.get("inplace")) or target in _IN_PLACE
+
+
+def _sees(node: Node) -> list[Node]:
+    """Whose memory a node's output may be; a module's is its own."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    return [a for a in node.all_input_nodes if a.op != "get_attr"]
+
+
+def _memory(source: Any) -> set[Node]:
+    """The nodes whose memory may be that of `source`."""
+    if not isinstance(source, Node):
+        return set()
+    found, waiting = set(), [source]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += _sees(node)
+            waiting += [user for user in node.users if node in _sees(user)]
+    return found
+
+
+def _is_alone(norm: Node) -> bool:
+    """Whether nothing but this call knows its input."""
+    source = norm.args[0]
+    return _memory(source) <= {source, norm} and isinstance(source, Node) and len(source.users) == 1
+
+
+def _lasts(root: Module, source: Any, first: Node, last: Node, but: Node | None) -> bool:
+    """Whether `source` is the same at `last`, where it is read, as it was at `first`."""
+    memory = _memory(source)
+    node = first.next
+    while node is not last:
+        written = node.args[0] if node.args else None
+        if node is not but and written in memory and _overwrites(root, node):
+            return False
+        node = node.next
+    return True
+
+
+def drop_passing(root: Module, graph: Graph) -> list[Module]:
+    """Take out what gives its input back: Identity, and dropout of nothing; these."""
+    dropped = []
+    for node in graph.nodes:
+        module = _module(root, node)
+        nothing = type(module).__module__ == "torch.nn.modules.dropout" and module.p == 0  # type: ignore[union-attr]
+        passes = nothing or type(module) is torch.nn.Identity
+        if module is not None and passes and len(node.args) == 1 and _is_plain(module):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            dropped.append(module)
+    return dropped
+
+
+def find(root: Module, graph: Graph) -> list[Found]:
+    """Each layer's call that one pass can go on from."""
+    found: list[Found] = []
+    taken: set[Node] = set()
+    for norm in graph.nodes:
+        user = _only_user(norm)
+        if user is None or user in taken or not _is_norm(root, norm):
+            continue
+        source = norm.args[0]
+        if (act := _activation(root, user)) is not None and _lasts(root, source, norm, user, None):
+            found.append(Found(norm, None, user, act))
+        elif (
+            (added := _residual(norm, user)) is not None
+            and (last := _only_user(user)) is not None
+            and (act := _activation(root, last)) is not None
+            and _lasts(root, source, norm, last, user)
+            and _lasts(root, added, user, last, None)
+        ):
+            found.append(Found(norm, user, last, act))
+            taken.add(user)
+    return found
+
+
+def replace(graph: Graph, found: list[Found]) -> None:
+    """Make each of these one call of the layer."""
+    for norm, add, act, act_of in found:
+        given: dict[str, Any] = {"_then": act_of}
+        if add is not None:
+            given["residual"] = _residual(norm, add)
+        # where all that it needs has been made
+        with graph.inserting_before(act):
+            fused = graph.call_module(str(norm.target), norm.args, given)
+        act.replace_all_uses_with(fused)
+        for node in (act, add, norm):
+            if node is not None:
+                graph.erase_node(node)
+
+
+def requirements(
+    root: Module, graph: Graph, found: list[Found], dropped: list[Module]
+) -> Iterator[tuple[Module, bool, str]]:
+    """(module, whether it is no longer called as it was, attribute) for what `found` depends on."""
+    for module in dropped:
+        yield module, True, "p" if hasattr(module, "p") else ""
+    for norm, _, act, _ in found:
+        layer, last = _module(root, norm), _module(root, act)
+        assert layer is not None
+        yield layer, True, ""
+        if last is not None:
+            yield last, True, _PARAMETERS.get(type(last), "")
+        # what does not write over its input now might do so later
+        node = norm.next
+        while node is not act:
+            between = _module(root, node)
+            if between is not None and hasattr(between, "inplace"):
+                yield between, False, "inplace"
+            node = node.next

@@ -1,1 +1,0 @@
-"""An inspection as one self-contained page, and the command that makes it."""
