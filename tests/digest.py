@@ -37,8 +37,8 @@ from torch import Tensor
 
 import truenorm
 import truenorm.functional as F
-from truenorm._axes import BATCH, Axes, layer
 from truenorm._core.call import KEEP, Form
+from truenorm._core.geometry import BATCH, Axes, instance, layer
 
 Parts = Iterator[Iterable[Tensor | None]]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -194,16 +194,15 @@ def activated() -> Parts:
                         x.view(-1)[-8:] = special.to(dtype)
                     for place in layouts(shape).values():
                         for residual in (place(r), None) if act else (place(r),):
-                            yield from called(
-                                axes, place(x), place(r), residual=residual, act=act
-                            )
+                            yield from called(axes, place(x), place(r), residual=residual, act=act)
 
 
 @kind
 def masked_and_activated() -> Parts:
+    of_axes = (BATCH, (3, 7, 90)), (instance(7), (3, 7, 90)), (layer(1), (6, 131))
     for act in range(9):
         for dtype in DTYPES:
-            for axes, shape in ((BATCH, (3, 7, 90)), (Axes(7, 0, True), (3, 7, 90)), (layer(1), (6, 131))):
+            for axes, shape in of_axes:
                 x, r = ((4 * torch.randn(shape)).to(dtype) for _ in range(2))
                 mask = torch.rand(shape[0], *shape[2:] if not axes.feature_dims else ()) < 0.6
                 residual = r if act % 2 else None

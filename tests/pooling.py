@@ -11,7 +11,7 @@ from torch import Tensor
 
 import truenorm
 import truenorm.functional as F
-from truenorm import _pool
+from truenorm._core import pool
 
 only_native = pytest.mark.skipif(
     truenorm.info().pool is None, reason="plain PyTorch ops recycle nothing"
@@ -27,13 +27,13 @@ def pooled() -> Iterator[None]:
     gc.collect()
     before = statistics().cap_mib
     truenorm.empty_cache()
-    _pool.set_cap(CAP)
+    pool.set_cap(CAP)
     yield
     truenorm.empty_cache()
-    _pool.set_cap(before)
+    pool.set_cap(before)
 
 
-def statistics() -> _pool.Pool:
+def statistics() -> pool.Pool:
     pool = truenorm.info().pool
     assert pool is not None
     return pool

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import truenorm
-from truenorm import _exchange
+from truenorm._core import exchange
 
 
 def cut(x: Tensor, sizes: list[int], dim: int = 0) -> list[Tensor]:
@@ -144,17 +144,17 @@ def recalibrated(rank: int, data: list[Tensor], state: Any) -> dict[str, Tensor]
 def counted(step: Callable[[], Any]) -> list[int]:
     """Numbers in each all-gather of a step."""
     sizes: list[int] = []
-    real = _exchange._all_gather
+    real = exchange._all_gather
 
     def counting(into: Tensor, message: Tensor, group: Any) -> None:
         sizes.append(message.numel())
         real(into, message, group=group)
 
-    _exchange._all_gather = counting
+    exchange._all_gather = counting
     try:
         step()
     finally:
-        _exchange._all_gather = real
+        exchange._all_gather = real
     return sizes
 
 
@@ -225,16 +225,16 @@ def step_as_on_a_device(rank: int, x: Tensor, grad: Tensor, name: str, args: Any
     found = []
     for reading in (True, False):
         layer.load_state_dict(state)
-        real = _exchange._is_readable
+        real = exchange._is_readable
         try:
             if reading:
                 result = run(layer, x, grad)
             else:
-                _exchange._is_readable = lambda values: False
+                exchange._is_readable = lambda values: False
                 with NoReading():
                     result = run(layer, x, grad)
         finally:
-            _exchange._is_readable = real
+            exchange._is_readable = real
         values = [t for t in result if t is not None] + list(layer.state_dict().values())
         found.append([v.clone() for v in values])
     return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -243,11 +243,11 @@ def step_as_on_a_device(rank: int, x: Tensor, grad: Tensor, name: str, args: Any
 def one_value_on_a_device(rank: int) -> None:
     layer = truenorm.SyncBatchNorm(5)
     layer(torch.randn(2, 5))
-    _exchange._is_readable, real = lambda values: False, _exchange._is_readable
+    exchange._is_readable, real = lambda values: False, exchange._is_readable
     try:
         layer(torch.randn(1 - rank, 5))
     finally:
-        _exchange._is_readable = real
+        exchange._is_readable = real
 
 
 def eager_on_one_rank(rank: int) -> bool:

@@ -12,7 +12,7 @@ from tolerances import FLOAT32_GRADIENT, assert_gradient, assert_output, relativ
 from torch import Tensor
 
 import truenorm
-from truenorm import _exchange
+from truenorm._core import exchange
 
 LENGTHS = torch.tensor([6, 2, 4])
 
@@ -72,7 +72,7 @@ def unsharded(
         for training in modes:
             layer = copy.deepcopy(original).double().train(training)
             if hasattr(layer, "process_group"):
-                layer.process_group = _exchange.ALONE if name == "SyncBatchNorm" else None
+                layer.process_group = exchange.ALONE if name == "SyncBatchNorm" else None
             expected_in = [t.double().requires_grad_() for t in (x, more)]
             added = {"residual": expected_in[1]} if residual else {}
             expected = layer(expected_in[0], **added, **(calls or {}))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import truenorm
-from truenorm import _axes
+from truenorm._core import geometry
 
 # every size is another one than any before, so that no two are taken for one
 IMAGES = [(3, 5, 7, 9), (4, 5, 8, 11), (6, 5, 10, 12)]
@@ -139,7 +139,7 @@ def test_the_order_of_dimensions_is_what_sorting_gives() -> None:
         for shape in itertools.product((1, 2, 3), repeat=4):
             x = torch.empty([shape[p] for p in perm]).permute([perm.index(d) for d in range(4)])
             dims = sorted(range(4), key=lambda d, x=x: (x.stride(d), x.shape[d]))
-            found = _axes.inside_out(x.shape, x.stride())
+            found = geometry.inside_out(x.shape, x.stride())
             assert [(x.stride(d), x.shape[d]) for d in found] == [
                 (x.stride(d), x.shape[d]) for d in dims
             ]

@@ -16,10 +16,9 @@ from torch.library import opcheck
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import truenorm
-from truenorm import _library
-from truenorm._core import eager, operators
+from truenorm._core import eager, library, operators
 
-native = pytest.mark.skipif(_library.NATIVE is None, reason="needs the native library")
+native = pytest.mark.skipif(library.NATIVE is None, reason="needs the native library")
 # the other two have no short way
 SHORT = [case for case in CASES if case.layer not in ("SyncBatchNorm", "LocalResponseNorm")]
 SHORT = [case for case in SHORT if case != CASES[7]]  # unbatched

@@ -121,7 +121,7 @@ def test_eager_calls_stay_truenorms() -> None:
 
     with pytest.raises(KeyError, match="left"):
         leave()
-    assert not truenorm._standard._asked
+    assert not truenorm._core.exporting._asked
 
 
 ALONE = """

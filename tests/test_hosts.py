@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import truenorm
-from truenorm import _imports
+from truenorm._core import imports
 
 STATISTICS = {"affine": True, "track_running_stats": True}
 
@@ -39,7 +39,7 @@ def test_the_order_of_imports_does_not_matter(order: str, name: str) -> None:
     library(name)
     code = (
         f"{order.format(name)}\nfrom truenorm import _imports\n"
-        "assert not _imports.FAILED, _imports.FAILED\nprint(len(_imports.DONE))"
+        "assert not imports.FAILED, imports.FAILED\nprint(len(imports.DONE))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
@@ -49,7 +49,7 @@ def test_the_order_of_imports_does_not_matter(order: str, name: str) -> None:
 
 def test_info_says_where_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not made known" not in str(truenorm.info())
-    monkeypatch.setitem(_imports.FAILED, "Opacus", "ImportError: moved")
+    monkeypatch.setitem(imports.FAILED, "Opacus", "ImportError: moved")
     assert "not made known to Opacus: ImportError: moved" in str(truenorm.info())
 
 

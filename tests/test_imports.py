@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import truenorm
-from truenorm import _imports
+from truenorm._core import imports
 
 # each takes longer to import than all of truenorm, or belongs to somebody else
 HEAVY = {
@@ -36,9 +36,9 @@ PROGRAMS = {
 
 SOURCE = Path(truenorm.__file__).parent
 # their members are looked at one by one; every other package as a whole
-OPEN = ("truenorm", "truenorm._models", "truenorm._tools")
+OPEN = ("truenorm", "truenorm._core", "truenorm._models", "truenorm._tools")
 # a DTensor is handed on to rules, which call the package's own functions for each part
-KNOWN = ("_ops", "_ops.parts", "_ops.sharded", "_ops.synchronized")
+KNOWN = ("_core.normalize", "_core.sharded")
 
 
 def imported(program: str) -> set[str]:
@@ -190,15 +190,15 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield name
     for each in [m for m in sys.modules if m.split(".")[0] == name]:
         del sys.modules[each]
-    _imports._WAITING.pop(name, None)
-    _imports.FAILED.pop("it", None)
-    _imports.DONE[:] = [each for each in _imports.DONE if each not in ("it", "its part")]
+    imports._WAITING.pop(name, None)
+    imports.FAILED.pop("it", None)
+    imports.DONE[:] = [each for each in imports.DONE if each not in ("it", "its part")]
 
 
 def test_after_the_import(module: str) -> None:
     seen = []
-    _imports.after_import(module, "it", lambda m: seen.append(m.ready))
-    _imports.after_import(f"{module}.part", "its part", lambda m: seen.append(m.__name__))
+    imports.after_import(module, "it", lambda m: seen.append(m.ready))
+    imports.after_import(f"{module}.part", "its part", lambda m: seen.append(m.__name__))
     assert not seen
     found = importlib.util.find_spec(module)
     assert found is not None
@@ -215,7 +215,7 @@ def test_after_the_import(module: str) -> None:
 def test_where_it_was_imported_before(module: str) -> None:
     importlib.import_module(module)
     seen = []
-    _imports.after_import(module, "it", lambda m: seen.append(m.ready))
+    imports.after_import(module, "it", lambda m: seen.append(m.ready))
     assert seen == [True]
 
 
@@ -224,13 +224,11 @@ def test_in_the_middle_of_its_import(
 ) -> None:
     """A library that imports truenorm before it is whole: done at the next import after it."""
     seen: list[bool] = []
-    monkeypatch.setattr(
-        _imports, "_test", lambda m: seen.append(hasattr(m, "ready")), raising=False
-    )
+    monkeypatch.setattr(imports, "_test", lambda m: seen.append(hasattr(m, "ready")), raising=False)
     (tmp_path / module / "__init__.py").write_text(
-        "from truenorm import _imports\n"
-        f"_imports.after_import({module!r}, 'it', _imports._test)\n"
-        "assert 'it' not in _imports.DONE\n"
+        "from truenorm._core import imports\n"
+        f"imports.after_import({module!r}, 'it', imports._test)\n"
+        "assert 'it' not in imports.DONE\n"
         "ready = True\n"
     )
     importlib.import_module(module)
@@ -242,27 +240,27 @@ def test_what_fails_is_said_and_breaks_no_import(module: str) -> None:
     def fails(module: object) -> None:
         raise AttributeError("moved away")
 
-    _imports.after_import(module, "it", fails)
+    imports.after_import(module, "it", fails)
     with pytest.warns(RuntimeWarning, match="could not be made known to it.*moved away"):
         importlib.import_module(module)
-    assert _imports.FAILED["it"] == "AttributeError: moved away"
+    assert imports.FAILED["it"] == "AttributeError: moved away"
 
 
 def test_a_warning_taken_as_an_error_breaks_no_import(module: str) -> None:
     def fails(module: object) -> None:
         raise AttributeError("moved away")
 
-    _imports.after_import(module, "it", fails)
+    imports.after_import(module, "it", fails)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert importlib.import_module(module).ready
-    assert "it" in _imports.FAILED
+    assert "it" in imports.FAILED
 
 
 def test_an_import_that_fails_is_its_own(module: str, tmp_path: Path) -> None:
     (tmp_path / module / "__init__.py").write_text("raise ImportError('not today')\n")
     seen: list[int] = []
-    _imports.after_import(module, "it", lambda m: seen.append(1))
+    imports.after_import(module, "it", lambda m: seen.append(1))
     with pytest.raises(ImportError, match="not today"):
         importlib.import_module(module)
     assert not seen

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import truenorm
-from truenorm import _axes
-from truenorm._core import plain
+from truenorm._core import geometry, plain
 from truenorm._core.call import KEEP, Form
 
 LAYERS: dict[str, Any] = {
@@ -213,7 +212,7 @@ def test_second_derivatives(name: str) -> None:
 def test_kernels_and_plain_formulas_agree(groups: int) -> None:
     ops: Any = torch.ops.truenorm
     x, grad, weight = torch.randn(3, 4, 50), torch.randn(3, 4, 50), torch.randn(4)
-    form = Form(_axes.Axes(groups, 0, True), 1e-5, padding=2.0)
+    form = Form(geometry.Axes(groups, 0, True), 1e-5, padding=2.0)
     for mask in masks((3, 4, 50)).values():
         y, record = ops.norm(
             *(x, weight, weight, mask, None, None, None), *form.numbers(x, KEEP), 2.0
@@ -298,7 +297,7 @@ def test_a_sample_of_one_value() -> None:
 
 
 def test_without_eps_what_has_no_values_leaves_no_nan() -> None:
-    axes, mask = _axes.instance(3), torch.arange(9) < torch.tensor([[0], [9]])
+    axes, mask = geometry.instance(3), torch.arange(9) < torch.tensor([[0], [9]])
     x, weight = torch.randn(2, 3, 9, requires_grad=True), torch.randn(3, requires_grad=True)
     grad = torch.randn(2, 3, 9)
     form = Form(axes, 0.0)

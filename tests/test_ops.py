@@ -10,8 +10,8 @@ from cases import LAYOUTS
 from torch import Tensor
 from torch.library import opcheck
 
-from truenorm._axes import BATCH, Axes, group, instance, layer, rms
 from truenorm._core.call import BY_OUTPUT, KEEP, Form
+from truenorm._core.geometry import BATCH, Axes, group, instance, layer, rms
 
 OPS = torch.ops.truenorm
 # which values share a statistic, the shape, the shape of weight and bias

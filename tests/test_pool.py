@@ -13,7 +13,7 @@ from torch import Tensor
 
 import truenorm
 import truenorm.functional as F
-from truenorm import _pool
+from truenorm._core import pool
 
 pytestmark = [only_native, pytest.mark.usefixtures("pooled")]
 
@@ -66,7 +66,7 @@ def test_small_results_are_left_to_the_heap() -> None:
 
 
 def test_the_cap_is_kept_and_the_oldest_go_first() -> None:
-    _pool.set_cap(3)
+    pool.set_cap(3)
     alive = [result() for _ in range(5)]
     addresses = [y.data_ptr() for y in alive]
     for _ in range(5):
@@ -78,7 +78,7 @@ def test_the_cap_is_kept_and_the_oldest_go_first() -> None:
 
 
 def test_a_buffer_above_the_cap_pushes_no_other_out() -> None:
-    _pool.set_cap(3)
+    pool.set_cap(3)
     result(ONE)
     result(EIGHT)
     assert (statistics().idle_mib, statistics().idle_buffers) == (1, 1)
@@ -86,12 +86,12 @@ def test_a_buffer_above_the_cap_pushes_no_other_out() -> None:
 
 def test_lowering_the_cap_gives_back_at_once() -> None:
     result(EIGHT)
-    _pool.set_cap(7)
+    pool.set_cap(7)
     assert statistics().idle_buffers == 0
 
 
 def test_off() -> None:
-    _pool.set_cap(0)
+    pool.set_cap(0)
     before = statistics()
     y = result(EIGHT)
     y.resize_(16, 4, 256, 256)
@@ -103,7 +103,7 @@ def test_off() -> None:
 def test_a_live_result_outlives_its_pool() -> None:
     x = torch.randn(EIGHT)
     y, expected = F.instance_norm(x), F.instance_norm(x).clone()
-    _pool.set_cap(0)
+    pool.set_cap(0)
     assert torch.equal(y, expected)
     del y
     assert statistics().idle_buffers == 0
@@ -151,7 +151,7 @@ def test_the_same_bits_and_layout_on_and_off(
     grad = torch.randn(x.shape).to(dtype, memory_format=format)
     found = []
     for cap in (0, CAP, CAP):
-        _pool.set_cap(cap)
+        pool.set_cap(cap)
         y = layer(x)
         found.append((y, torch.autograd.grad(y, [x, *layer.parameters()], grad)))
     (expected, gradients), *others = found

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import truenorm
 import truenorm.functional as F
-from truenorm import _pool
+from truenorm._core import pool
 
 pytestmark = [only_native, pytest.mark.usefixtures("pooled")]
 
@@ -102,11 +102,11 @@ def test_a_bad_value_names_the_variable_and_the_remedy(value: str) -> None:
 @pytest.mark.parametrize(
     ("value", "cap"),
     [
-        (None, _pool.DEFAULT_MIB),
-        ("", _pool.DEFAULT_MIB),
+        (None, pool.DEFAULT_MIB),
+        ("", pool.DEFAULT_MIB),
         ("0", 0),
         ("12", 12),
-        ("9" * 30, _pool.LARGEST_MIB),
+        ("9" * 30, pool.LARGEST_MIB),
     ],
 )
 def test_the_cap_from_the_environment(value: str | None, cap: int) -> None:
@@ -126,7 +126,7 @@ def test_results_that_die_with_the_interpreter() -> None:
 
 
 def test_without_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pool, "_native", None)
+    monkeypatch.setattr(pool, "_native", None)
     truenorm.empty_cache()
     assert truenorm.info().pool is None
     assert "pool: none" in str(truenorm.info())

@@ -23,8 +23,8 @@ from on_triton import (
 )
 
 import truenorm
-from truenorm import _axes, _triton
-from truenorm._core import operators
+from truenorm import _triton
+from truenorm._core import geometry, operators
 from truenorm._triton import config
 
 ROOT = Path(__file__).parent.parent
@@ -109,15 +109,15 @@ def test_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     serve = _triton.serving("forward", lambda *args: calls.append("plain"))
     x = torch.randn(3, 4, device=DEVICE)
-    serve(x.to(torch.float8_e4m3fn), None, None, *_axes.layer(1), 1e-5)
-    serve(x[:0], None, None, *_axes.layer(1), 1e-5)
+    serve(x.to(torch.float8_e4m3fn), None, None, *geometry.layer(1), 1e-5)
+    serve(x[:0], None, None, *geometry.layer(1), 1e-5)
     assert calls == ["plain", "plain"]
     with launches():
-        y, _, _ = serve(x, None, None, *_axes.layer(1), 1e-5)
+        y, _, _ = serve(x, None, None, *geometry.layer(1), 1e-5)
     assert torch.allclose(y, torch.nn.functional.layer_norm(x, (4,)), atol=1e-6)
     assert calls == ["plain", "plain"]
     monkeypatch.setattr(_triton, "why_plain", lambda index: "no reason")
-    serve(x, None, None, *_axes.layer(1), 1e-5)
+    serve(x, None, None, *geometry.layer(1), 1e-5)
     assert calls == ["plain"] * 3
 
 

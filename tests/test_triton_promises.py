@@ -14,7 +14,7 @@ from promises import bits, same
 from tolerances import FLOAT32_FORWARD, FLOAT32_GRADIENT, relative
 from torch import Tensor
 
-from truenorm import _axes
+from truenorm._core import geometry
 
 pytestmark = needs_triton
 
@@ -73,7 +73,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row."""
     forward = torch.ops.truenorm.forward.default
     with triton_kernels():
-        return forward(x, None, None, *_axes.layer(1), 1e-5)[1:]  # type: ignore[no-any-return]
+        return forward(x, None, None, *geometry.layer(1), 1e-5)[1:]  # type: ignore[no-any-return]
 
 
 def test_a_pivot_far_from_the_mean_of_its_chunk() -> None:

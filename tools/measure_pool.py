@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import truenorm
-from truenorm import _pool
+from truenorm._core import pool
 
 
 class Residual(nn.Module):
@@ -132,7 +132,7 @@ def child(name: str, channels_last: bool, mib: int, rounds: int) -> list[tuple[f
     """(off, on / off) in seconds for each round; where there are none, the peak of `mib` in MiB."""
     step = stepper(name, channels_last)
     if rounds == 0:
-        _pool.set_cap(mib)
+        pool.set_cap(mib)
         for _ in range(6):
             step()
         status = Path("/proc/self/status").read_text().splitlines()
@@ -142,7 +142,7 @@ def child(name: str, channels_last: bool, mib: int, rounds: int) -> list[tuple[f
     for i in range(rounds):
         times: dict[int, float] = {}
         for cap in (0, mib) if i % 2 else (mib, 0):
-            _pool.set_cap(cap)
+            pool.set_cap(cap)
             step()
             times[cap] = min(step(), step())
         found.append((times[0], times[mib] / times[0]))

@@ -201,7 +201,7 @@ def _all_gathers(rank: int, seconds: float) -> list[float]:
     for length in LENGTHS:
         message = torch.randn(length, dtype=torch.float64)
         found.append(
-            _median(lambda m=message: truenorm._exchange.gather(m, dist.group.WORLD), seconds)
+            _median(lambda m=message: truenorm._core.exchange.gather(m, dist.group.WORLD), seconds)
         )
     return found
 

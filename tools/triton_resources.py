@@ -19,42 +19,42 @@ import torch
 import triton.language as tl
 from triton_compile import Compiled, Launch, compile_for, record, source
 
-from truenorm import _axes
+from truenorm._core import geometry
 from truenorm._triton import host, view
 
-BATCH, RMS, LAYER = _axes.BATCH, _axes.rms(1), _axes.layer(1)
+BATCH, RMS, LAYER = geometry.BATCH, geometry.rms(1), geometry.layer(1)
 _LAST = torch.channels_last
 # what, axes, shape, channels_last, and whether it is of --quick
-CASES: tuple[tuple[str, _axes.Axes, tuple[int, ...], bool, bool], ...] = (
+CASES: tuple[tuple[str, geometry.Axes, tuple[int, ...], bool, bool], ...] = (
     ("LayerNorm", LAYER, (16384, 4096), False, True),
     ("LayerNorm", LAYER, (8192, 768), False, False),
     ("LayerNorm", LAYER, (2048, 8192), False, False),
     ("LayerNorm, wide", LAYER, (64, 100_000), False, True),
     ("RMSNorm", RMS, (16384, 4096), False, True),
     ("RMSNorm", RMS, (2048, 16384), False, False),
-    ("InstanceNorm", _axes.instance(64), (2, 64, 128, 128, 128), False, True),
-    ("InstanceNorm, small", _axes.instance(320), (2, 320, 8, 8, 8), False, False),
-    ("InstanceNorm, channels_last", _axes.instance(64), (2, 64, 256, 256), True, True),
-    ("InstanceNorm, channels_last small", _axes.instance(320), (2, 320, 16, 16), True, False),
-    ("GroupNorm", _axes.group(32), (16, 320, 64, 64), False, False),
-    ("GroupNorm, small", _axes.group(32), (2, 1280, 16, 16), False, True),
-    ("GroupNorm, channels_last small", _axes.group(32), (2, 1280, 16, 16), True, True),
-    ("GroupNorm, channels_last", _axes.group(32), (16, 320, 64, 64), True, False),
+    ("InstanceNorm", geometry.instance(64), (2, 64, 128, 128, 128), False, True),
+    ("InstanceNorm, small", geometry.instance(320), (2, 320, 8, 8, 8), False, False),
+    ("InstanceNorm, channels_last", geometry.instance(64), (2, 64, 256, 256), True, True),
+    ("InstanceNorm, channels_last small", geometry.instance(320), (2, 320, 16, 16), True, False),
+    ("GroupNorm", geometry.group(32), (16, 320, 64, 64), False, False),
+    ("GroupNorm, small", geometry.group(32), (2, 1280, 16, 16), False, True),
+    ("GroupNorm, channels_last small", geometry.group(32), (2, 1280, 16, 16), True, True),
+    ("GroupNorm, channels_last", geometry.group(32), (16, 320, 64, 64), True, False),
     ("BatchNorm", BATCH, (256, 256, 56, 56), False, True),
     ("BatchNorm", BATCH, (256, 2048, 7, 7), False, False),
     ("BatchNorm, small", BATCH, (32, 64, 14, 14), False, False),
     ("BatchNorm, channels_last", BATCH, (256, 256, 56, 56), True, False),
     ("BatchNorm1d", BATCH, (256, 512), False, False),
     # sizes of one, which Triton makes constants of
-    ("GroupNorm, odd", _axes.group(3), (5, 9), False, False),
-    ("InstanceNorm, odd", _axes.instance(1), (2, 1, 33, 1), False, False),
+    ("GroupNorm, odd", geometry.group(3), (5, 9), False, False),
+    ("InstanceNorm, odd", geometry.instance(1), (2, 1, 33, 1), False, False),
     ("LayerNorm, odd", LAYER, (5, 1), False, False),
     ("BatchNorm1d, odd", BATCH, (5, 1), False, False),
 )
 
 
 def _launches(
-    axes: _axes.Axes, shape: tuple[int, ...], dtype: torch.dtype, last: bool
+    axes: geometry.Axes, shape: tuple[int, ...], dtype: torch.dtype, last: bool
 ) -> list[Launch]:
     features = shape[-1] if axes.feature_dims else shape[1]
     x = torch.empty(shape, dtype=dtype, device="meta")
@@ -86,7 +86,7 @@ def _response(dtype: torch.dtype) -> list[Launch]:
 
 # axes, shape of a sample, channels_last: statistics of a sample of its own, whole and in chunks,
 # channels that 16 divides and that it does not, groups of one row of threads and of several
-SAMPLES: tuple[tuple[str, _axes.Axes, tuple[int, ...], bool], ...] = (
+SAMPLES: tuple[tuple[str, geometry.Axes, tuple[int, ...], bool], ...] = (
     ("LayerNorm", LAYER, (4, 768), False),
     ("LayerNorm, wide", LAYER, (1, 100_000), False),
     ("RMSNorm, odd", RMS, (3, 1023), False),
@@ -94,13 +94,13 @@ SAMPLES: tuple[tuple[str, _axes.Axes, tuple[int, ...], bool], ...] = (
         (f"{kind}{', channels_last' * last}", axes, shape, last)
         for last in (False, True)
         for kind, axes, shape in (
-            ("InstanceNorm", _axes.instance(64), (64, 256, 256)),
-            ("InstanceNorm, odd", _axes.instance(30), (30, 128, 128)),
-            ("InstanceNorm, small", _axes.instance(320), (320, 8, 8)),
-            ("InstanceNorm, small, odd", _axes.instance(30), (30, 7, 9)),
-            ("GroupNorm", _axes.group(32), (320, 64, 64)),
-            ("GroupNorm, small", _axes.group(32), (1280, 16, 16)),
-            ("GroupNorm, small, odd", _axes.group(3), (21, 8, 8)),
+            ("InstanceNorm", geometry.instance(64), (64, 256, 256)),
+            ("InstanceNorm, odd", geometry.instance(30), (30, 128, 128)),
+            ("InstanceNorm, small", geometry.instance(320), (320, 8, 8)),
+            ("InstanceNorm, small, odd", geometry.instance(30), (30, 7, 9)),
+            ("GroupNorm", geometry.group(32), (320, 64, 64)),
+            ("GroupNorm, small", geometry.group(32), (1280, 16, 16)),
+            ("GroupNorm, small, odd", geometry.group(3), (21, 8, 8)),
         )
     ),
 )

@@ -10,10 +10,10 @@ from .nn import *  # noqa: F403
 from .nn import __all__ as _layers
 
 # every call
-from ._library import info
+from ._core.library import info
 from ._core.recomputed import recompute_outputs
-from ._pool import empty_cache
-from ._standard import standard_ops
+from ._core.pool import empty_cache
+from ._core.exporting import standard_ops
 from ._triton.tune import tune
 
 # whole models

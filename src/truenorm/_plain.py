@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _axes
-from ._axes import Axes
+from ._core import geometry
+from ._core.geometry import Axes
 
 # values per statistic, on the device where no one may wait for it
 Count = int | Tensor
@@ -32,17 +32,17 @@ def _per_channel(p: Tensor, v: Tensor) -> Tensor:
 def _like(values: Tensor, x: Tensor, axes: Axes) -> Tensor:
     """values in x's shape, dtype and memory format."""
     result = values.reshape(x.shape).to(x.dtype)
-    strides = _axes.kept_strides(x, axes)
+    strides = geometry.kept_strides(x, axes)
     if result.stride() == strides:
         return result
-    order = _axes.inside_out(x.shape, strides)[::-1]
+    order = geometry.inside_out(x.shape, strides)[::-1]
     back = [order.index(d) for d in range(x.dim())]
     return result.permute(order).contiguous().permute(back)
 
 
 def moments(x: Tensor, axes: Axes) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (RMSNorm: zero and mean square), one per statistic."""
-    v, dims = _axes.grouped_view(x, axes)
+    v, dims = geometry.grouped_view(x, axes)
     v = _wide(v)
     if axes.centred:
         mean = v.mean(dims, keepdim=True)
@@ -69,7 +69,7 @@ def apply(
     axes: Axes,
     eps: float,
 ) -> Tensor:
-    v, _ = _axes.grouped_view(x, axes)
+    v, _ = geometry.grouped_view(x, axes)
     y = (_wide(v) - _against(mean, v, axes)) * torch.rsqrt(_against(var, v, axes) + eps)
     if weight is not None:
         y = y * _per_channel(weight, v)
@@ -97,8 +97,8 @@ def backward(
     fixed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; `fixed` where mean and var do not depend on x."""
-    v, dims = _axes.grouped_view(x, axes)
-    g, _ = _axes.grouped_view(grad, axes)
+    v, dims = geometry.grouped_view(x, axes)
+    g, _ = geometry.grouped_view(grad, axes)
     v, g = _wide(v), _wide(g)
     rstd = torch.rsqrt(_against(var, v, axes) + eps)
     x_hat = (v - _against(mean, v, axes)) * rstd
@@ -130,9 +130,9 @@ def backward_of_part(
 
     One statistic per channel of (N, C, *).
     """
-    axes = _axes.BATCH
-    v, _ = _axes.grouped_view(x, axes)
-    g, _ = _axes.grouped_view(grad, axes)
+    axes = geometry.BATCH
+    v, _ = geometry.grouped_view(x, axes)
+    g, _ = geometry.grouped_view(grad, axes)
     v, g = _wide(v), _wide(g)
     rstd = torch.rsqrt(_against(var, v, axes) + eps)
     x_hat = (v - _against(mean, v, axes)) * rstd
@@ -226,18 +226,18 @@ def _window_sum(values: Tensor, size: int, before: int) -> Tensor:
 
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    n, c, s = _axes.ncs(x.shape, _axes.BATCH)
+    n, c, s = geometry.ncs(x.shape, geometry.BATCH)
     v = _wide(x.reshape(n, c, s))
     d = k + alpha / size * _window_sum(v * v, size, size // 2)
-    return _like(v * d.pow(-beta), x, _axes.BATCH)
+    return _like(v * d.pow(-beta), x, geometry.BATCH)
 
 
 def local_response_norm_backward(
     grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> Tensor:
-    n, c, s = _axes.ncs(x.shape, _axes.BATCH)
+    n, c, s = geometry.ncs(x.shape, geometry.BATCH)
     v, g = _wide(x.reshape(n, c, s)), _wide(grad.reshape(n, c, s))
     d = k + alpha / size * _window_sum(v * v, size, size // 2)
     across = _window_sum(g * v * d.pow(-beta - 1.0), size, (size - 1) // 2)
     result = g * d.pow(-beta) - (2.0 * alpha * beta / size) * v * across
-    return _like(result, x, _axes.BATCH)
+    return _like(result, x, geometry.BATCH)

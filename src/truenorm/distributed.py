@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from . import _checks
+from ._core import checks
 from ._core.normalize import normalize_together
 from .nn._base import Spanning
 
 __all__ = ["call_together"]
 
 
-def call_together(layers: Sequence[Spanning], inputs: Sequence[Tensor]) -> list[Tensor]:
+def call_together(layers: Sequence[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Call several layers on an input each, with one exchange of statistics for all of them.
 
     outputs[i] = layers[i](inputs[i]), to the same bits, but with one all-gather forward and one
@@ -27,9 +28,9 @@ def call_together(layers: Sequence[Spanning], inputs: Sequence[Tensor]) -> list[
     Errors: TypeError for another layer; ValueError for another number of inputs than of layers, a
     layer that is there twice, or layers with different groups; else as each layer's own.
     """
-    _checks.check_together(layers, inputs, Spanning)
+    checks.check_together(layers, inputs, Spanning)
     groups = [layer._statistics_group() for layer in layers]
-    _checks.check_one_group(groups)
+    checks.check_one_group(groups)
     if not groups or groups[0] is None or any(layer._makes_several_calls() for layer in layers):
         return [layer.forward(x) for layer, x in zip(layers, inputs, strict=True)]
     prepared = [layer._prepared(x) for layer, x in zip(layers, inputs, strict=True)]

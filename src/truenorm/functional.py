@@ -1,7 +1,7 @@
 """torch.nn.functional's normalization functions: the same names, arguments and defaults.
 
-Each validates its arguments, then makes one call: the layers too take it from here. The formulas, forward and backward, are written
-out in `truenorm.reference`.
+Each validates its arguments, then makes one call: the layers too take it from here. The formulas,
+forward and backward, are written out in `truenorm.reference`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _axes, _checks
-from ._core import masks
+from ._core import checks, geometry, masks
 from ._core.call import Call, Form, Running
 from ._core.normalize import local_response_norm as _response
 from ._core.normalize import normalize, normalize_with_statistics
@@ -81,7 +80,7 @@ def batch_norm(
             **more,
         )
     if isinstance(input, Tensor) and input.dim() < 2 and not input.numel() and not more:
-        _checks.check_floating(input)
+        checks.check_floating(input)
         return input.clone()  # as torch, which looks for channels only where there are values
     running = _running(running_mean, running_var, momentum)
     args = input, running_mean, running_var, weight, bias, training, eps
@@ -104,22 +103,22 @@ def batch_call(
 
     one_value: whether a statistic of x's own may span one value, which has no variance.
     """
-    _checks.check_tensor("input", input)
-    _checks.check_floating(input)
+    checks.check_tensor("input", input)
+    checks.check_floating(input)
     # torch fails over the channels it looks for, or over the statistics it checks first
     one_dim_error = IndexError if training and running_mean is None else RuntimeError
-    _checks.check_at_least_2d(input, one_dim_error)
-    _checks.check_eps(eps, "batch_norm", training=training)
+    checks.check_at_least_2d(input, one_dim_error)
+    checks.check_eps(eps, "batch_norm", training=training)
     _check_per_channel(input, running_mean, running_var, weight, bias)
     given = None
     if not training:
-        _checks.check_running_given(running_mean, "training=False")
+        checks.check_running_given(running_mean, "training=False")
         assert running_mean is not None and running_var is not None
         given = running_mean, running_var
     elif not one_value:
-        values = _axes.values_per_statistic(input.shape, _axes.BATCH)
-        _checks.check_more_than_one_value(input, values, per_sample=False)
-    return Call(input, weight, bias, Form(_axes.BATCH, eps, not training), given=given)
+        values = geometry.values_per_statistic(input.shape, geometry.BATCH)
+        checks.check_more_than_one_value(input, values, per_sample=False)
+    return Call(input, weight, bias, Form(geometry.BATCH, eps, not training), given=given)
 
 
 def batch_norm_stats(
@@ -142,7 +141,7 @@ def batch_norm_stats(
     """
     call = batch_call(input, None, None, weight, bias, True, eps)
     y, (mean, var, _) = normalize_with_statistics(call)
-    count = _axes.values_per_statistic(input.shape, _axes.BATCH)
+    count = geometry.values_per_statistic(input.shape, geometry.BATCH)
     return y, Moments(mean.new_full((), count), mean, var * count)
 
 
@@ -153,11 +152,11 @@ def _check_per_channel(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    _checks.check_both_running(running_mean, running_var)
-    _checks.check_per_channel("running_mean", running_mean, input)
-    _checks.check_per_channel("running_var", running_var, input)
-    _checks.check_per_channel("weight", weight, input)
-    _checks.check_per_channel("bias", bias, input)
+    checks.check_both_running(running_mean, running_var)
+    checks.check_per_channel("running_mean", running_mean, input)
+    checks.check_per_channel("running_var", running_var, input)
+    checks.check_per_channel("weight", weight, input)
+    checks.check_per_channel("bias", bias, input)
 
 
 def instance_norm(
@@ -226,20 +225,20 @@ def instance_call(
     one_value: bool = False,
 ) -> Call:
     """By x's own statistics where `use_input_stats`, else by the running ones."""
-    _checks.check_tensor("input", input)
-    _checks.check_floating(input)
-    _checks.check_at_least_2d(input, ValueError)
+    checks.check_tensor("input", input)
+    checks.check_floating(input)
+    checks.check_at_least_2d(input, ValueError)
     _check_per_channel(input, running_mean, running_var, weight, bias)
     if use_input_stats:
-        axes = _axes.instance(input.shape[1])
+        axes = geometry.instance(input.shape[1])
         if not one_value and input.shape[1]:
-            values = _axes.values_per_statistic(input.shape, axes)
-            _checks.check_more_than_one_value(input, values, per_sample=True)
+            values = geometry.values_per_statistic(input.shape, axes)
+            checks.check_more_than_one_value(input, values, per_sample=True)
         return Call(input, weight, bias, Form(axes, eps))
-    _checks.check_running_given(running_mean, "use_input_stats=False")
+    checks.check_running_given(running_mean, "use_input_stats=False")
     assert running_mean is not None and running_var is not None
     given = running_mean, running_var
-    return Call(input, weight, bias, Form(_axes.BATCH, eps, True), given=given)
+    return Call(input, weight, bias, Form(geometry.BATCH, eps, True), given=given)
 
 
 def group_norm(
@@ -293,24 +292,24 @@ def group_call(
     *,
     one_value: bool = False,
 ) -> Call:
-    _checks.check_tensor("input", input)
-    _checks.check_floating(input)
-    _checks.check_at_least_2d(input, RuntimeError)
-    _checks.check_groups(input, num_groups)
-    _checks.check_per_channel("weight", weight, input)
-    _checks.check_per_channel("bias", bias, input)
+    checks.check_tensor("input", input)
+    checks.check_floating(input)
+    checks.check_at_least_2d(input, RuntimeError)
+    checks.check_groups(input, num_groups)
+    checks.check_per_channel("weight", weight, input)
+    checks.check_per_channel("bias", bias, input)
     if not one_value:
-        n, c, s = _axes.ncs(input.shape, _axes.BATCH)
+        n, c, s = geometry.ncs(input.shape, geometry.BATCH)
         # as torch: an error only where the whole batch has one value per group
-        _checks.check_more_than_one_value(input, n * c // num_groups * s, per_sample=False)
-    return Call(input, weight, bias, Form(_axes.group(num_groups), eps))
+        checks.check_more_than_one_value(input, n * c // num_groups * s, per_sample=False)
+    return Call(input, weight, bias, Form(geometry.group(num_groups), eps))
 
 
 def _more(mask: Tensor | None, lengths: Tensor | None, padding_value: float) -> dict[str, Any]:
     """What a call is given beyond torch's arguments; nothing where nothing is masked."""
     if mask is None and lengths is None:
         if type(padding_value) is not float:
-            _checks.check_padding_value(padding_value)
+            checks.check_padding_value(padding_value)
         return {}
     return {"mask": mask, "lengths": lengths, "padding_value": padding_value}
 
@@ -369,12 +368,12 @@ def layer_call(
     bias: Tensor | None,
     eps: float,
 ) -> Call:
-    _checks.check_tensor("input", input)
-    _checks.check_floating(input)
-    _checks.check_normalized_shape(input, normalized_shape)
-    _checks.check_elementwise("weight", weight, input, normalized_shape)
-    _checks.check_elementwise("bias", bias, input, normalized_shape)
-    return Call(input, weight, bias, Form(_axes.layer(len(normalized_shape)), eps))
+    checks.check_tensor("input", input)
+    checks.check_floating(input)
+    checks.check_normalized_shape(input, normalized_shape)
+    checks.check_elementwise("weight", weight, input, normalized_shape)
+    checks.check_elementwise("bias", bias, input, normalized_shape)
+    return Call(input, weight, bias, Form(geometry.layer(len(normalized_shape)), eps))
 
 
 def rms_norm(
@@ -409,12 +408,12 @@ def rms_call(
     weight: Tensor | None,
     eps: float | None,
 ) -> Call:
-    _checks.check_tensor("input", input)
-    _checks.check_floating(input, complex_too=True)
-    _checks.check_normalized_shape(input, normalized_shape)
-    eps = _axes.rms_eps(eps, input.dtype)
-    _checks.check_elementwise("weight", weight, input, normalized_shape)
-    return Call(input, weight, None, Form(_axes.rms(len(normalized_shape)), eps))
+    checks.check_tensor("input", input)
+    checks.check_floating(input, complex_too=True)
+    checks.check_normalized_shape(input, normalized_shape)
+    eps = geometry.rms_eps(eps, input.dtype)
+    checks.check_elementwise("weight", weight, input, normalized_shape)
+    return Call(input, weight, None, Form(geometry.rms(len(normalized_shape)), eps))
 
 
 def in_torchs_memory_format(y: Tensor, input: Tensor) -> Tensor:
@@ -451,13 +450,13 @@ def local_response_norm(
         return handle_torch_function(
             local_response_norm, (input,), input, size, alpha=alpha, beta=beta, k=k
         )
-    _checks.check_tensor("input", input)
-    _checks.check_local_response(input, size)
+    checks.check_tensor("input", input)
+    checks.check_local_response(input, size)
     if input.numel() == 0:
         return input
     if not (input.is_floating_point() or input.is_complex()):
         input = input.to(torch.get_default_dtype())
-    _checks.check_floating(input)
+    checks.check_floating(input)
     # as under torch's autocast, which widens the power, and on CPU the pooling of 4D and 5D
     device = input.device.type
     widened = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -468,5 +467,5 @@ def local_response_norm(
 
 for _name in __all__:
     # torch.jit.script asks for it
-    _refuse = partial(_checks.fail_scripting, f"truenorm.functional.{_name}")
+    _refuse = partial(checks.fail_scripting, f"truenorm.functional.{_name}")
     globals()[_name].__prepare_scriptable__ = partial(_refuse, f"torch.nn.functional.{_name}")

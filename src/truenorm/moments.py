@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._core.normalize import channel_moments
+from ._core import checks
 from ._core.merging import merge_pairs
+from ._core.normalize import channel_moments
 
 __all__ = ["Moments"]
 
@@ -52,9 +52,9 @@ class Moments:
         Errors: TypeError for a non-tensor, ValueError for fewer than two dimensions,
         NotImplementedError for a dtype that is not floating.
         """
-        _checks.check_tensor("input", input)
-        _checks.check_floating(input)
-        _checks.check_at_least_2d(input, ValueError)
+        checks.check_tensor("input", input)
+        checks.check_floating(input)
+        checks.check_at_least_2d(input, ValueError)
         mean, var = channel_moments(input.detach())
         count = mean.new_full((), input.numel() // max(input.shape[1], 1))
         return cls(count, mean, var * count)
@@ -66,7 +66,7 @@ class Moments:
         """
         parts = [self, *others]
         for other in others:
-            _checks.check_same_features(self.mean.numel(), other.mean.numel())
+            checks.check_same_features(self.mean.numel(), other.mean.numel())
         stacked = [torch.stack([getattr(p, name) for p in parts]) for name in ("mean", "m2")]
         count = torch.stack([p.count for p in parts])
         total, mean, m2 = merge_pairs(count[:, None], *stacked)

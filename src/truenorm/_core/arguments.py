@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _axes
-from .._axes import Axes
+from . import geometry
 from .call import ACT, BY_OUTPUT, FEATURES, GROUPS, PER_CHANNEL, axes_of
+from .geometry import Axes
 
 Check = Callable[[Sequence[Any]], None]
 Differs = Callable[[Any, Any], bool]
@@ -142,7 +142,7 @@ def _residual(residual: Tensor, x: Tensor, differs: Differs) -> None:
 
 def _mask(mask: Tensor, x: Tensor, axes: Axes, differs: Differs) -> None:
     _dense("mask", mask, x)
-    n, _, s = _axes.ncs(x.shape, axes)
+    n, _, s = geometry.ncs(x.shape, axes)
     if mask.dtype != torch.bool or differs(mask.numel(), n * s):
         raise RuntimeError(
             "truenorm: a mask must be a contiguous boolean tensor (N, *positions): `mask` must "
@@ -241,7 +241,7 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
         if at_mask is not None and args[at_mask] is not None:
             _mask(args[at_mask], x, axes, differs)
         if statistics:
-            count = _axes.num_statistics(x.shape, axes)
+            count = geometry.num_statistics(x.shape, axes)
             for each, place, per in statistics:
                 if args[place] is not None:
                     _statistic(each, args[place], x, per * count, differs)

@@ -1,6 +1,6 @@
 """What a layer asks for, as one value: made once, and carried from the layer to the kernel.
 
-y = act(norm(x) · weight + bias + residual), and `padding` where the mask says that nothing is valid.
+y = act(norm(x) · weight + bias + residual), and `padding` where nothing is valid by the mask.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .. import _axes
-from .._axes import Axes
+from . import geometry
+from .geometry import Axes
 
 NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_RESIDUAL = 1, 2, 4, 8
 # the residual's place holds y, whose sign is that of what the activation took
@@ -64,9 +64,7 @@ def axes_of(bits: int, x: Tensor) -> Axes:
     return Axes(groups, 0, not bits & UNCENTRED)
 
 
-def form_of(
-    bits: int, x: Tensor, eps: float, parameter: float = 0.0, padding: float = 0.0
-) -> Form:
+def form_of(bits: int, x: Tensor, eps: float, parameter: float = 0.0, padding: float = 0.0) -> Form:
     """The form that `Form.bits` made a number of."""
     constant, act = bool(bits & CONSTANT), bits >> ACT & 0xFF
     return Form(axes_of(bits, x), eps, constant, act, parameter, padding)
@@ -119,4 +117,4 @@ class Call(NamedTuple):
         return self.mask is not None and self.mask.dim() == self.x.dim()
 
     def num_statistics(self) -> int:
-        return _axes.num_statistics(self.x.shape, self.form.axes)
+        return geometry.num_statistics(self.x.shape, self.form.axes)

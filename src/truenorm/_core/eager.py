@@ -17,10 +17,10 @@ from torch.autograd import Function, forward_ad
 from torch.jit import _trace
 from torch.overrides import has_torch_function_variadic
 
-from .._axes import Axes
-from .._library import NATIVE
 from . import gradients, operators
 from .call import NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT, Form
+from .geometry import Axes
+from .library import NATIVE
 
 # what to call, with (), (running_mean, running_var, num_batches_tracked, momentum), (mean, var)
 OWN = operators.eager_forward._op

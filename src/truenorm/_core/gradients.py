@@ -198,7 +198,7 @@ class Norm(Function):
         calls = len(ctx.made.forms)
         kept = ctx.saved_tensors  # once: checkpointing gives them out only once
         pulled = [
-            _Pulled(grad, *saved, record)
+            _Pulled._make((grad, *saved, record))
             for grad, saved, record in zip(
                 grads[:calls], _cut(kept[: 5 * calls], 5), kept[5 * calls :], strict=True
             )
@@ -354,7 +354,7 @@ def _norm_backward(ctx: Any, grad: Any, *_: Any) -> Any:
     *saved, record = ctx.saved_tensors
     wanted = [[of_x, of_weight, of_bias, of_residual]]
     g_x, g_weight, g_bias, g_residual = _pull_back(
-        ctx.made, [_Pulled(grad, *saved, record)], wanted
+        ctx.made, [_Pulled._make((grad, *saved, record))], wanted
     )
     if g_bias is not None and g_bias.dtype != ctx.bias_dtypes[0]:
         g_bias = g_bias.to(ctx.bias_dtypes[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks
+from . import checks
 
 
 def mask_of(
@@ -17,11 +17,11 @@ def mask_of(
     unbatched: bool = False,
 ) -> Tensor | None:
     """True where a value counts: (N, *positions), or (N, C, *positions) for a mask per channel."""
-    _checks.check_one_of_mask_and_lengths(mask, lengths)
-    _checks.check_padding_value(padding_value)
+    checks.check_one_of_mask_and_lengths(mask, lengths)
+    checks.check_padding_value(padding_value)
     if lengths is not None:
         lengths = lengths[None] if unbatched and isinstance(lengths, Tensor) else lengths
-        _checks.check_lengths(lengths, x, axis)
+        checks.check_lengths(lengths, x, axis)
         (size,) = (s for d, s in enumerate(x.shape) if d not in (0, axis % x.dim()))
         return torch.arange(size, device=x.device) < lengths[:, None]
     if mask is None:
@@ -30,7 +30,7 @@ def mask_of(
         mask = mask[None]
     full = tuple(x.shape)
     positions = full[: axis % x.dim()] + full[axis % x.dim() + 1 :]
-    _checks.check_mask(mask, [positions, full], x)
+    checks.check_mask(mask, [positions, full], x)
     if mask.dim() == len(full):
         mask = mask.movedim(axis, 1)
         if mask.shape[1] == 1:

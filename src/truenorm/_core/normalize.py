@@ -13,18 +13,28 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import _axes, _checks, _exchange
-from .._axes import BATCH
-from . import gradients, operators, plain, recomputed, route, running, standard
+from . import (
+    checks,
+    exchange,
+    geometry,
+    gradients,
+    operators,
+    plain,
+    recomputed,
+    route,
+    running,
+    standard,
+)
 from . import spanning as _spanning
 from .call import KEEP, Call, Form
+from .geometry import BATCH
 
 
 def normalize(call: Call) -> Tensor:
     """y; x's own statistics move `running`."""
     way = route.way(call)
     if way == route.SHARDED:
-        return _sharded().normalize(call)
+        return _sharded().normalize(call)  # type: ignore[no-any-return]
     if call.group is not None:
         return normalize_together([call], call.group)[0]
     if way == route.STANDARD:
@@ -40,7 +50,7 @@ def normalize_with_statistics(call: Call) -> tuple[Tensor, Tensor]:
     """y and the record of x's own statistics, which are constants."""
     way = route.way(call)
     if way == route.SHARDED:
-        return _sharded().normalize_with_statistics(call)
+        return _sharded().normalize_with_statistics(call)  # type: ignore[no-any-return]
     if way == route.STANDARD:
         record = plain.statistics(call.x, call.mask, call.form.axes)
         return standard.norm(call), record.detach()
@@ -52,7 +62,7 @@ def _made(call: Call, way: int, *, keep: bool) -> tuple[Tensor, Tensor]:
     if way == route.PLAIN:
         if call.given is not None:
             # as torch: a backward sees none of it
-            _checks.check_running_constant(route.has_tangent(*call.given))
+            checks.check_running_constant(route.has_tangent(*call.given))
         return plain.norm(x, weight, bias, mask, residual, call.given, form)
     x = _in_order_of_mask(call).x
     mean, var = (None, None) if call.given is None else call.given
@@ -103,10 +113,11 @@ def _move(call: Call, record: Tensor) -> None:
     assert moving is not None
     if call.x.numel():
         running.move(moving, record)
-    elif moving.num_batches_tracked is not None and moving.gathered is None:
+    elif moving.gathered is not None or operators.within_backward():
+        return
+    elif moving.num_batches_tracked is not None:
         # as torch: an empty batch counts as a batch and leaves the statistics alone
-        if not operators.within_backward():
-            moving.num_batches_tracked.add_(1)
+        moving.num_batches_tracked.add_(1)
 
 
 def normalize_together(calls: Sequence[Call], group: Any) -> list[Tensor]:
@@ -119,20 +130,21 @@ def normalize_together(calls: Sequence[Call], group: Any) -> list[Tensor]:
     numbers: dict[Any, int] = {}
     for c in calls:
         if route.standard():
-            _checks.fail_spanning(type(c.layer).__name__, group)
-        _checks.check_no_transform(route.transformed(*c.differentiated()))
+            checks.fail_spanning(type(c.layer).__name__, group)
+        checks.check_no_transform(route.transformed(*c.differentiated()))
         # under a mask messages are longer: as if it were another layer
         number = c.num_statistics() * (1 if c.mask is None else -1)
         numbers[c.layer] = numbers.get(c.layer, 0) + number
     for layer, number in numbers.items():
-        _exchange.agree(layer, number, calls[0].x.device, group)
+        exchange.agree(layer, number, calls[0].x.device, group)
     return spanning(calls, group)
 
 
 def spanning(calls: Sequence[Call], group: Any) -> list[Tensor]:
     """The same, of calls that are known to have a part in every process."""
     forms = [c.form for c in calls]
-    tensors = [t for c in calls for t in (*_in_order_of_mask(c)[:3], c.residual, c.mask, None, None)]
+    ordered = [_in_order_of_mask(c) for c in calls]
+    tensors = [t for c in ordered for t in (*c[:3], c.residual, c.mask, None, None)]
     made = gradients.Norm.apply(forms, group, *tensors)  # type: ignore[no-untyped-call]
     outputs, records = made[: len(calls)], made[len(calls) :]
     for call, record in zip(calls, records, strict=True):
@@ -146,7 +158,7 @@ def _alone(call: Call) -> Tensor:
     if route.way(call) != route.SHARDED:
         return normalize(call)
     _sharded().check_group(call.x, call.group)
-    return _sharded().normalize(call._replace(group=None))
+    return _sharded().normalize(call._replace(group=None))  # type: ignore[no-any-return]
 
 
 def _sharded() -> Any:
@@ -187,7 +199,7 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
 
 def num_values(call: Call) -> int:
     """Values that share a statistic, where nothing is masked."""
-    return _axes.values_per_statistic(call.x.shape, call.form.axes)
+    return geometry.values_per_statistic(call.x.shape, call.form.axes)
 
 
 def statistics(call: Call) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import (
-    _axes,
-    _library,  # noqa: F401  (loads the native kernels)
-    _triton,
+from .. import _triton
+from . import (
+    arguments,
+    geometry,
+    library,  # noqa: F401  (loads the native kernels)
+    plain,
 )
-from .._axes import BATCH
-from . import arguments, plain
 from .call import (
     BY_OUTPUT,
     KEEP,
@@ -29,6 +29,7 @@ from .call import (
     axes_of,
     form_of,
 )
+from .geometry import BATCH
 
 _CALL = (
     "Tensor? weight, Tensor? bias, Tensor? mask, Tensor? residual, Tensor? mean, Tensor? var,"
@@ -70,13 +71,13 @@ _EAGER = {
     " -> (Tensor, Tensor, Tensor)",
 }
 
-library = arguments.Library("truenorm")
+defined = arguments.Library("truenorm")
 for _name, _schema in _SCHEMAS.items():
-    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    defined.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 for _name, _schema in _EAGER.items():
-    library.define(_name + _schema)
+    defined.define(_name + _schema)
     # called below autograd only: so no guard is needed to get there
-    library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    defined.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 # ---------------------------------------------------------------- plain kernels, any device
@@ -176,10 +177,10 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "response_backward": plain.response_backward,
 }
 for _name, _kernel in PLAIN.items():
-    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    defined.impl(_name, _kernel, "CompositeExplicitAutograd")
 # asks, and calls move_: the same on every device
-library.impl("move_once_", move_once, "CompositeExplicitAutograd")
-_triton.register(library, PLAIN)
+defined.impl("move_once_", move_once, "CompositeExplicitAutograd")
+_triton.register(defined, PLAIN)
 
 
 # ---------------------------------------------------------------- shape rules, for the compiler
@@ -190,12 +191,12 @@ def statistic_dtype(x: Tensor) -> torch.dtype:
 
 
 def _record_like(x: Tensor, bits: int) -> Tensor:
-    shape = 3, _axes.num_statistics(x.shape, axes_of(bits, x))
+    shape = 3, geometry.num_statistics(x.shape, axes_of(bits, x))
     return x.new_empty(shape, dtype=statistic_dtype(x))
 
 
 def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _axes.empty_result(x, axes_of(rest[-4], x)), _fake_norm_(x, *rest)
+    return geometry.empty_result(x, axes_of(rest[-4], x)), _fake_norm_(x, *rest)
 
 
 def _fake_norm_(x: Tensor, *rest: Any) -> Tensor:
@@ -214,7 +215,7 @@ def _fake_norm_backward(
         return x.new_empty(shape if bits & needed else 0, dtype=dtype)
 
     def result(needed: int) -> Tensor:
-        return _axes.empty_result(x, axes) if bits & needed else x.new_empty(0)
+        return geometry.empty_result(x, axes) if bits & needed else x.new_empty(0)
 
     pair = parameter(NEEDS_WEIGHT), parameter(NEEDS_BIAS)
     return result(NEEDS_INPUT), *pair, result(NEEDS_RESIDUAL)
@@ -225,7 +226,7 @@ def _fake_statistics(x: Tensor, mask: Any, bits: int) -> Tensor:
 
 
 def _fake_gradient_sums(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    n, c, _ = _axes.ncs(x.shape, axes := axes_of(rest[-3], x))
+    n, c, _ = geometry.ncs(x.shape, axes := axes_of(rest[-3], x))
     return x.new_empty((2, n * c if axes.num_groups else c), dtype=statistic_dtype(x))
 
 
@@ -234,11 +235,11 @@ def _fake_nothing(*args: Any) -> None:
 
 
 def _fake_response(x: Tensor, *window: Any) -> Tensor:
-    return _axes.empty_result(x, BATCH)
+    return geometry.empty_result(x, BATCH)
 
 
 def _fake_response_backward(grad: Tensor, x: Tensor, *window: Any) -> Tensor:
-    return _axes.empty_result(x, BATCH)
+    return geometry.empty_result(x, BATCH)
 
 
 _RULES: dict[str, Callable[..., Any]] = {
@@ -253,7 +254,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "response_backward": _fake_response_backward,
 }
 for _name, _rule in _RULES.items():
-    library.register_fake(_name, _rule)
+    defined.register_fake(_name, _rule)
 
 
 def run(op: Any, *args: Any) -> Any:
@@ -271,17 +272,17 @@ def run_masked(op: Any, x: Tensor, mask: Tensor | None, *args: Any) -> Any:
     return run(op, *args)
 
 
-_defined = torch.ops.truenorm
-norm = _defined.norm.default
-norm_ = _defined.norm_.default
-norm_backward = _defined.norm_backward.default
-statistics = _defined.statistics.default
-gradient_sums = _defined.gradient_sums.default
-move = _defined.move_.default
-move_in_graph = _defined.move_once_.default
-response = _defined.response.default
-response_backward = _defined.response_backward.default
-eager_forward = _defined.eager_forward.default
-eager_forward_running = _defined.eager_forward_running.default
-eager_apply = _defined.eager_apply.default
-eager_backward = _defined.eager_backward.default
+_operators = torch.ops.truenorm
+norm = _operators.norm.default
+norm_ = _operators.norm_.default
+norm_backward = _operators.norm_backward.default
+statistics = _operators.statistics.default
+gradient_sums = _operators.gradient_sums.default
+move = _operators.move_.default
+move_in_graph = _operators.move_once_.default
+response = _operators.response.default
+response_backward = _operators.response_backward.default
+eager_forward = _operators.eager_forward.default
+eager_forward_running = _operators.eager_forward_running.default
+eager_apply = _operators.eager_apply.default
+eager_backward = _operators.eager_backward.default

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _axes
-from .._axes import Axes
+from . import geometry
 from .activation import act, act_backward
 from .call import Form
+from .geometry import Axes
 
 Sum = Callable[[Tensor], Tensor]
 Statistics = tuple[Tensor, Tensor]
@@ -32,10 +32,10 @@ def wide(x: Tensor) -> Tensor:
 def like(values: Tensor, x: Tensor, axes: Axes) -> Tensor:
     """values in x's shape, dtype and memory format."""
     result = values.reshape(x.shape).to(x.dtype)
-    strides = _axes.kept_strides(x, axes)
+    strides = geometry.kept_strides(x, axes)
     if result.stride() == strides:
         return result
-    order = _axes.inside_out(x.shape, strides)[::-1]
+    order = geometry.inside_out(x.shape, strides)[::-1]
     back = [order.index(d) for d in range(x.dim())]
     return result.permute(order).contiguous().permute(back)
 
@@ -56,7 +56,7 @@ class _View(NamedTuple):
         return wide(p).reshape(1, self.v.shape[1], self.v.shape[2], 1)
 
     def like_x(self, t: Tensor) -> Tensor:
-        return self.kept(wide(_axes.grouped_view(t, self.axes)[0]))
+        return self.kept(wide(geometry.grouped_view(t, self.axes)[0]))
 
     def kept(self, values: Tensor) -> Tensor:
         """values, and zero where nothing is valid: what is there may be NaN."""
@@ -67,12 +67,12 @@ class _View(NamedTuple):
 
 
 def _view(x: Tensor, mask: Tensor | None, axes: Axes) -> _View:
-    v, dims = _axes.grouped_view(x, axes)
+    v, dims = geometry.grouped_view(x, axes)
     valid = None
     if mask is not None:
-        n, c, s = _axes.ncs(x.shape, axes)
+        n, c, s = geometry.ncs(x.shape, axes)
         if mask.numel() == n * c * s and mask.shape == x.shape and mask.dim() > 1:
-            valid = _axes.grouped_view(mask, axes)[0]
+            valid = geometry.grouped_view(mask, axes)[0]
         else:
             valid = mask.reshape(n, 1, 1, s)
     view = _View(v, valid, dims, axes)
@@ -254,7 +254,9 @@ def gradient_sums(
     """(2, channels, of each sample where statistics are): sums of grad · x̂ and of grad."""
     pulled = _pull(grad, x, weight, bias, mask, residual, given, form, by_output, _same)
     dims = [3] if form.axes.num_groups else [0, 3]
-    return torch.stack([t.sum(dims).reshape(-1) for t in (pulled.inner * pulled.x_hat, pulled.inner)])
+    return torch.stack(
+        [t.sum(dims).reshape(-1) for t in (pulled.inner * pulled.x_hat, pulled.inner)]
+    )
 
 
 # ---------------------------------------------------------------- running statistics
@@ -329,18 +331,18 @@ def _window_sum(values: Tensor, size: int, before: int) -> Tensor:
 
 
 def response(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    n, c, s = _axes.ncs(x.shape, _axes.BATCH)
+    n, c, s = geometry.ncs(x.shape, geometry.BATCH)
     v = wide(x.reshape(n, c, s))
     d = k + alpha / size * _window_sum(v * v, size, size // 2)
-    return like(v * d.pow(-beta), x, _axes.BATCH)
+    return like(v * d.pow(-beta), x, geometry.BATCH)
 
 
 def response_backward(
     grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> Tensor:
-    n, c, s = _axes.ncs(x.shape, _axes.BATCH)
+    n, c, s = geometry.ncs(x.shape, geometry.BATCH)
     v, g = wide(x.reshape(n, c, s)), wide(grad.reshape(n, c, s))
     d = k + alpha / size * _window_sum(v * v, size, size // 2)
     across = _window_sum(g * v * d.pow(-beta - 1.0), size, (size - 1) // 2)
     result = g * d.pow(-beta) - (2.0 * alpha * beta / size) * v * across
-    return like(result, x, _axes.BATCH)
+    return like(result, x, geometry.BATCH)

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.jit import _trace
 
-from .. import _standard
-from . import sharding
+from . import exporting, sharding
 from .call import Call
 
 KERNEL, GRAPH, PLAIN, STANDARD, SHARDED = range(5)
@@ -34,7 +33,7 @@ def tracing() -> bool:
 
 def standard() -> bool:
     """Whether the call is recorded for a file that runs without truenorm."""
-    return (not torch.compiler.is_compiling() and tracing()) or _standard.wanted()
+    return (not torch.compiler.is_compiling() and tracing()) or exporting.wanted()
 
 
 def transformed(*tensors: Tensor | None) -> bool:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks
-from . import operators, plain, route
+from . import checks, operators, plain, route
 from .call import Running
 
 
@@ -14,7 +13,7 @@ def move(running: Running, record: Tensor) -> None:
     """Towards a batch's statistics; where nothing has a variance they stay."""
     moving = *running[:3], record, running.momentum, running.skip_nonfinite
     if route.standard():
-        _checks.check_not_accumulating(running.gathered is not None)
+        checks.check_not_accumulating(running.gathered is not None)
         # that no gradient was asked for is not part of a trace
         plain.move(*running[:3], record.detach(), *moving[4:])
     elif running.gathered is not None:

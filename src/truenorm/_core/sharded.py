@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _axes, _checks, _exchange
-from .._axes import BATCH
+from . import checks, exchange, geometry, running, sharding
 from . import normalize as whole
-from . import running, sharding
 from .call import Call, Running
+from .geometry import BATCH
 from .merging import add_pairs
 from .sharding import Plan, Role
 
@@ -74,19 +73,17 @@ def _moving(moving: Running | None, plan: Plan) -> tuple[Running | None, Callabl
     return moving._replace(mean=parts[0], var=parts[1], num_batches_tracked=count), take_back
 
 
-def _move_by_samples(
-    moving: Running, call: Call, record: Tensor, groups: Sequence[Any]
-) -> None:
+def _move_by_samples(moving: Running, call: Call, record: Tensor, groups: Sequence[Any]) -> None:
     """Running statistics towards the average over the samples of all processes."""
     features = moving.mean.numel()
     with torch.no_grad():
         sums = record[:2].reshape(2, -1, features).sum(1)
         message = torch.cat([record.new_full((1,), call.x.shape[0]), *sums])
         for group in groups:
-            message = add_pairs(_exchange.gather(message, group))
+            message = add_pairs(exchange.gather(message, group))
         samples = message[:1]
         averaged = message[1:].view(2, -1) / samples.clamp(min=1.0)
-        values = samples.sign() * _axes.values_per_statistic(call.x.shape, call.form.axes)
+        values = samples.sign() * geometry.values_per_statistic(call.x.shape, call.form.axes)
         running.move(moving, torch.cat([averaged, values.expand(1, features)]))
 
 
@@ -138,4 +135,4 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
 def check_group(x: Any, group: Any) -> None:
     """A DTensor is the whole batch: of a layer's `process_group` no process may be outside."""
     ranks = torch.distributed.get_process_group_ranks(group)
-    _checks.check_mesh_holds(ranks, x.device_mesh.mesh.flatten().tolist())
+    checks.check_mesh_holds(ranks, x.device_mesh.mesh.flatten().tolist())

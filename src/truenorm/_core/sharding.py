@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .. import _axes, _checks, _imports
-from .._axes import Axes
+from . import checks, geometry, imports
+from .geometry import Axes
 
 # torch.distributed.tensor, once somebody has imported it: without it there is no DTensor
 _TENSOR: Any = None
@@ -25,7 +25,7 @@ def _found(module: Any) -> None:
     _TENSOR = module
 
 
-_imports.after_import("torch.distributed.tensor", "DTensor", _found)
+imports.after_import("torch.distributed.tensor", "DTensor", _found)
 
 
 def wanted(x: Any, *others: Any) -> bool:
@@ -34,7 +34,7 @@ def wanted(x: Any, *others: Any) -> bool:
         return False
     if isinstance(x, _TENSOR.DTensor):
         return True
-    _checks.check_none_sharded([t for t in others if isinstance(t, _TENSOR.DTensor)], x)
+    checks.check_none_sharded([t for t in others if isinstance(t, _TENSOR.DTensor)], x)
     return False
 
 
@@ -90,14 +90,14 @@ class Plan(NamedTuple):
             # the same in every process
             everywhere = [_TENSOR.Replicate()] * self.mesh.ndim
             t = _TENSOR.DTensor.from_local(t, self.mesh, everywhere, run_check=False)
-        _checks.check_same_mesh(t.device_mesh, self.mesh)
+        checks.check_same_mesh(t.device_mesh, self.mesh)
         if tuple(t.placements) != tuple(placements):
             t = t.redistribute(self.mesh, placements)
         return t.to_local(grad_placements=gradients)
 
     def joined(self, part: Tensor, like: Tensor, axes: Axes) -> Tensor:
         """The DTensor, in x's place, of which `part` is this process's."""
-        strides = _axes.kept_strides(like, axes)
+        strides = geometry.kept_strides(like, axes)
         made: Tensor = self._dtensor(part, self.placements, like.shape, strides)
         return made
 

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _axes, _exchange
-from .._exchange import all_sum, gather
-from . import operators
+from . import exchange, geometry, operators
 from .call import BY_OUTPUT, Form
+from .exchange import all_sum, gather
 from .merging import add_pairs, merge_pairs
 from .operators import run_masked
 
@@ -33,7 +32,7 @@ def _own(form: Form, x: Tensor, mask: Tensor | None) -> Tensor:
     if x.numel():
         record: Tensor = run_masked(operators.statistics, x, mask, x, mask, form.bits(x))
         return record
-    shape = 3, _axes.num_statistics(x.shape, form.axes)
+    shape = 3, geometry.num_statistics(x.shape, form.axes)
     return x.new_zeros(shape, dtype=operators.statistic_dtype(x))
 
 
@@ -52,7 +51,7 @@ def statistics(
     found = []
     for form, x, mask, part in zip(forms, xs, masks, gathered, strict=True):
         per_sample = form.axes.num_groups > 0
-        _exchange.check_messages(part[:, 0], part[:, 1], x, per_sample=per_sample)
+        exchange.check_messages(part[:, 0], part[:, 1], x, per_sample=per_sample)
         body = part[:, _HEAD:]
         mean, m2, *counts = body.split(body.shape[1] // (2 if mask is None else 3), 1)
         count, mean, m2 = merge_pairs(counts[0] if counts else part[:, :1], mean, m2)
@@ -104,8 +103,9 @@ def _own_sums(form: Form, by_output: bool, p: Any) -> Tensor:
         numbers = form.numbers(p.x, BY_OUTPUT * by_output)
         sums: Tensor = run_masked(operators.gradient_sums, p.x, p.mask, *tensors, *numbers)
         return sums
-    n, c, _ = _axes.ncs(p.x.shape, form.axes)
-    return p.record.new_zeros((2, n * c if form.axes.num_groups else c))
+    n, c, _ = geometry.ncs(p.x.shape, form.axes)
+    nothing: Tensor = p.record.new_zeros((2, n * c if form.axes.num_groups else c))
+    return nothing
 
 
 def _weighted(sums: Tensor, x: Tensor, weight: Tensor | None, form: Form) -> Tensor:

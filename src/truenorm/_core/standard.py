@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _axes
-from . import activation, plain, running
+from . import activation, geometry, plain, running
 from .call import Call, Running
 
 
@@ -46,7 +45,7 @@ def _own(call: Call) -> Tensor:
             count.add_(1)
         return F.batch_norm(x, mean, var, weight, bias, True, momentum or 0.0, eps)
     # torch's instance_norm refuses one position, which one group per channel may have
-    if axes.num_groups == x.shape[1] and _axes.ncs(x.shape, axes)[2] > 1:
+    if axes.num_groups == x.shape[1] and geometry.ncs(x.shape, axes)[2] > 1:
         return F.instance_norm(x, mean, var, weight, bias, True, momentum or 0.0, eps)
     return F.group_norm(x, axes.num_groups, weight, bias, eps)
 

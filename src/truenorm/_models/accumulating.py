@@ -12,8 +12,7 @@ from torch.nn import Module
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from .. import _checks
-from .._core import plain
+from .._core import checks, plain
 from .._core.merging import merge_pairs
 from ..nn._policy import Policed
 
@@ -112,16 +111,16 @@ def accumulate(model: M) -> Iterator[M]:
     Errors: TypeError where `model` is no module; ValueError where it has no such layer;
     RuntimeError within another `accumulate` of the same layers. Nothing is changed then.
     """
-    _checks.check_module("model", model)
+    checks.check_module("model", model)
     layers: dict[str, Policed] = {}
     for name, module in model.named_modules():
         if isinstance(module, Policed) and module._buffers.get("running_mean") is not None:
             mean: Any = module.running_mean
-            _checks.check_initialized(name, is_lazy(mean))
+            checks.check_initialized(name, is_lazy(mean))
             if module.track_running_stats:
                 layers[name] = module
-    _checks.check_freezable(layers, {}, "accumulated")
-    _checks.check_not_gathering([n for n, layer in layers.items() if layer._gathered is not None])
+    checks.check_freezable(layers, {}, "accumulated")
+    checks.check_not_gathering([n for n, layer in layers.items() if layer._gathered is not None])
     gathered = {}
     try:
         for layer in layers.values():

@@ -16,7 +16,8 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .. import _checks, _exchange, nn
+from .. import nn
+from .._core import checks, exchange
 from .._core.normalize import channel_moments
 from .._tools.extras import has, require
 from ..moments import Moments, load_named, save_named
@@ -81,9 +82,9 @@ def calibrating(
                 # a frozen layer too is normalized by the batch, as it would be in training
                 changed: dict[str, Any] = {"statistics_frozen": False}
                 if isinstance(layer, nn.SyncBatchNorm) and not sync:
-                    vars(layer)["process_group"] = _exchange.ALONE
+                    vars(layer)["process_group"] = exchange.ALONE
                 elif isinstance(layer, Spanning) and not sync:
-                    changed["process_group"] = _exchange.ALONE
+                    changed["process_group"] = exchange.ALONE
                 layer._take_options(layer._truenorm_options._replace(**changed))
             hooks.append(
                 # after the layer itself has refused what does not fit
@@ -110,7 +111,7 @@ def calibrating(
 def _recording(name: str, collected: Collected) -> Callable[..., None]:
     def hook(layer: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         masked = kwargs.get("mask") is not None or kwargs.get("lengths") is not None
-        _checks.check_unmasked(name, masked)
+        checks.check_unmasked(name, masked)
         collected.add(name, args[0] if args else next(iter(kwargs.values())))
 
     return hook
@@ -130,7 +131,7 @@ def run(
     fingerprint = "" if path is None else _fingerprint(model)
     if path is not None and path.exists():
         moments, note = load_named(path)
-        _checks.check_same_model(path, note.get("model") == fingerprint)
+        checks.check_same_model(path, note.get("model") == fingerprint)
         device = _device(model)
         collected.moments = {name: m.to(device) for name, m in moments.items()}
         collected.batches = note["batches"]

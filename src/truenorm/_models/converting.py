@@ -17,8 +17,9 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from .. import _checks, nn
-from .._exchange import WORLD
+from .. import nn
+from .._core import checks
+from .._core.exchange import WORLD
 from ..nn import _sync
 from ..nn._batch import BatchForward
 from ..nn._options import Configurable, options_of
@@ -93,7 +94,7 @@ def _unsynchronize(model: Module, dims: int | None) -> list[Left]:
     named = {m: name for name, m in model.named_modules() if swap.core(m) in local}
     ranks = _ranks(model) if dims is None else dict.fromkeys(named, dims)
     for module, name in named.items():
-        _checks.check_dims(name, ranks.get(module))
+        checks.check_dims(name, ranks.get(module))
     left = []
     for name, module in model.named_modules():
         kind = swap.core(module)
@@ -114,13 +115,13 @@ def _unsynchronize(model: Module, dims: int | None) -> list[Left]:
 
 
 def _check(model: Any, sync: bool | None, process_group: Any, dims: Any) -> None:
-    _checks.check_module("model", model)
+    checks.check_module("model", model)
     if process_group is not None:
-        _checks.check_only_with("process_group", process_group, "sync=True", sync is True)
-        _checks.check_process_group(process_group)
+        checks.check_only_with("process_group", process_group, "sync=True", sync is True)
+        checks.check_process_group(process_group)
     if dims is not None:
-        _checks.check_only_with("dims", dims, "sync=False", sync is False)
-        _checks.check_dims("the model", dims)
+        checks.check_only_with("dims", dims, "sync=False", sync is False)
+        checks.check_dims("the model", dims)
 
 
 def convert(
@@ -169,7 +170,7 @@ def convert(
         classes = {kind: _TO_TRUENORM[kind] for kind in only}
     if sync:
         group = process_group or WORLD
-        _checks.check_may_span({n: options_of(m) for n, m in model.named_modules()}, group)
+        checks.check_may_span({n: options_of(m) for n, m in model.named_modules()}, group)
     said = _unsynchronize(model, dims) if sync is False else []
     alone = {name for name, *_ in said}
     found, left = swap.targets(model, classes)
@@ -192,14 +193,14 @@ _sync._convert = convert
 def _check_revertible(model: Module) -> None:
     """That torch's layers can be what each layer of `model` is."""
     options = {name: options_of(m) for name, m in model.named_modules()}
-    _checks.check_no_activation(
+    checks.check_no_activation(
         [name for name, o in options.items() if o.activation],
         "model",
         "torch's layers have none; set layer.activation = None and call it "
         "on the layer's output, then revert",
     )
-    _checks.check_not_frozen([name for name, o in options.items() if o.statistics_frozen])
-    _checks.check_channels_where_torch_has_them(
+    checks.check_not_frozen([name for name, o in options.items() if o.statistics_frozen])
+    checks.check_channels_where_torch_has_them(
         [name for name, o in options.items() if o.channel_axis != 1]
     )
 
@@ -292,10 +293,10 @@ def reverted(model: M) -> Iterator[M]:
     Errors: as in `revert`; ValueError for a layer that could not be torch's, since its instance has
     a `forward` of its own. The model is unchanged then.
     """
-    _checks.check_module("model", model)
+    checks.check_module("model", model)
     _check_revertible(model)
     left = _of_torch(model, None)[1]
-    _checks.check_all_revertible([(each.name or "the model itself", each.reason) for each in left])
+    checks.check_all_revertible([(each.name or "the model itself", each.reason) for each in left])
     undo = Undo(model)
     try:
         _revert(model, None, None)

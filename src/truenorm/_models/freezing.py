@@ -8,7 +8,7 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from .. import _checks
+from .._core import checks
 from ..nn._policy import Policed
 
 __all__ = ["freeze", "unfreeze"]
@@ -54,7 +54,7 @@ def unfreeze(model: M) -> M:
 
 
 def _layers(model: Module, verb: str) -> dict[str, Policed]:
-    _checks.check_module("model", model)
+    checks.check_module("model", model)
     found, why_not = {}, {}
     for name, module in model.named_modules():
         if not isinstance(module, _NormBase):
@@ -73,5 +73,5 @@ def _layers(model: Module, verb: str) -> dict[str, Policed]:
             why_not[name] = "is lazy and has not seen an input yet; call the model once before"
         else:
             found[name] = module
-    _checks.check_freezable(found, why_not, verb)
+    checks.check_freezable(found, why_not, verb)
     return found

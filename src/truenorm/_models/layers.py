@@ -11,8 +11,8 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .. import _axes
-from .._axes import Axes
+from .._core import geometry
+from .._core.geometry import Axes
 from ..nn._options import options_of
 
 NORMS = (
@@ -58,7 +58,7 @@ def norms_of(model: Module) -> list[tuple[str, Module]]:
 
 def eps_of(module: Module, dtype: torch.dtype) -> float:
     eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
-    return _axes.rms_eps(None if eps is None else float(eps), dtype)
+    return geometry.rms_eps(None if eps is None else float(eps), dtype)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class View:
 
     @property
     def values_per_statistic(self) -> int:
-        return 0 if self.axes is None else _axes.values_per_statistic(self.x.shape, self.axes)
+        return 0 if self.axes is None else geometry.values_per_statistic(self.x.shape, self.axes)
 
 
 def trailing(module: Module) -> int:
@@ -95,7 +95,7 @@ def view(module: Module, kind: str, x: Tensor) -> View | None:
             if not (len(shape) == 1 and x.dim() > 2 and x.shape[1] == shape[0]):
                 return None
             x = x.movedim(1, -1)
-        axes = _axes.layer(len(shape)) if kind == LAYER else _axes.rms(len(shape))
+        axes = geometry.layer(len(shape)) if kind == LAYER else geometry.rms(len(shape))
         return View(x, axes)
     if kind == INSTANCE:
         ranks = {"1d": 2, "2d": 3, "3d": 4}
@@ -110,10 +110,10 @@ def view(module: Module, kind: str, x: Tensor) -> View | None:
     if kind == RESPONSE:
         return View(x, None)
     if kind == BATCH:
-        return View(x, _axes.BATCH)
+        return View(x, geometry.BATCH)
     if kind == INSTANCE:
-        return View(x, _axes.instance(x.shape[1]))
-    return View(x, _axes.group(int(getattr(module, "num_groups"))))  # noqa: B009
+        return View(x, geometry.instance(x.shape[1]))
+    return View(x, geometry.group(int(getattr(module, "num_groups"))))  # noqa: B009
 
 
 def uses_running(module: Module, kind: str) -> bool:

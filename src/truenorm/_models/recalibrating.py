@@ -15,7 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer
 
-from .. import _checks, _exchange
+from .._core import checks, exchange
 from ..moments import Moments, merge_named
 from ..nn._base import Spanning
 from .calibration import Collected, calibrating, run
@@ -74,11 +74,11 @@ def recalibrate(
     if isinstance(model, DistributedDataParallel):
         model = model.module
     layers = _tracking(model)
-    _checks.check_loader(loader)
+    checks.check_loader(loader)
     if batches is not None:
-        _checks.check_positive("batches", batches)
-    _checks.check_positive("save_every", save_every)
-    shared = _exchange.active_group(group)
+        checks.check_positive("batches", batches)
+    checks.check_positive("save_every", save_every)
+    shared = exchange.active_group(group)
     path = None if resume is None else Path(resume)
     if path is not None and shared is not None:
         path = path.with_name(f"{path.name}.rank{dist.get_rank(shared)}")
@@ -93,9 +93,9 @@ def recalibrate(
         error = raised
     if shared is not None:
         collected = _merged(collected, error, shared)
-    _checks.check_some_batches(collected.batches)
+    checks.check_some_batches(collected.batches)
     for name, moments in collected.moments.items():
-        _checks.check_more_than_one_seen(name, moments.count.item())
+        checks.check_more_than_one_seen(name, moments.count.item())
     for name, moments in collected.moments.items():
         _set(layers[name], moments, collected.batches)
     if path is not None:
@@ -105,7 +105,7 @@ def recalibrate(
 
 def _tracking(model: Any) -> dict[str, _NormBase]:
     """The layers with running statistics, by name; shared ones once."""
-    _checks.check_module("model", model)
+    checks.check_module("model", model)
     found = {
         name: module
         for name, module in model.named_modules()
@@ -113,11 +113,11 @@ def _tracking(model: Any) -> dict[str, _NormBase]:
         and module._buffers.get("running_mean") is not None
         and module.track_running_stats
     }
-    _checks.check_something_tracks(found)
+    checks.check_something_tracks(found)
     for name, layer in found.items():
-        _checks.check_initialized(name, isinstance(layer.running_mean, UninitializedBuffer))
+        checks.check_initialized(name, isinstance(layer.running_mean, UninitializedBuffer))
         if isinstance(layer, _InstanceNorm) and isinstance(layer, Spanning):
-            _checks.check_whole_samples(name, layer._statistics_group())
+            checks.check_whole_samples(name, layer._statistics_group())
     return found
 
 
@@ -130,7 +130,7 @@ def _merged(collected: Collected, error: Exception | None, group: Any) -> Collec
     if error is not None:
         raise error
     for rank, (failed, _, _) in enumerate(parts):
-        _checks.check_pass_of_rank(rank, failed)
+        checks.check_pass_of_rank(rank, failed)
     result = Collected(collected.layers)
     result.moments = merge_named([moments for _, moments, _ in parts])
     result.batches = sum(batches for _, _, batches in parts)

@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .. import _checks
+from .._core import checks
 from .leftovers import Attributes
 
 Call = Callable[[Module, Any], Any]
@@ -20,10 +20,10 @@ Call = Callable[[Module, Any], Any]
 
 def check_model(name: str, model: Any) -> None:
     """A module that holds its weights."""
-    _checks.check_module(name, model)
+    checks.check_module(name, model)
     for key, held in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(held):
-            _checks.fail_lazy(name, key)
+            checks.fail_lazy(name, key)
 
 
 def is_batch(data: Any) -> bool:
@@ -40,22 +40,22 @@ def batches(data: Any, limit: int) -> Iterator[Any]:
     """At most `limit` batches; a loader's own error says at which batch it came."""
     if is_batch(data):
         if isinstance(data, list) and len(data) > 1:
-            _checks.check_not_batches(data)
+            checks.check_not_batches(data)
         yield data
         return
     try:
         iterator = iter(data)
     except TypeError:
-        _checks.fail_batch("data", data)
+        checks.fail_batch("data", data)
     for index in range(limit):
         try:
             batch = next(iterator)
         except StopIteration:
             if index == 0:
-                _checks.fail_no_batch()
+                checks.fail_no_batch()
             return
         except Exception as error:
-            _checks.fail_loader(index, error)
+            checks.fail_loader(index, error)
         yield batch
 
 
@@ -83,7 +83,7 @@ def run(model: Module, batch: Any, call: Call | None, name: str = "model") -> An
             batch = batch[0]
         return model(**batch) if isinstance(batch, Mapping) else model(batch)
     except Exception as error:
-        _checks.fail_forward(name, batch, error)
+        checks.fail_forward(name, batch, error)
 
 
 def tensors(output: Any) -> list[Tensor]:

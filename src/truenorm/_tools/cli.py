@@ -18,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _info(args: argparse.Namespace) -> int:
-    from .._library import info
+    from .._core.library import info
 
     print(info())
     return 0

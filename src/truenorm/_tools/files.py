@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from .. import _checks
+from .._core import checks
 from .extras import CommandError
 
 
@@ -19,7 +19,7 @@ def write(path: str | Path, content: str | bytes, *, force: bool) -> None:
     Errors: those of `_checks.check_writable`.
     """
     path = Path(path)
-    _checks.check_writable(path, force=force)
+    checks.check_writable(path, force=force)
     data = content.encode("utf-8") if isinstance(content, str) else content
     handle, part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.absolute().parent)
     try:
@@ -34,7 +34,7 @@ def write(path: str | Path, content: str | bytes, *, force: bool) -> None:
             _place(part, path)
     except FileExistsError:
         os.unlink(part)
-        _checks.fail_exists(path)
+        checks.fail_exists(path)
     except BaseException:
         os.unlink(part)
         raise
@@ -50,7 +50,7 @@ def _place(part: str, path: Path) -> None:
         # FAT and some network file systems have no hard links
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EACCES):
             raise
-        _checks.check_writable(path, force=False)
+        checks.check_writable(path, force=False)
         os.replace(part, path)
     else:
         os.unlink(part)
@@ -69,7 +69,7 @@ def check_option(option: str, path: Path | None, *, force: bool) -> None:
     if path is None:
         return
     try:
-        _checks.check_writable(path, force=force)
+        checks.check_writable(path, force=force)
     except FileExistsError as error:
         raise CommandError(
             f"{option} (={str(path)!r}) exists: name another file, or add --force to replace it"

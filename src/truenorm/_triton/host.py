@@ -13,8 +13,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .. import _axes, _plain
-from .._axes import BATCH, Axes
+from .. import _plain
+from .._core import geometry
+from .._core.geometry import BATCH, Axes
 from . import config, response, running, view
 from . import forward as kernels
 from .host_backward import backward, backward_of_part
@@ -80,7 +81,7 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     axes = Axes(num_groups, feature_dims, centred)
-    y = _axes.empty_result(x, axes)
+    y = geometry.empty_result(x, axes)
     with view.on(x):
         x, weight, bias = view.dense(x, y.stride()), view.optional(weight), view.optional(bias)
         units = view.units_of(x, axes)
@@ -108,7 +109,7 @@ def forward(
 def apply(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    y = _axes.empty_result(x, BATCH)
+    y = geometry.empty_result(x, BATCH)
     with view.on(x):
         x = view.dense(x, y.stride())
         units = view.units_of(x, BATCH)
@@ -121,7 +122,7 @@ def apply(
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel over the batch, without an output."""
     with view.on(x):
-        x = view.dense(x, _axes.kept_strides(x, BATCH))
+        x = view.dense(x, geometry.kept_strides(x, BATCH))
         return _moments(x, view.units_of(x, BATCH), True)
 
 
@@ -162,7 +163,7 @@ _ROOTS = {0.5: 2, 0.75: 3, 1.0: 4}
 
 def _response(x: Tensor, beta: float) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """(values, channels, their distance) and constants of LocalResponseNorm's kernels."""
-    _, c, s = _axes.ncs(x.shape, BATCH)
+    _, c, s = geometry.ncs(x.shape, BATCH)
     acc, _ = view.compute(x)
     quarters = _ROOTS.get(beta, 0)
     constants = {
@@ -177,7 +178,7 @@ def _response(x: Tensor, beta: float) -> tuple[tuple[int, int, int], dict[str, A
 
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    y = _axes.empty_result(x, BATCH)
+    y = geometry.empty_result(x, BATCH)
     with view.on(x):
         x = view.dense(x, y.stride())
         sizes, constants = _response(x, beta)
@@ -190,7 +191,7 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
 def local_response_norm_backward(
     grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> Tensor:
-    result = _axes.empty_result(x, BATCH)
+    result = geometry.empty_result(x, BATCH)
     with view.on(x):
         x, grad = view.dense(x, result.stride()), view.dense(grad.to(x.dtype), result.stride())
         sizes, constants = _response(x, beta)

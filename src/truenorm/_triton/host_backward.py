@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _axes
-from .._axes import BATCH, Axes
+from .._core import geometry
+from .._core.geometry import BATCH, Axes
 from . import backward as kernels
 from . import config, view
 from .config import Launch
@@ -68,7 +68,7 @@ class _Backward:
         needs: int,
     ) -> None:
         self.centred, self.fixed, self.eps = axes.centred, fixed, view.bits(eps)
-        strides = _axes.kept_strides(x, axes)
+        strides = geometry.kept_strides(x, axes)
         self.x, self.grad = view.dense(x, strides), view.dense(grad.to(x.dtype), strides)
         self.mean, self.var, self.weight = view.flat(mean), view.flat(var), view.optional(weight)
         self.units = view.units_of(self.x, axes)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, _triton
+from .. import _triton
+from .._core import checks
 from . import config
 from .config import Key, Launch
 
@@ -90,10 +91,8 @@ def tune(layer: torch.nn.Module, input: Tensor) -> list[Tuned]:
     Errors: TypeError for a non-tensor; RuntimeError for an input that is not on a CUDA device, or
     where the Triton kernels do not serve that device (`truenorm.info()` says why).
     """
-    _checks.check_tensor("input", input)
-    _checks.check_tunable(
-        input, _triton.why_plain(input.device.index or 0) if input.is_cuda else ""
-    )
+    checks.check_tensor("input", input)
+    checks.check_tunable(input, _triton.why_plain(input.device.index or 0) if input.is_cuda else "")
     from .._tools.clock import DeviceClock
 
     timer = DeviceClock()

@@ -11,8 +11,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .. import _axes
-from .._axes import Axes
+from .._core import geometry
+from .._core.geometry import Axes
 from . import config
 from .config import Launch
 
@@ -151,7 +151,7 @@ class Units:
 
 
 def units_of(x: Tensor, axes: Axes) -> Units:
-    n, c, s = _axes.ncs(x.shape, axes)
+    n, c, s = geometry.ncs(x.shape, axes)
     if axes.feature_dims:
         return Units(n, c, c, samples=n, by_value=True)
     columns = inside(x, s)

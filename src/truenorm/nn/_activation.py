@@ -8,11 +8,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._core import activation
+from .._core import activation, checks
 from .._core.call import Call
 from ._base import Direct
-from ._options import Activation, Configurable, Option
+from ._options import Activation, Option
 
 
 class Activated(Direct):
@@ -24,13 +23,13 @@ class Activated(Direct):
     gelu_approximate: Literal["none", "tanh"]
     overwrite_input: bool
     _own_options: ClassVar[dict[str, Option | None]] = {
-        "activation": Option(None, _checks.check_activation),
+        "activation": Option(None, checks.check_activation),
         "leaky_relu_slope": Option(
-            0.01, _checks.check_coefficient("leaky_relu_slope", "leaky_relu")
+            0.01, checks.check_coefficient("leaky_relu_slope", "leaky_relu")
         ),
-        "elu_alpha": Option(1.0, _checks.check_coefficient("elu_alpha", "elu")),
-        "gelu_approximate": Option("none", _checks.check_gelu_approximate),
-        "overwrite_input": Option(False, _checks.check_flag("overwrite_input")),
+        "elu_alpha": Option(1.0, checks.check_coefficient("elu_alpha", "elu")),
+        "gelu_approximate": Option("none", checks.check_gelu_approximate),
+        "overwrite_input": Option(False, checks.check_flag("overwrite_input")),
     }
 
     def _long_way(
@@ -46,11 +45,11 @@ class Activated(Direct):
         overwrite = self._truenorm_options.overwrite_input
         # what `fuse` has found may add whatever torch adds
         if residual is not None and then is None:
-            _checks.check_residual(residual, input)
+            checks.check_residual(residual, input)
         if overwrite:
-            _checks.check_may_be_overwritten(input)
+            checks.check_may_be_overwritten(input)
         if act[0] or residual is not None or overwrite:
-            _checks.check_padding_value(padding_value)
+            checks.check_padding_value(padding_value)
         if isinstance(input, Tensor) and input.is_nested:
             return self._nested(input, mask is not None or lengths is not None, residual, act)
         if residual is not None and not _fits(residual, input):
@@ -89,8 +88,9 @@ class Activated(Direct):
         self, input: Tensor, padded: tuple[Any, ...], residual: Tensor, act: tuple[int, float]
     ) -> Tensor:
         """The residual and the activation after y, as torch adds what is not like it."""
-        *given, padding_value = padded
-        call, back = self._prepared(input, *given, 0.0, None, (activation.NONE, 0.0))
+        mask, lengths, padding_value = padded
+        nothing = None, (activation.NONE, 0.0)
+        call, back = self._prepared(input, mask, lengths, 0.0, *nothing)
         y = back(self._normalized(call))
         if call.mask is None:
             return activation.act(y + residual, *act)
@@ -101,9 +101,7 @@ class Activated(Direct):
         z = y + torch.where(valid, residual, 0.0)
         return torch.where(valid, activation.act(z, *act), padding_value)
 
-    def _nested(
-        self, input: Any, masked: bool, residual: Any, act: tuple[int, float]
-    ) -> Tensor:
+    def _nested(self, input: Any, masked: bool, residual: Any, act: tuple[int, float]) -> Tensor:
         layer: Any = self
         y = layer._of_nested(input, masked)
         z = y if residual is None else y + residual

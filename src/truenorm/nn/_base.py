@@ -12,8 +12,7 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from .. import _checks, _exchange
-from .._core import recomputed
+from .._core import checks, exchange, recomputed
 from .._core.call import Call
 from .._core.normalize import normalize
 from ._options import Configurable, Option, options_of
@@ -33,7 +32,7 @@ class Traceable(torch.nn.Module):
 
     def __prepare_scriptable__(self) -> Any:
         kind = type(self).__name__
-        _checks.fail_scripting(f"truenorm.{kind}", "truenorm.revert(copy.deepcopy(model))")
+        checks.fail_scripting(f"truenorm.{kind}", "truenorm.revert(copy.deepcopy(model))")
 
 
 class Direct(Traceable, Configurable):
@@ -82,7 +81,7 @@ class Direct(Traceable, Configurable):
     ) -> Tensor:
         plain = mask is None and lengths is None and residual is None and _then is None
         if plain and type(padding_value) is not float:
-            _checks.check_padding_value(padding_value)
+            checks.check_padding_value(padding_value)
         if (
             plain
             and self._direct
@@ -130,7 +129,7 @@ class FixedRank(Direct):
         cls._direct = cls._direct and cls._check_input_dim is FixedRank._check_input_dim
 
     def _check_input_dim(self, input: Tensor) -> None:
-        _checks.check_input_dim(input, self._dims, type(self).__name__, self._shapes)
+        checks.check_input_dim(input, self._dims, type(self).__name__, self._shapes)
 
 
 class RunningStatistics(_NormBase):
@@ -164,13 +163,13 @@ class Spanning(Configurable):
 
     process_group: Any
     _own_options: ClassVar[dict[str, Option | None]] = {
-        "process_group": Option(None, _checks.check_process_group)
+        "process_group": Option(None, checks.check_process_group)
     }
 
     def _statistics_group(self) -> Any:
         """The group that this call's statistics span, or None."""
         group = self._truenorm_options.process_group
-        return None if group is None else _exchange.active_group(group)
+        return None if group is None else exchange.active_group(group)
 
 
 class LazyFeatures(torch.nn.Module):
@@ -181,7 +180,7 @@ class LazyFeatures(torch.nn.Module):
     def initialize_parameters(self, input: Tensor) -> None:
         axis = options_of(self).channel_axis
         if axis != 1:
-            _checks.check_channel_axis_fits(axis, input.dim())
+            checks.check_channel_axis_fits(axis, input.dim())
             input = input.movedim(axis, 1)
         super().initialize_parameters(input)  # type: ignore[misc]
         if self.num_features == 0:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, functional
-from .._core import eager
+from .. import functional
+from .._core import checks, eager
 from .._core.call import Call
 from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
@@ -59,9 +59,9 @@ class BatchForward(Activated, Padded, FixedRank, Spanning, SmallBatches, Running
     def _check_input(self, input: Tensor) -> None:
         self._check_input_dim(input)
         # checked here too: without weight and running statistics nothing else would notice
-        _checks.check_num_features(input, 1, self.num_features, RuntimeError)
+        checks.check_num_features(input, 1, self.num_features, RuntimeError)
         if self.training and self.momentum is not None:
-            _checks.check_momentum(self.momentum)
+            checks.check_momentum(self.momentum)
 
     def _call(self, x: Tensor, mask: Tensor | None) -> Call:
         self._check_input(x)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, functional
-from .._core import eager
+from .. import functional
+from .._core import checks, eager
 from .._core.call import Call
 from ._activation import Activated
 from ._base import Spanning
@@ -40,7 +40,7 @@ class GroupNorm(Activated, Padded, Spanning, torch.nn.GroupNorm):
     # its signature is that of the installed torch
     @functools.wraps(torch.nn.GroupNorm.__init__)  # type: ignore[misc]
     def __init__(self, num_groups: int, num_channels: int, *args: Any, **kwargs: Any) -> None:
-        _checks.check_num_groups_divide(num_groups, num_channels)
+        checks.check_num_groups_divide(num_groups, num_channels)
         super().__init__(num_groups, num_channels, *args, **kwargs)
 
     def _directly(self, input: Tensor) -> Tensor | None:
@@ -56,7 +56,7 @@ class GroupNorm(Activated, Padded, Spanning, torch.nn.GroupNorm):
         return eager.call(eager.OWN, input, weight, bias, (), eager.group(self.num_groups), eps)
 
     def _call(self, x: Tensor, mask: Tensor | None) -> Call:
-        _checks.check_eps(self.eps, "GroupNorm")
+        checks.check_eps(self.eps, "GroupNorm")
         group = self._statistics_group()
         args = x, self.num_groups, self.weight, self.bias, self.eps
         one_value = mask is not None or group is not None

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, functional
-from .._core import eager
+from .. import functional
+from .._core import checks, eager
 from .._core.call import Call, Running
 from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
@@ -57,12 +57,12 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
         channel_dim = 0 if unbatched else 1
         if self.affine or self.running_mean is not None:
             note = f", read as unbatched {self._shapes.split(' or ')[0]}" if unbatched else ""
-            _checks.check_num_features(input, channel_dim, self.num_features, ValueError, note)
+            checks.check_num_features(input, channel_dim, self.num_features, ValueError, note)
         else:
-            _checks.warn_num_features(input, channel_dim, self.num_features)
-        _checks.check_eps(self.eps, type(self).__name__)
+            checks.warn_num_features(input, channel_dim, self.num_features)
+        checks.check_eps(self.eps, type(self).__name__)
         if self.momentum is not None:
-            _checks.check_momentum(self.momentum)
+            checks.check_momentum(self.momentum)
         return input.unsqueeze(0) if unbatched else input
 
     def _is_unbatched(self, input: Tensor) -> bool:

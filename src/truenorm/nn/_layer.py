@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks, functional
-from .._core import eager
+from .. import functional
+from .._core import checks, eager
 from .._core.call import Call
 from ._activation import Activated
 from ._options import with_options
@@ -43,5 +43,5 @@ class LayerNorm(Activated, PaddedRows, torch.nn.LayerNorm):
         return eager.call(eager.OWN, input, weight, bias, (), eager.layer(len(shape)), eps)
 
     def _call(self, x: Tensor, mask: Tensor | None) -> Call:
-        _checks.check_eps(self.eps, "LayerNorm")
+        checks.check_eps(self.eps, "LayerNorm")
         return functional.layer_call(x, self.normalized_shape, self.weight, self.bias, self.eps)

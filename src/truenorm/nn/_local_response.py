@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import _checks, functional
+from .. import functional
+from .._core import checks
 from ._base import Traceable
 from ._options import Configurable, Option, with_options
 from ._padded import Padded
@@ -37,8 +38,8 @@ class LocalResponseNorm(Traceable, Configurable, torch.nn.LocalResponseNorm):
             return self._as_leaf(input)
         axis = self._truenorm_options.channel_axis
         if axis != 1:
-            _checks.check_tensor("input", input)
-            _checks.check_channel_axis_fits(axis, input.dim())
+            checks.check_tensor("input", input)
+            checks.check_channel_axis_fits(axis, input.dim())
             axis %= input.dim()
             return self._normalized(input.movedim(axis, 1)).movedim(1, axis)
         return self._normalized(input)

@@ -7,8 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._core import masks
+from .._core import checks, masks
 from ._options import Configurable, Option
 
 
@@ -32,13 +31,12 @@ class Arranged(NamedTuple):
         return y.squeeze(0) if self.unbatched else y
 
 
-
 class Padded(Configurable):
     """A layer over (N, C, *positions) that takes a mask or lengths, and a channel axis."""
 
     channel_axis: int
     _own_options: ClassVar[dict[str, Option | None]] = {
-        "channel_axis": Option(1, _checks.check_channel_axis)
+        "channel_axis": Option(1, checks.check_channel_axis)
     }
 
     def _is_unbatched(self, input: Tensor) -> bool:
@@ -51,10 +49,10 @@ class Padded(Configurable):
         axis = self._truenorm_options.channel_axis
         if axis == 1 and mask is None and lengths is None:
             return Arranged(input)
-        _checks.check_tensor("input", input)
+        checks.check_tensor("input", input)
         unbatched = self._is_unbatched(input)
         x = input.unsqueeze(0) if unbatched else input
-        _checks.check_channel_axis_fits(axis, x.dim())
+        checks.check_channel_axis_fits(axis, x.dim())
         axis %= x.dim()  # torch's older ONNX exporter writes a negative one as it is
         valid = masks.mask_of(x, axis, mask, lengths, padding_value, unbatched)
         at = Arranged(input, valid, axis, unbatched)
@@ -64,7 +62,7 @@ class Padded(Configurable):
     def _of_nested(self, input: Any, masked: bool) -> Tensor:
         """A jagged tensor, padded and cut again: each component is a sample."""
         layer: Any = self
-        _checks.check_nested(input, masked, self._truenorm_options.channel_axis)
+        checks.check_nested(input, masked, self._truenorm_options.channel_axis)
         offsets: Any = input.offsets()
         lengths = offsets.diff()
         padded = torch.nested.to_padded_tensor(input, 0.0)
@@ -84,12 +82,12 @@ class PaddedRows(Configurable):
     ) -> Arranged:
         if mask is None and lengths is None:
             return Arranged(input)
-        _checks.check_tensor("input", input)
-        _checks.check_one_of_mask_and_lengths(mask, lengths)
-        _checks.check_padding_value(padding_value)
-        _checks.check_no_lengths(type(self).__name__, lengths is not None)
+        checks.check_tensor("input", input)
+        checks.check_one_of_mask_and_lengths(mask, lengths)
+        checks.check_padding_value(padding_value)
+        checks.check_no_lengths(type(self).__name__, lengths is not None)
         rows = tuple(input.shape[: input.dim() - len(self.normalized_shape)])
-        _checks.check_mask(mask, [rows, tuple(input.shape)], input)
+        checks.check_mask(mask, [rows, tuple(input.shape)], input)
         assert mask is not None
         if mask.dim() == input.dim() and rows != input.shape:
             mask = mask.expand(input.shape)
@@ -104,7 +102,7 @@ class PaddedRows(Configurable):
             # it has no shape to speak of; torch's own operator knows its inside
             args = self.normalized_shape, layer.weight, layer.bias, layer.eps
             return torch.nn.functional.layer_norm(input, *args)
-        _checks.check_nested_rows(input, self.normalized_shape, masked)
+        checks.check_nested_rows(input, self.normalized_shape, masked)
         y = layer._normalized(layer._call(input.values(), None))
         return torch.nested.nested_tensor_from_jagged(
             y, input.offsets(), input.lengths(), jagged_dim=input._ragged_idx

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from .. import _checks
-from .._core import masks, route
-from .._axes import BATCH
+from .._core import checks, masks, route
 from .._core.call import Call, Running
+from .._core.geometry import BATCH
 from .._core.normalize import normalize, normalize_together, num_values, statistics
 from .._core.operators import within_backward
 from ._base import Direct
@@ -33,9 +32,9 @@ class Policed(Direct, _NormBase):
     # gathered moments, within `accumulate`
     _gathered: Any = None
     _own_options: ClassVar[dict[str, Option | None]] = {
-        "statistics_frozen": Option(False, _checks.check_flag("statistics_frozen")),
-        "on_single": Option("error", _checks.check_on_single),
-        "skip_nonfinite": Option(False, _checks.check_flag("skip_nonfinite")),
+        "statistics_frozen": Option(False, checks.check_flag("statistics_frozen")),
+        "on_single": Option("error", checks.check_on_single),
+        "skip_nonfinite": Option(False, checks.check_flag("skip_nonfinite")),
     }
     _asked_by_short_way = Direct._asked_by_short_way | {"statistics_frozen"}
 
@@ -43,8 +42,8 @@ class Policed(Direct, _NormBase):
         super()._check_options(chosen)
         if self._buffers.get("running_mean") is None or not self.track_running_stats:
             for name in ("statistics_frozen", "skip_nonfinite", "renorm"):
-                _checks.check_tracks(name, chosen.get(name, False))
-            _checks.check_tracks("on_single", chosen.get("on_single") == "running")
+                checks.check_tracks(name, chosen.get(name, False))
+            checks.check_tracks("on_single", chosen.get("on_single") == "running")
 
     def reset_running_stats(self) -> None:
         # frozen means frozen, whoever resets: torch.optim.swa_utils.update_bn does, for one
@@ -78,7 +77,7 @@ class Policed(Direct, _NormBase):
         on_single = self._truenorm_options.on_single
         if route.tracing():
             asks, remedy = "whether there is one value per channel", 'set on_single="error"'
-            _checks.fail_untraceable("on_single", on_single, asks, remedy)
+            checks.fail_untraceable("on_single", on_single, asks, remedy)
         if call.mask is not None:
             return self._some_alone(call, call.mask)
         if num_values(call) != 1 or call.x.numel() == 0:
@@ -135,16 +134,16 @@ class SmallBatches(Policed):
     rmax: float
     dmax: float
     _own_options: ClassVar[dict[str, Option | None]] = {
-        "virtual_batch_size": Option(None, _checks.check_virtual_batch_size),
-        "renorm": Option(False, _checks.check_flag("renorm")),
-        "rmax": Option(3.0, _checks.check_rmax),
-        "dmax": Option(5.0, _checks.check_dmax),
+        "virtual_batch_size": Option(None, checks.check_virtual_batch_size),
+        "renorm": Option(False, checks.check_flag("renorm")),
+        "rmax": Option(3.0, checks.check_rmax),
+        "dmax": Option(5.0, checks.check_dmax),
     }
     _asked_by_short_way = Policed._asked_by_short_way | {"rmax", "dmax"}
 
     def _check_options(self, chosen: dict[str, Any]) -> None:
         super()._check_options(chosen)
-        _checks.check_small_batches(chosen)
+        checks.check_small_batches(chosen)
 
     def _normalized(self, call: Call) -> Tensor:
         options = self._truenorm_options
@@ -153,7 +152,7 @@ class SmallBatches(Policed):
             return super()._normalized(call)
         if size is not None and route.tracing():
             asks, remedy = "how many samples there are", "set virtual_batch_size=None"
-            _checks.fail_untraceable("virtual_batch_size", size, asks, remedy)
+            checks.fail_untraceable("virtual_batch_size", size, asks, remedy)
         alone = num_values(call) == 1 and call.group is None
         if call.x.numel() == 0 or (alone and call.mask is None):
             return super()._normalized(call)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, functional
-from .._axes import RMS_EPS
-from .._core import eager
+from .. import functional
+from .._core import checks, eager
 from .._core.call import Call
+from .._core.geometry import RMS_EPS
 from ._activation import Activated
 from ._options import with_options
 from ._padded import PaddedRows
@@ -57,7 +57,7 @@ class RMSNorm(Activated, PaddedRows, torch.nn.RMSNorm):
 
     def _call(self, x: Tensor, mask: Tensor | None) -> Call:
         if self.eps is not None:
-            _checks.check_eps(self.eps, "RMSNorm")
+            checks.check_eps(self.eps, "RMSNorm")
         return functional.rms_call(x, self.normalized_shape, self.weight, self.eps)
 
     def _normalized(self, call: Call) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import _checks, _exchange
+from .._core import checks, exchange
 from ._batch import BatchForward
 from ._options import DEFAULTS, Option, options_of, with_options
 
@@ -52,7 +52,7 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
     }
 
     def _check_input_dim(self, input: Tensor) -> None:
-        _checks.check_tensor("input", input)
+        checks.check_tensor("input", input)
         if input.dim() < 2:
             raise ValueError(
                 f"expected at least 2D input (got {input.dim()}D input): `input` of shape "
@@ -67,7 +67,7 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
     def _statistics_group(self) -> Any:
         own = self._statistics_are_own()
         # torch's own attribute
-        return _exchange.active_group(self.process_group) if own else None
+        return exchange.active_group(self.process_group) if own else None
 
     @classmethod
     def convert_sync_batchnorm(cls, module: Module, process_group: Any = None) -> Module:
@@ -82,8 +82,8 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
         changed then.
         """
         before = _layers(module)
-        _checks.check_no_lazy("module", [n for n, m in before.items() if _is_lazy(m)])
-        _checks.check_may_span({n: options_of(m) for n, m in before.items()}, process_group)
+        checks.check_no_lazy("module", [n for n, m in before.items() if _is_lazy(m)])
+        checks.check_may_span({n: options_of(m) for n, m in before.items()}, process_group)
         options = {name: options_of(layer) for name, layer in before.items()}
         groups = {name: getattr(layer, "process_group", None) for name, layer in before.items()}
         converted = _convert(_theirs(cls, module, process_group), only=(torch.nn.SyncBatchNorm,))
@@ -120,11 +120,11 @@ def _refuse_what_torch_would_drop() -> None:
     @functools.wraps(_theirs)
     def convert_sync_batchnorm(cls: Any, module: Module, process_group: Any = None) -> Any:
         layers = {n: m for n, m in _layers(module).items() if isinstance(m, BatchForward)}
-        _checks.check_no_lazy("module", [n for n, m in layers.items() if _is_lazy(m)])
+        checks.check_no_lazy("module", [n for n, m in layers.items() if _is_lazy(m)])
         for name, layer in layers.items():
             chosen = layer._chosen()
             chosen.pop("process_group", None)  # the method's own
-            _checks.check_torch_has(name, chosen)
+            checks.check_torch_has(name, chosen)
         return _theirs(cls, module, process_group)
 
     theirs: Any = torch.nn.SyncBatchNorm

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ... import _checks
+from ..._core import checks
 from ..running import Call, check_model, is_batch, tensors, untouched
 from .taps import Key, original, record
 
@@ -89,7 +89,7 @@ class Comparison:
         require("matplotlib", purpose="a picture")
         from .picture import save
 
-        _checks.check_writable(Path(path), force=force)
+        checks.check_writable(Path(path), force=force)
         save(self, path, force=force)
 
     def __str__(self) -> str:
@@ -190,7 +190,7 @@ def compare(
     for name, model in (("model_a", model_a), ("model_b", model_b)):
         check_model(name, model)
     if not is_batch(batch):
-        _checks.fail_batch("batch", batch)
+        checks.fail_batch("batch", batch)
     outputs: dict[Key, tuple[str, list[Tensor]]] = {}
     rows: dict[Key, LayerDifference] = {}
     only_b: list[str] = []
@@ -218,7 +218,7 @@ def compare(
             sink(whole, original(model), found)
     ordered = tuple(rows[key] for key in outputs if key in rows)
     if not ordered:
-        _checks.fail_nothing_in_common()
+        checks.fail_nothing_in_common()
     first = next((row for row in ordered if row.parts), None)
     only_a = tuple(dict.fromkeys(key.name for key in outputs if key not in rows))
     return Comparison(ordered, first, only_a, tuple(only_b), tuple(sorted(skipped)))

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
-from ... import _checks
 from ... import nn as ours
+from ..._core import checks
 from ...nn._options import options_of
 from ..fusing import unfuse
 from ..layers import BATCH, INSTANCE, has_hooks, kind_of, norms_of, uses_running
@@ -104,7 +104,7 @@ class TwoDimensional(torch.nn.Identity):
     """In the place of a layer that was folded into a Linear: (N, C) alone means the same there."""
 
     def forward(self, input: Tensor) -> Tensor:
-        _checks.check_folded_linear(input)
+        checks.check_folded_linear(input)
         return input
 
 
@@ -343,13 +343,13 @@ def fold(
     where the output changed. The model is unchanged then.
     """
     check_model("model", model)
-    _checks.check_foldable(model, any(options_of(m).statistics_frozen for m in model.modules()))
+    checks.check_foldable(model, any(options_of(m).statistics_frozen for m in model.modules()))
     if not norms_of(model):
-        _checks.fail_no_norms("model", model)
+        checks.fail_no_norms("model", model)
     exact = own = None
     if batch is not None:
         if call is None and not is_batch(batch):
-            _checks.fail_batch("batch", batch)
+            checks.fail_batch("batch", batch)
         exact, own = _exact(model, batch, call)
     target = unfuse(model if inplace else _copied(model))
     plan = _Plan(target)
@@ -373,7 +373,7 @@ def fold(
         with untouched(target, training=False):
             after = [t.double() for t in tensors(run(target, batch, call))]
         error, error_before = share_of_largest(after, exact), share_of_largest(own, exact)
-        _checks.check_fold_changed_nothing(error, error_before)
+        checks.check_fold_changed_nothing(error, error_before)
     except BaseException:
         back()
         raise
@@ -384,4 +384,4 @@ def _copied(model: Module) -> Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:
-        _checks.fail_copy(error)
+        checks.fail_copy(error)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch.nn import Module
 
-from ... import _checks
+from ..._core import checks
 from ...nn._activation import Activated
 from .classes import PLAN, Fused, fused_class, is_fused_class, original_of
 from .plan import plan
@@ -41,9 +41,9 @@ def fuse(model: M) -> M:
     Errors: TypeError where `model` is no module; ValueError where it has no truenorm layer:
     `convert` first. The model is unchanged then.
     """
-    _checks.check_module("model", model)
+    checks.check_module("model", model)
     layers = [m for m in model.modules() if isinstance(m, Activated)]
-    _checks.check_has_own_layers("model", bool(layers))
+    checks.check_has_own_layers("model", bool(layers))
     if sys.getprofile() is None:
         _fuse(model)
     else:  # it would be put back as a Python function, which cProfile's is not
@@ -103,7 +103,7 @@ def unfuse(model: M) -> M:
 
     Errors: TypeError where `model` is no module.
     """
-    _checks.check_module("model", model)
+    checks.check_module("model", model)
     for module in model.modules():
         _unfuse(module)
     return model

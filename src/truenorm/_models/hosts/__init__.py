@@ -7,13 +7,13 @@ is refused there in words: it would be taken for what it is not.
 
 from __future__ import annotations
 
-from ... import _imports
+from ..._core import imports
 from . import captum, opacus, thop, torch_ao, torch_fx
 
-_imports.after_import("opacus", "Opacus", opacus.register)
-_imports.after_import("captum.attr._core.lrp", "Captum's LRP", captum.register)
-_imports.after_import("thop.profile", "thop", thop.register)
-_imports.after_import(
+imports.after_import("opacus", "Opacus", opacus.register)
+imports.after_import("captum.attr._core.lrp", "Captum's LRP", captum.register)
+imports.after_import("thop.profile", "thop", thop.register)
+imports.after_import(
     "torch.ao.quantization.quantization_mappings", "torch.ao.quantization", torch_ao.register
 )
-_imports.after_import("torch.fx.experimental.optimization", "torch.fx's fuse", torch_fx.register)
+imports.after_import("torch.fx.experimental.optimization", "torch.fx's fuse", torch_fx.register)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from ... import _checks
+from ..._core import checks
 from .. import running
 from ..layers import kind_of, norms_of
 from ..running import Call
@@ -56,12 +56,12 @@ def inspect(
     batches that reach no normalization layer; RuntimeError for a loader that raises.
     """
     running.check_model("model", model)
-    _checks.check_positive("batches", batches)
+    checks.check_positive("batches", batches)
     # torch.compile's wrapper does not call hooks that came after it
     inner = model._modules.get("_orig_mod") or model
     norms = norms_of(inner)
     if not norms:
-        _checks.fail_no_norms("model", model)
+        checks.fail_no_norms("model", model)
     observers = [Observer(name, m, kind_of(m) or "") for name, m in norms]
     order: list[Observer] = []
     in_training = [o for o in observers if o.module.training and not inner.training]
@@ -70,7 +70,7 @@ def inspect(
             _hook(observer, order, stack)
         count = _run_all(inner, data, batches, call, progress)
         if not order:
-            _checks.fail_not_reached("model", [o.name for o in observers])
+            checks.fail_not_reached("model", [o.name for o in observers])
         before = histograms([o.before for o in order])
         after = histograms([o.after for o in order])
         layers = tuple(map(table, order, before, after))

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ... import _axes
 from ... import functional as ours
-from ..._axes import Axes
-from ..._core import plain
+from ..._core import geometry, plain
 from ..._core.call import Form
+from ..._core.geometry import Axes
 from ..layers import BATCH, GROUP, INSTANCE, LAYER, View, eps_of, trailing, uses_running
 
 # enough to show an error, and little beside a model's own work
@@ -40,7 +39,7 @@ def kernel_errors(
     axes = _own_axes(kind, seen, part)
     eps, wide = eps_of(module, part.dtype), part.double()
     if running[0] is not None:
-        axes, given = _axes.BATCH, running
+        axes, given = geometry.BATCH, running
     else:
         given = None
     exact, _ = plain.norm(wide, None, None, None, None, given, Form(axes, eps))
@@ -61,9 +60,9 @@ def kernel_errors(
 def _own_axes(kind: str, seen: View, part: Tensor) -> Axes:
     assert seen.axes is not None
     if kind == INSTANCE:
-        return _axes.instance(part.shape[1])
+        return geometry.instance(part.shape[1])
     if kind == GROUP and part.shape[1] < seen.x.shape[1]:
-        return _axes.group(1)
+        return geometry.group(1)
     return seen.axes
 
 

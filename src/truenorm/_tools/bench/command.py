@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..._library import info
+from ..._core.library import info
 from .. import extras, files
 from ..clock import DeviceClock
 from ..verify.sections import DTYPES

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..._library import info
+from ..._core.library import info
 from .. import files
 from ..clock import Clock
 from ..verify.sections import DTYPES

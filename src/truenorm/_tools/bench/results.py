@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..._library import info
+from ..._core.library import info
 from .cases import FAMILIES, GOALS, LARGE_BYTES, Case
 from .timing import COMPILE, DIRECTIONS, FLOOR_NOTE, FORWARD, TORCH, Timing
 

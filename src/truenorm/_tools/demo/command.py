@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _environment() -> dict[str, Any]:
-    from ..._library import info
+    from ..._core.library import info
 
     about = info()
     return {

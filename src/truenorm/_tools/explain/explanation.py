@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks
+from ..._core import checks
 from . import by_hand
 from .groups import Group, Sharing
 from .layers import Subject, prepare, seeded_input
@@ -85,7 +85,7 @@ class Explanation:
         require("matplotlib", purpose="a picture")
         from .picture import save
 
-        _checks.check_writable(Path(path), force=force)
+        checks.check_writable(Path(path), force=force)
         save(self, path, force=force)
 
     def to_dict(self, *, limit: int = 1000) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def explain(
     the layer for an input that does not fit it; FileExistsError for a picture that exists.
     """
     if picture is not None:
-        _checks.check_writable(Path(picture), force=force)
+        checks.check_writable(Path(picture), force=force)
     if isinstance(x_or_shape, Tensor):
         x = x_or_shape.detach()
     else:

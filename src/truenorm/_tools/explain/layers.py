@@ -17,7 +17,7 @@ from torch.nn.modules import batchnorm, instancenorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ... import nn
-from ..._axes import rms_eps
+from ..._core.geometry import rms_eps
 from ..._models.converting import convert, revert
 from ...nn._instance import InstanceForward
 from .groups import Sharing

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..._library import info
+from ..._core.library import info
 from .. import files
 from . import bits, gradients, sections, table
 from .cases import LAYERS, SPECS

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .... import _checks
+from ...._core import checks
 from ...._tools import files
 from ...._tools.extras import require
 from ..tables import SEVERITIES
@@ -53,5 +53,5 @@ def page(inspection: Inspection) -> str:
 def save(inspection: Inspection, path: str | Path, *, force: bool = False) -> None:
     """Write the page, whole or not at all."""
     # before the work is done
-    _checks.check_writable(Path(path), force=force)
+    checks.check_writable(Path(path), force=force)
     files.write(path, page(inspection), force=force)

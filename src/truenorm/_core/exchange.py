@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _checks, _imports
-from ._core.merging import add_pairs
+from . import checks, imports
+from .merging import add_pairs
 
 # as `process_group`: every process, found out when the layer is called
 WORLD = "world"
@@ -41,7 +41,7 @@ def active_group(process_group: Any) -> Any:
         return None
     if process_group is None or process_group == WORLD:
         process_group = dist.group.WORLD
-    _checks.check_process_group(process_group)
+    checks.check_process_group(process_group)
     return process_group if dist.get_world_size(process_group) > 1 else None
 
 
@@ -56,7 +56,7 @@ def gather(message: Tensor, group: Any) -> Tensor:
     try:
         _all_gather(gathered, message, group=group)
     except RuntimeError as error:
-        _checks.exchange_failed(dist.get_rank(group), ranks, error)
+        checks.exchange_failed(dist.get_rank(group), ranks, error)
     return gathered.view(ranks, -1)
 
 
@@ -95,7 +95,7 @@ def _mark_constant(compiler: Any) -> None:
 
 
 # to mark it imports the compiler, which takes longer than all else of an import of torch
-_imports.after_import("torch._dynamo", "torch.compile", _mark_constant)
+imports.after_import("torch._dynamo", "torch.compile", _mark_constant)
 
 
 def agree(layer: Any, statistics: int, device: torch.device, group: Any) -> None:
@@ -113,7 +113,7 @@ def agree(layer: Any, statistics: int, device: torch.device, group: Any) -> None
         return
     # of fixed length, whatever the ranks disagree about
     found = gather(torch.tensor([statistics], device=device), group)[:, 0].tolist()
-    _checks.check_same_statistics(type(layer).__name__, found)
+    checks.check_same_statistics(type(layer).__name__, found)
     _AGREED[layer] = key, {statistics} | (numbers if known == key else set())
 
 
@@ -129,9 +129,9 @@ def check_messages(values: Tensor, statistics: Tensor, x: Tensor, *, per_sample:
     statistics there are.
     """
     if _is_readable(values):
-        _checks.check_same_statistics("A layer", statistics.tolist())
+        checks.check_same_statistics("A layer", statistics.tolist())
         total = sum(values.tolist())
-        _checks.check_more_than_one_value_of_all(x, total, per_sample=per_sample)
+        checks.check_more_than_one_value_of_all(x, total, per_sample=per_sample)
         return
     # on the device, where nobody waits for the answer
     torch._assert_async(

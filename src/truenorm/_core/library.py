@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import _imports, _pool
+from . import imports, pool
 
 BACKENDS = ("auto", "native", "plain")
 
@@ -39,7 +39,7 @@ def _load() -> tuple[Native | None, str]:
         raise ImportError(
             f"TRUENORM_BACKEND (={backend!r}) is unknown: set it to one of {', '.join(BACKENDS)}"
         )
-    cap_mib = _pool.cap_mib()
+    cap_mib = pool.cap_mib()
     if backend == "plain":
         return None, "TRUENORM_BACKEND=plain"
     path = _find()
@@ -58,7 +58,7 @@ def _load() -> tuple[Native | None, str]:
                 f"TRUENORM_ISA (={os.environ.get('TRUENORM_ISA')!r}) is not an instruction set "
                 "of this machine and library: unset it, or set it to baseline, avx2 or avx512"
             )
-        _pool.attach(library, cap_mib)
+        pool.attach(library, cap_mib)
         return Native(path, name.decode()), ""
     except OSError as error:
         # a backend that was asked for by name must load or raise
@@ -99,7 +99,7 @@ class Info:
     instruction_set: str | None
     library: str | None
     why_plain: str
-    pool: _pool.Pool | None = None
+    pool: pool.Pool | None = None
     cuda: str = "plain"
     cuda_words: str = "plain PyTorch ops"
     other_devices: str = "plain"
@@ -123,9 +123,9 @@ class Info:
 
 def info() -> Info:
     """Which path, native kernels or plain PyTorch ops, serves which device."""
-    from . import __version__, _triton
+    from .. import __version__, _triton
 
-    _imports.retry()
+    imports.retry()
     cuda, cuda_words = _triton.describe()
     return Info(
         version=__version__,
@@ -134,8 +134,8 @@ def info() -> Info:
         instruction_set=NATIVE.instruction_set if NATIVE else None,
         library=str(NATIVE.path) if NATIVE else None,
         why_plain=WHY_NOT,
-        pool=_pool.statistics(),
+        pool=pool.statistics(),
         cuda=cuda,
         cuda_words=cuda_words,
-        strangers=tuple(f"{name}: {why}" for name, why in _imports.FAILED.items()),
+        strangers=tuple(f"{name}: {why}" for name, why in imports.FAILED.items()),
     )
