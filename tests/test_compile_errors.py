@@ -37,12 +37,17 @@ WRONG: dict[str, tuple[Callable[[Any], Callable[[Tensor], Tensor]], tuple[int, .
     "residual": (lambda w: _with(residual=w(2, 5, 7)), X),
     "residual-dtype": (lambda w: _with(residual=w(*X).double()), X),
     "channel_axis": (lambda _: truenorm.BatchNorm2d(5, channel_axis=5), X),
-    "policy": (lambda w: _with("renorm", mask=w(2, 7, 9) > 0), X),
+    "rows": (lambda w: _rows(lengths=w(2).long()), X),
 }
 
 
 def _with(*flags: str, **given: Any) -> Callable[[Tensor], Tensor]:
     layer = batch(**dict.fromkeys(flags, True))
+    return lambda x: layer(x, **given)  # type: ignore[no-any-return]
+
+
+def _rows(**given: Any) -> Callable[[Tensor], Tensor]:
+    layer = truenorm.LayerNorm(9)
     return lambda x: layer(x, **given)  # type: ignore[no-any-return]
 
 

@@ -38,7 +38,7 @@ def both(name: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
 def test_the_order_of_imports_does_not_matter(order: str, name: str) -> None:
     library(name)
     code = (
-        f"{order.format(name)}\nfrom truenorm import _imports\n"
+        f"{order.format(name)}\nfrom truenorm._core import imports\n"
         "assert not imports.FAILED, imports.FAILED\nprint(len(imports.DONE))"
     )
     done = subprocess.run(

@@ -263,7 +263,7 @@ def test_accumulating() -> None:
 
 def test_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = batch()
-    monkeypatch.setattr(truenorm._exchange, "active_group", lambda group: "these")
+    monkeypatch.setattr(truenorm._core.exchange, "active_group", lambda group: "these")
     layer.process_group = "world"
     message = r"BatchNorm2d takes its statistics.*`process_group` \(='these'\).*eval\(\)"
     with pytest.raises(NotImplementedError, match=message):

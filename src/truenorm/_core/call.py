@@ -118,3 +118,7 @@ class Call(NamedTuple):
 
     def num_statistics(self) -> int:
         return geometry.num_statistics(self.x.shape, self.form.axes)
+
+    def values_per_statistic(self) -> int:
+        """Where nothing is masked."""
+        return geometry.values_per_statistic(self.x.shape, self.form.axes)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, exchange, geometry, running, sharding
-from . import normalize as whole
+from . import checks, dense, exchange, geometry, running, sharding
 from .call import Call, Running
 from .geometry import BATCH
 from .merging import add_pairs
@@ -92,6 +91,9 @@ def _move_by_samples(moving: Running, call: Call, record: Tensor, groups: Sequen
 
 def normalize(call: Call) -> Tensor:
     never: tuple[Role, ...] = ()
+    if call.group is not None:
+        _check_group(call.x, call.group)
+        call = call._replace(group=None)
     if call.mask is not None:
         never = tuple(Role)
     elif call.running is not None and call.running.gathered is not None:
@@ -102,12 +104,12 @@ def normalize(call: Call) -> Tensor:
     moving, take_back = _moving(call.running, plan)
     own = _part(call, plan)._replace(running=moving)
     if across:
-        y = whole.spanning([own], across[0])[0]
+        y = dense.spanning([own], across[0])[0]
     elif moving is not None and samples:
-        y, record = whole.normalize_with_statistics(own._replace(running=None))
+        y, record = dense.normalize_with_statistics(own._replace(running=None))
         _move_by_samples(moving, own, record, samples)
     else:
-        y = whole.normalize(own)
+        y = dense.normalize(own)
     take_back()
     return plan.joined(y, call.x, axes)
 
@@ -115,24 +117,24 @@ def normalize(call: Call) -> Tensor:
 def normalize_with_statistics(call: Call) -> tuple[Tensor, Tensor]:
     """The statistics are plain tensors, the same in every process."""
     plan = sharding.plan(call.x, call.form.axes, never=tuple(Role))
-    y, record = whole.normalize_with_statistics(_part(call, plan))
+    y, record = dense.normalize_with_statistics(_part(call, plan))
     return plan.joined(y, call.x, call.form.axes), record
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """As DTensors, for the arithmetic that follows."""
     plan = sharding.plan(x, BATCH, never=tuple(Role))
-    mean, var = whole.channel_moments(plan.part(x))
+    mean, var = dense.channel_moments(plan.part(x))
     return plan.statistic_joined(mean, mean), plan.statistic_joined(var, var)
 
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     plan = sharding.plan(x, BATCH, fixed=True, never=(Role.CHANNELS,))
-    y = whole.local_response_norm(plan.part(x), size, alpha, beta, k)
+    y = dense.local_response_norm(plan.part(x), size, alpha, beta, k)
     return plan.joined(y, x, BATCH)
 
 
-def check_group(x: Any, group: Any) -> None:
+def _check_group(x: Any, group: Any) -> None:
     """A DTensor is the whole batch: of a layer's `process_group` no process may be outside."""
     ranks = torch.distributed.get_process_group_ranks(group)
     checks.check_mesh_holds(ranks, x.device_mesh.mesh.flatten().tolist())

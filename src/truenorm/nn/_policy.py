@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from .._core import checks, masks, route
 from .._core.call import Call, Running
 from .._core.geometry import BATCH
-from .._core.normalize import normalize, normalize_together, num_values, statistics
+from .._core.normalize import normalize, normalize_together, statistics
 from .._core.operators import within_backward
 from ._base import Direct
 from ._options import OnSingle, Option
@@ -80,7 +80,7 @@ class Policed(Direct, _NormBase):
             checks.fail_untraceable("on_single", on_single, asks, remedy)
         if call.mask is not None:
             return self._some_alone(call, call.mask)
-        if num_values(call) != 1 or call.x.numel() == 0:
+        if call.values_per_statistic() != 1 or call.x.numel() == 0:
             return super()._normalized(call)
         return normalize(self._by_constants(call))
 
@@ -153,7 +153,7 @@ class SmallBatches(Policed):
         if size is not None and route.tracing():
             asks, remedy = "how many samples there are", "set virtual_batch_size=None"
             checks.fail_untraceable("virtual_batch_size", size, asks, remedy)
-        alone = num_values(call) == 1 and call.group is None
+        alone = call.values_per_statistic() == 1 and call.group is None
         if call.x.numel() == 0 or (alone and call.mask is None):
             return super()._normalized(call)
         if options.renorm:

@@ -1,0 +1,187 @@
+"""A dense call's output: by a kernel, in a graph, by the formula, or by torch's operators.
+
+Eager calls go through `torch.autograd.Function` over an operator's raw handle (9 µs a call, against
+34 µs through `register_autograd`); the compiler sees the operator itself, with the same formula
+registered. Function transforms and forward-mode AD are served by the plain formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import (
+    checks,
+    exchange,
+    gradients,
+    operators,
+    plain,
+    recomputed,
+    route,
+    running,
+    standard,
+)
+from . import spanning as _spanning
+from .call import KEEP, Call, Form
+from .geometry import BATCH
+
+
+def normalize(call: Call) -> Tensor:
+    """y; x's own statistics move `running`."""
+    way = route.way(call)
+    if call.group is not None:
+        return normalize_together([call], call.group)[0]
+    if way == route.STANDARD:
+        return standard.norm(call)
+    y, record = _made(call, way, keep=call.running is not None)
+    if call.running is not None:
+        with torch.no_grad():
+            _move(call, record)
+    return y
+
+
+def normalize_with_statistics(call: Call) -> tuple[Tensor, Tensor]:
+    """y and the record of x's own statistics, which are constants."""
+    way = route.way(call)
+    if way == route.STANDARD:
+        record = plain.statistics(call.x, call.mask, call.form.axes)
+        return standard.norm(call), record.detach()
+    return _made(call, way, keep=True)
+
+
+def _made(call: Call, way: int, *, keep: bool) -> tuple[Tensor, Tensor]:
+    x, weight, bias, form, mask, residual = call[:6]
+    if way == route.PLAIN:
+        if call.given is not None:
+            # as torch: a backward sees none of it
+            checks.check_running_constant(route.has_tangent(*call.given))
+        return plain.norm(x, weight, bias, mask, residual, call.given, form)
+    x = _in_order_of_mask(call).x
+    mean, var = (None, None) if call.given is None else call.given
+    if way == route.KERNEL and _wants_gradient(call):
+        tensors = x, weight, bias, residual, mask, mean, var
+        y, record = gradients.Norm.apply([form], None, *tensors)  # type: ignore[no-untyped-call]
+        _remember(y, record, call)
+        return y, record
+    bits, eps, parameter = form.numbers(x, KEEP if keep or way == route.GRAPH else 0)
+    args = weight, bias, mask, residual, mean, var, bits, eps, parameter, form.padding
+    if way == route.KERNEL and call.inplace and x is call.x:
+        record = operators.run(operators.norm_, x, *args)
+        # what has saved it for a backward pass is to notice
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+        return x, record
+    return cast(tuple[Tensor, Tensor], operators.run(operators.norm, x, *args))
+
+
+def _wants_gradient(call: Call) -> bool:
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in call.differentiated()
+    )
+
+
+def _remember(y: Tensor, record: Tensor, call: Call) -> None:
+    """How y is made, where that is asked for."""
+    if recomputed.asked():
+        # running statistics have moved when it is made again
+        mean, var = (None, None) if call.given is None else record[:2]
+        tensors = call.x, call.weight, call.bias, call.mask, call.residual, mean, var
+        rest = *call.form.numbers(call.x), call.form.padding
+        recomputed.remember(y, operators.norm, tensors, rest)
+
+
+def _in_order_of_mask(call: Call) -> Call:
+    """With positions that lie in memory as the dimensions say, as those of a mask do."""
+    x = call.x
+    if call.mask is None or x.dim() < 4:
+        return call
+    steps = [stride for stride, size in zip(x.stride()[2:], x.shape[2:], strict=True) if size != 1]
+    in_order = all(steps[d] >= steps[d + 1] for d in range(len(steps) - 1))
+    return call if in_order else call._replace(x=x.contiguous())
+
+
+def _move(call: Call, record: Tensor) -> None:
+    moving = call.running
+    assert moving is not None
+    if call.x.numel():
+        running.move(moving, record)
+    elif moving.gathered is not None or operators.within_backward():
+        return
+    elif moving.num_batches_tracked is not None:
+        # as torch: an empty batch counts as a batch and leaves the statistics alone
+        moving.num_batches_tracked.add_(1)
+
+
+def normalize_together(calls: Sequence[Call], group: Any) -> list[Tensor]:
+    """Outputs of several calls by the statistics of all processes of a group.
+
+    With one exchange forward and one backward.
+    """
+    numbers: dict[Any, int] = {}
+    for c in calls:
+        if route.standard():
+            checks.fail_spanning(type(c.layer).__name__, group)
+        checks.check_no_transform(route.transformed(*c.differentiated()))
+        # under a mask messages are longer: as if it were another layer
+        number = c.num_statistics() * (1 if c.mask is None else -1)
+        numbers[c.layer] = numbers.get(c.layer, 0) + number
+    for layer, number in numbers.items():
+        exchange.agree(layer, number, calls[0].x.device, group)
+    return spanning(calls, group)
+
+
+def spanning(calls: Sequence[Call], group: Any) -> list[Tensor]:
+    """The same, of calls that are known to have a part in every process."""
+    forms = [c.form for c in calls]
+    ordered = [_in_order_of_mask(c) for c in calls]
+    tensors = [t for c in ordered for t in (*c[:3], c.residual, c.mask, None, None)]
+    made = gradients.Norm.apply(forms, group, *tensors)  # type: ignore[no-untyped-call]
+    outputs, records = made[: len(calls)], made[len(calls) :]
+    for call, record in zip(calls, records, strict=True):
+        if call.running is not None:
+            with torch.no_grad():
+                running.move(call.running, record)
+    return list(outputs)
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of x (N, C, *); zeros where x is empty."""
+    way = route.way_of(x)
+    if x.numel() == 0:
+        mean = x.new_zeros(x.shape[1], dtype=operators.statistic_dtype(x))
+        return mean, torch.zeros_like(mean)
+    if way in (route.PLAIN, route.STANDARD):
+        mean, var, _ = plain.statistics(x, None, BATCH)
+    else:
+        mean, var, _ = operators.run(operators.statistics, x, None, Form(BATCH, 0.0).bits(x))
+    return mean, var
+
+
+def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    """Divide each value of x (N, C, *) by a power of its neighbouring channels' energy."""
+    window = size, alpha, beta, k
+    way = route.way_of(x)
+    if way == route.STANDARD:
+        return torch.nn.functional.local_response_norm(x, *window)
+    if way == route.PLAIN:
+        return plain.response(x, *window)
+    if way == route.GRAPH:
+        return cast(Tensor, operators.response(x, *window))
+    return cast(Tensor, gradients.Response.apply(window, x))  # type: ignore[no-untyped-call]
+
+
+def statistics(call: Call) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a call's own, over all processes of its group; constants."""
+    x, mask, form = call.x.detach(), call.mask, call.form
+    way = route.way_of(x)
+    x = _in_order_of_mask(call._replace(x=x)).x
+    if call.group is not None:
+        (record,) = _spanning.statistics([form], [x], [mask], call.group)
+    elif way in (route.PLAIN, route.STANDARD):
+        record = plain.statistics(x, mask, form.axes)
+    else:
+        record = operators.run_masked(operators.statistics, x, mask, x, mask, form.bits(x))
+    return record[0], record[1]
