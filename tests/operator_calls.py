@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedFakeTensorE
 import truenorm
 
 OPS = torch.ops.truenorm
-LIBRARY = truenorm._core.operators.library
+LIBRARY = truenorm._core.operators.defined
 # of the others' `form`: call.py
 CONSTANT, UNCENTRED, KEEP = 32, 64, 256
 # what the eager operators' `form` may be: csrc/eager.cpp

@@ -97,7 +97,8 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "features in groups": (
         "norm",
         norm(X, 2 * GROUP | LAYER),
-        "`num_groups` (=2) must be 0 where `feature_dims` (=1) is not: pass 0",
+        f"`form` (={2 * GROUP | LAYER}) has a `num_groups` beside `feature_dims` or PER_CHANNEL: "
+        "pass 0",
     ),
     "one dimension": (
         "statistics",
@@ -105,10 +106,10 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], str]] = {
         "`x` of shape (4,) needs the dimensions (N, C, …): add them with x[None]",
     ),
     "nothing": (
-        "statistics",
-        (X[:0], None, 0),
-        "truenorm::statistics takes no empty tensor: it has no moments, and `x` has shape "
-        "(0, 4, 3); pass a tensor that holds values",
+        "norm",
+        norm(X[:0]),
+        "truenorm::norm takes no empty tensor: it has no moments, and `x` has shape (0, 4, 3); "
+        "pass a tensor that holds values",
     ),
     "short mean": (
         "norm",
@@ -119,13 +120,24 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "a mean alone": (
         "norm",
         norm(X, mean=FOUR),
-        "`var` is None, and its pair is given: pass both, or neither",
+        "`mean` is given and `var` is not: pass both, or neither",
+    ),
+    "short sums": (
+        "norm_backward",
+        pulled(sums=torch.ones(2, 3).double()),
+        "`sums` must hold 2 values for each of the 4 statistics of `x` of shape (2, 4, 3), but got "
+        "shape (2, 3): pass two rows, the means of weight · grad · x̂ and of weight · grad",
+    ),
+    "sums of features": (
+        "gradient_sums",
+        (*pulled(LAYER, record=torch.ones(3, 8).double())[:7], LAYER, *NUMBERS),
+        f"`form` (={LAYER}) has `feature_dims`, whose statistics lie in one process: pass 0",
     ),
     "short record": (
         "norm_backward",
         pulled(record=torch.ones(2, 4).double()),
-        "`record` must hold 12 values, one per statistic of `x` of shape (2, 4, 3), but got shape "
-        "(2, 4): pass what was returned for this x and these axes",
+        "`record` must be a contiguous float64 tensor, of three rows with one value per statistic "
+        "of x, but got shape (2, 4) and dtype torch.float64: pass the forward's second result",
     ),
     "gradient of another shape": (
         "norm_backward",
@@ -135,13 +147,12 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "a form that there is not": (
         "norm",
         norm(X, -8),
-        "`form` (=-8) must be a number that `Form.bits` of call.py made",
+        "`form` (=-8) is negative: pass a sum of its flags",
     ),
     "an output that is not given": (
         "norm_backward",
         pulled(1 << 16 | 17),
-        "`residual` is None, where `form` says that it holds the output: pass the output as "
-        "residual",
+        "`needs` (=16) must be less than 16 where `residual` is None: pass the output as residual",
     ),
     "activation that there is not": (
         "norm",
@@ -206,9 +217,9 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "a record of no multiple": (
         "move_",
         (*RUNNING[:3], torch.ones(3, 3).double(), 0.1, False),
-        "`record` must have shape (3, 4), mean, variance and count of each channel of "
-        "`running_mean`, or as many for each sample, but got shape (3, 3): pass what `norm` or "
-        "`statistics` returned",
+        "`record` must be a contiguous float64 tensor, whose columns are as many as the channels "
+        "of `running_mean`, or as many for each sample, but got shape (3, 3) and dtype "
+        "torch.float64: pass the forward's second result",
     ),
 }
 

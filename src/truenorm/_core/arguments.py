@@ -23,11 +23,11 @@ from .geometry import Axes
 Check = Callable[[Sequence[Any]], None]
 Differs = Callable[[Any, Any], bool]
 
-# how many values per statistic of x
-_STATISTICS = {"mean": 1, "var": 1, "sums": 2, "record": 3}
+# one value per statistic of x
+_STATISTICS = "mean", "var"
 _PARAMETERS = "weight", "bias"
 # what has no moments where it is empty
-_OF_VALUES = "norm", "norm_", "statistics"
+_OF_VALUES = "norm", "norm_"
 _ACTIVATIONS = 8  # the last number of activation.py
 
 
@@ -67,12 +67,36 @@ def _floating(name: str, t: Tensor, x: Tensor, *, complex_too: bool = False) -> 
         )
 
 
+def _wrong_form(form: int) -> str:
+    if form < 0:
+        return "is negative: pass a sum of its flags"
+    if form & 0xFE00:
+        return "has bits from 9 to 15, which mean nothing here: pass a sum of its flags"
+    features, groups = form >> FEATURES & 0xFF, form >> GROUPS
+    if groups and (features or form & PER_CHANNEL):
+        return "has a `num_groups` beside `feature_dims` or PER_CHANNEL: pass 0"
+    if features and form & PER_CHANNEL:
+        return "has PER_CHANNEL and `feature_dims`: pass one of them"
+    return ""
+
+
+def _record(record: Tensor, meaning: str, wrong: bool) -> None:
+    wide = torch.float32 if record.device.type == "mps" else torch.float64
+    if record.dtype != wide or record.dim() != 2 or record.shape[0] != 3 or wrong:
+        raise RuntimeError(
+            f"`record` must be a contiguous float64 tensor, {meaning}, but got {_shape(record)} "
+            f"and dtype {record.dtype}: pass the forward's second result"
+        )
+    if not record.is_contiguous():
+        _record(record.T[:1], meaning, True)
+
+
 def _input(x: Tensor, form: Any, *, complex_too: bool) -> Axes:
     """Which values of x share a statistic, by a number that call.py makes."""
     _floating("x", x, x, complex_too=complex_too)
     dim = x.dim()
-    if type(form) is int and form < 0:
-        raise RuntimeError(f"`form` (={form}) must be a number that `Form.bits` of call.py made")
+    if type(form) is int and (wrong := _wrong_form(form)):
+        raise RuntimeError(f"`form` (={form}) {wrong}")
     if dim < 2 and not form >> FEATURES & 0xFF:
         raise RuntimeError(
             f"`x` of {_shape(x)} needs the dimensions (N, C, …): add them with x[None]"
@@ -85,12 +109,6 @@ def _input(x: Tensor, form: Any, *, complex_too: bool) -> Axes:
             f"{_shape(x)}: pass how many of the last dimensions share a statistic"
         )
     if feature_dims:
-        in_form = form >> GROUPS
-        if in_form or form & PER_CHANNEL:
-            raise RuntimeError(
-                f"`num_groups` (={in_form}) must be 0 where `feature_dims` (={feature_dims}) is "
-                "not: pass 0"
-            )
         return axes
     channels = x.shape[1]
     if type(groups) is not int or type(channels) is not int or form & PER_CHANNEL:
@@ -118,6 +136,16 @@ def _statistic(name: str, s: Tensor, x: Tensor, count: int, differs: Differs) ->
         raise RuntimeError(
             f"`{name}` must hold {count} values, one per statistic of `x` of {_shape(x)}, but got "
             f"{_shape(s)}: pass what was returned for this x and these axes"
+        )
+
+
+def _sums(sums: Tensor, x: Tensor, count: int, differs: Differs) -> None:
+    _floating("sums", sums, x)
+    if differs(sums.numel(), 2 * count):
+        raise RuntimeError(
+            f"`sums` must hold 2 values for each of the {count} statistics of `x` of {_shape(x)}, "
+            f"but got {_shape(sums)}: pass two rows, the means of weight · grad · x̂ and of "
+            "weight · grad"
         )
 
 
@@ -198,15 +226,13 @@ def _running_check(places: dict[str, int], differs: Differs) -> Check:
         else:
             _dense("num_batches_tracked", batches, mean)
         record = at["record"]
-        _floating("record", record, mean)
-        count = record.numel()
-        known = type(count) is int and type(features) is int
-        if (known and count % (3 * features)) or record.dim() != 2 or record.shape[0] != 3:
-            raise RuntimeError(
-                f"`record` must have shape (3, {features}), mean, variance and count of each "
-                f"channel of `running_mean`, or as many for each sample, but got {_shape(record)}: "
-                "pass what `norm` or `statistics` returned"
-            )
+        _dense("record", record, mean)
+        known = type(record.numel()) is int and type(features) is int
+        meaning = (
+            "whose columns are as many as the channels of `running_mean`, or as many for each "
+            "sample"
+        )
+        _record(record, meaning, known and record.numel() % (3 * features) != 0)
 
     return check
 
@@ -218,9 +244,10 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
     at_x = places["x"]
     at_form = places.get("form")
     parameters = [(n, places[n]) for n in _PARAMETERS if n in places]
-    statistics = [(n, places[n], per) for n, per in _STATISTICS.items() if n in places]
+    statistics = [(n, places[n]) for n in _STATISTICS if n in places]
+    at_record, at_sums = places.get("record"), places.get("sums")
     at_grad, at_residual, at_mask = (places.get(n) for n in ("grad", "residual", "mask"))
-    at_size, overwrites = places.get("size"), name == "norm_"
+    at_size, overwrites, operator_name = places.get("size"), name == "norm_", name
     of_values = name in _OF_VALUES
 
     def check(args: Sequence[Any]) -> None:
@@ -231,7 +258,7 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
         asked = of_values and ("mean" not in places or args[places["mean"]] is None)
         if asked and any(type(size) is int and size == 0 for size in x.shape):
             raise RuntimeError(
-                f"truenorm::{name} takes no empty tensor: it has no moments, and `x` has "
+                f"truenorm::norm takes no empty tensor: it has no moments, and `x` has "
                 f"{_shape(x)}; pass a tensor that holds values"
             )
         features = axes.feature_dims
@@ -240,16 +267,14 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
             _gradient(args[at_grad], x, differs)
         if at_mask is not None and args[at_mask] is not None:
             _mask(args[at_mask], x, axes, differs)
-        if statistics:
+        if at_form is not None:
             count = geometry.num_statistics(x.shape, axes)
-            for each, place, per in statistics:
-                if args[place] is not None:
-                    _statistic(each, args[place], x, per * count, differs)
-            if "var" in places and (args[places["mean"]] is None) != (args[places["var"]] is None):
-                missing = "mean" if args[places["mean"]] is None else "var"
-                raise RuntimeError(
-                    f"`{missing}` is None, and its pair is given: pass both, or neither"
-                )
+        given = {name: args[place] for name, place in statistics if args[place] is not None}
+        if len(given) == 1:
+            there, other = ("mean", "var") if "mean" in given else ("var", "mean")
+            raise RuntimeError(f"`{there}` is given and `{other}` is not: pass both, or neither")
+        for each_name, each in given.items():
+            _statistic(each_name, each, x, count, differs)
         for each, place in parameters:
             if args[place] is not None:
                 _parameter(each, args[place], x, shape, differs)
@@ -262,9 +287,19 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
             )  # fmt: skip
             if form & BY_OUTPUT and at_residual is not None and args[at_residual] is None:
                 raise RuntimeError(
-                    "`residual` is None, where `form` says that it holds the output: pass the "
-                    "output as residual"
+                    "`needs` (=16) must be less than 16 where `residual` is None: pass the output "
+                    "as residual"
                 )
+        if at_sums is not None and args[at_sums] is not None:
+            _sums(args[at_sums], x, count, differs)
+        if at_record is not None:
+            _dense("record", args[at_record], x)
+            meaning = "of three rows with one value per statistic of x"
+            _record(args[at_record], meaning, differs(args[at_record].numel(), 3 * count))
+        if operator_name == "gradient_sums" and axes.feature_dims:
+            raise RuntimeError(
+                f"`form` (={form}) has `feature_dims`, whose statistics lie in one process: pass 0"
+            )
         if at_size is not None:
             _number("size", args[at_size], 1, None, "at least 1, the channels of a window")
         if overwrites:

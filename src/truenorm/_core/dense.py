@@ -150,9 +150,6 @@ def spanning(calls: Sequence[Call], group: Any) -> list[Tensor]:
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of x (N, C, *); zeros where x is empty."""
     way = route.way_of(x)
-    if x.numel() == 0:
-        mean = x.new_zeros(x.shape[1], dtype=operators.statistic_dtype(x))
-        return mean, torch.zeros_like(mean)
     if way in (route.PLAIN, route.STANDARD):
         mean, var, _ = plain.statistics(x, None, BATCH)
     else:

@@ -28,21 +28,14 @@ def _joined(messages: list[Tensor]) -> Tensor:
     return torch.cat(messages) if len(messages) > 1 else messages[0]
 
 
-def _own(form: Form, x: Tensor, mask: Tensor | None) -> Tensor:
-    if x.numel():
-        record: Tensor = run_masked(operators.statistics, x, mask, x, mask, form.bits(x))
-        return record
-    shape = 3, geometry.num_statistics(x.shape, form.axes)
-    return x.new_zeros(shape, dtype=operators.statistic_dtype(x))
-
-
 def statistics(
     forms: Sequence[Form], xs: Sequence[Tensor], masks: Sequence[Tensor | None], group: Any
 ) -> list[Tensor]:
     """The records of every x over all processes, by one exchange."""
     messages = []
     for form, x, mask in zip(forms, xs, masks, strict=True):
-        mean, var, count = _own(form, x, mask)
+        args = x, mask, form.bits(x)
+        mean, var, count = run_masked(operators.statistics, x, mask, *args)
         values = x.numel() // max(mean.numel(), 1)
         head = mean.new_full((1,), values), mean.new_full((1,), mean.numel())
         counts = () if mask is None else (count,)
@@ -98,14 +91,10 @@ def gradient_sums(
 
 
 def _own_sums(form: Form, by_output: bool, p: Any) -> Tensor:
-    if p.x.numel():
-        tensors = p.grad, p.x, p.record, p.weight, p.bias, p.mask, p.residual
-        numbers = form.numbers(p.x, BY_OUTPUT * by_output)
-        sums: Tensor = run_masked(operators.gradient_sums, p.x, p.mask, *tensors, *numbers)
-        return sums
-    n, c, _ = geometry.ncs(p.x.shape, form.axes)
-    nothing: Tensor = p.record.new_zeros((2, n * c if form.axes.num_groups else c))
-    return nothing
+    tensors = p.grad, p.x, p.record, p.weight, p.bias, p.mask, p.residual
+    numbers = form.numbers(p.x, BY_OUTPUT * by_output)
+    sums: Tensor = run_masked(operators.gradient_sums, p.x, p.mask, *tensors, *numbers)
+    return sums
 
 
 def _weighted(sums: Tensor, x: Tensor, weight: Tensor | None, form: Form) -> Tensor:
