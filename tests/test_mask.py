@@ -488,8 +488,6 @@ def test_what_takes_no_mask_says_so() -> None:
         truenorm.InstanceNorm2d(5)(torch.randn(3, 5, 9, 2), lengths=lengths)
     with pytest.raises(ValueError, match=r"LayerNorm takes no `lengths`.*give a `mask`"):
         truenorm.LayerNorm(9)(x, lengths=lengths)
-    with pytest.raises(NotImplementedError, match=r"takes no `mask` .*together with renorm"):
-        truenorm.BatchNorm1d(5, renorm=True)(x, lengths=lengths)
 
 
 def test_recalibrate_says_that_it_sees_no_mask() -> None:

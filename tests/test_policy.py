@@ -340,7 +340,7 @@ def test_options_that_do_not_go_together() -> None:
     make = truenorm.BatchNorm1d
     for options, message in (
         ({"virtual_batch_size": 4, "renorm": True}, r"`virtual_batch_size` \(=4\).*choose one"),
-        ({"virtual_batch_size": 4, "process_group": "world"}, r"batch of one process"),
+        ({"on_single": "skip", "process_group": "world"}, r"batch of one process"),
         ({"renorm": True, "track_running_stats": False}, r"`renorm` needs running statistics"),
         ({"virtual_batch_size": 0}, r"`virtual_batch_size` must be .* got 0"),
         ({"rmax": 0.5}, r"`rmax` must be a number of at least 1, but got 0.5"),
@@ -350,8 +350,8 @@ def test_options_that_do_not_go_together() -> None:
             make(3, **options)
     with pytest.raises(TypeError, match=r"`renorm` must be True or False, but got 1"):
         make(3, renorm=1)
-    with pytest.raises(TypeError, match="virtual_batch_size"):
-        truenorm.SyncBatchNorm(3, virtual_batch_size=4)
+    with pytest.raises(TypeError, match="on_single"):
+        truenorm.SyncBatchNorm(3, on_single="skip")
 
 
 def test_the_functional_form() -> None:
@@ -441,10 +441,10 @@ KEPT: list[dict[str, Any]] = [
     {"channel_axis": -1},
     {"skip_nonfinite": True},
     {"overwrite_input": True, "activation": "relu"},
-]
-NOT_KEPT: list[dict[str, Any]] = [
     {"virtual_batch_size": 2},
     {"renorm": True},
+]
+NOT_KEPT: list[dict[str, Any]] = [
     {"on_single": "skip"},
 ]
 

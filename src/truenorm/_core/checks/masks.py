@@ -96,22 +96,6 @@ def check_padding_value(value: Any) -> None:
         )
 
 
-def check_no_mask_across_processes(layer: str, masked: bool) -> None:
-    if masked:
-        raise NotImplementedError(
-            f"{layer} takes no `mask` or `lengths` while its statistics span processes: call it "
-            "without its process_group, or with the valid values alone"
-        )
-
-
-def check_no_mask_with(layer: str, options: list[str]) -> None:
-    if options:
-        raise NotImplementedError(
-            f"{layer} takes no `mask` or `lengths` together with {' and '.join(options)}: leave "
-            "one of them out"
-        )
-
-
 def _check_alone(masked: bool) -> None:
     if masked:
         raise ValueError(
