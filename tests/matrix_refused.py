@@ -34,30 +34,10 @@ _TAKES_NO = "takes no `mask` or `lengths` together with"
 _UNITS = "units off"
 
 REFUSED = [
-    Refused((("renorm",), ("process_group",)), ValueError, "for the batch of one process"),
-    Refused((("ghost batches",), ("process_group",)), ValueError, "for the batch of one process"),
-    Refused(
-        (MASKS, ("process_group",)),
-        NotImplementedError,
-        "takes no `mask` or `lengths` while its statistics span processes",
-    ),
-    Refused((MASKS, ("renorm",)), NotImplementedError, f"{_TAKES_NO} renorm"),
-    Refused((MASKS, ("ghost batches",)), NotImplementedError, f"{_TAKES_NO} virtual_batch_size"),
-    Refused((MASKS, ("on_single",)), NotImplementedError, f"{_TAKES_NO} on_single"),
-    Refused((MASKS, INSTANCE, ("accumulate",)), NotImplementedError, f"{_TAKES_NO} accumulate"),
-    Refused(
-        (("mask per channel",), ("accumulate",)),
-        NotImplementedError,
-        f"{_TAKES_NO} accumulate and a mask per channel",
-    ),
     # a vector of lengths that vmap maps over is looked at
     Refused((("lengths",), ("vmap",)), RuntimeError, "vmap over calling .item()"),
     # r · weight and d · weight are rounded to the weight's dtype
     Refused((_HALF, ("renorm",), _OWN_WAYS), RoundedBetween, _UNITS),
-    # no one pass: each step rounds
-    Refused((_HALF, ("axis -1",), ("residual",), _OWN_WAYS), RoundedBetween, _UNITS),
-    Refused((_HALF, MASKS, _AFTER, _OWN_WAYS), RoundedBetween, _UNITS),
-    Refused((_HALF, (*_POLICIES, "process_group"), _AFTER, _OWN_WAYS), RoundedBetween, _UNITS),
 ]
 
 

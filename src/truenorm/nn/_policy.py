@@ -104,10 +104,13 @@ class Policed(Direct, _NormBase):
         valid = masks.against(mask, x).expand(x.shape)
         dims = [d for d in range(x.dim()) if d != 1 and not (d == 0 and call.form.axes.num_groups)]
         alone = valid.sum(dims, keepdim=True) == 1
-        if route.way(call) == route.KERNEL and not alone.any():
+        can_ask = route.way(call) == route.KERNEL
+        if can_ask and not alone.any():
             return super()._normalized(call)
-        # as it is before the running statistics move
+        # by the running statistics as they are before they move
         constant = normalize(self._by_constants(call))
+        if can_ask and alone.all():
+            return constant
         return torch.where(alone, constant, super()._normalized(call))
 
     # --- frozen is part of the state, in the metadata, which torch's layers load and ignore
