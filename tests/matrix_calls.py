@@ -285,8 +285,8 @@ def _eager(case: Case, layer: Any, parameters: Any, leaves: Any, batches: Any) -
 
 
 def _compiled(case: Case, layer: Any, parameters: Any, leaves: Any, batches: Any) -> list[Tensor]:
-    # inductor takes seconds of a C++ compiler each time
-    on_inductor = case.rank == "1d" and case.layout == "channels_last"
+    # which takes many seconds of a C++ compiler
+    on_inductor = case.dtype == "float64"
     backend = "inductor" if on_inductor else "aot_eager"
     try:
         return _each(torch.compile(layer, fullgraph=True, backend=backend), leaves, batches)
