@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import pi, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +20,9 @@ ACTIVATIONS: list[Any] = [
     lambda z, p: F.hardswish(z),
     lambda z, p: F.elu(z, p),
     lambda z, p: F.silu(z),
-    lambda z, p: F.gelu(z),
-    lambda z, p: F.gelu(z, approximate="tanh"),
+    # torch's lose a tail: they add 1 to erf, and to tanh
+    lambda z, p: z * torch.special.erfc(-z * 0.5**0.5) * 0.5,
+    lambda z, p: z * (z * (1 + 0.044715 * z * z) * (8 / pi) ** 0.5).sigmoid(),
     lambda z, p: F.relu6(z),
 ]
 EPS, PARAMETER, PADDING = 1e-3, 0.3, -7.0
@@ -216,7 +217,9 @@ def check(call: Call, grad: Tensor) -> None:
     """Output, record and gradients are the formula's."""
     y, record = call.norm()
     exact, of_record, wanted = call.exact(grad)
-    assert_output(y.cpu(), exact)
+    # that small a number is not normal in float32, or nearly not
+    tail = (exact.abs() < 1e-30) & (y.cpu().abs() < 1e-30)
+    assert_output(torch.where(tail, 0.0, y.cpu()), torch.where(tail, 0.0, exact))
     assert record.shape == of_record.shape
     assert torch.equal(record[2].cpu(), of_record[2])
     for got, right in zip(record[:2].cpu(), of_record, strict=False):

@@ -55,8 +55,10 @@ def _exponential(v):
 
 @triton.jit
 def _exp(v):
+    """0 where it is no normal number."""
     scale, rest = _exponential(v)
-    return scale + scale * rest
+    LEAST: tl.constexpr = -708.0 if v.dtype == tl.float64 else -87.0
+    return tl.where(v < LEAST, 0.0, scale + scale * rest)
 
 
 @triton.jit
@@ -120,8 +122,8 @@ def _sigmoid(z, ACT: tl.constexpr):
     """(σ(u), 1 − σ(u), u'): u is z for silu, 2 √(2 / π) (z + 0.044715 z³) for gelu by tanh."""
     if ACT == GELU_TANH:
         square = z * z
-        u = z * (1.5957691216057308 + 0.07135481282692645 * square)
-        slope = 1.5957691216057308 + 0.21406443848077934 * square
+        u = z * (1.5957691216057308 + 0.07135481627260025 * square)
+        slope = 1.5957691216057308 + 0.21406444881780076 * square
     else:
         u = z
         slope = tl.full(z.shape, 1.0, z.dtype)

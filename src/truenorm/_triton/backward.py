@@ -145,7 +145,7 @@ def backward_apply(
     mean, rstd = statistics(p_record, p_record + S, u // units, in_unit, eps_bits)
     high, low = two_floats(mean, ACC)
     high, low, rstd = high[:, None], low[:, None], rstd.to(ACC)[:, None]
-    if not FIXED:
+    if NEEDS_X and not FIXED:
         slope = tl.load(p_sums + u // units, mask=in_unit, other=0).to(ACC)[:, None]
         if CENTRED:
             shift = tl.load(p_sums + sums_at + u // units, mask=in_unit, other=0)

@@ -45,3 +45,9 @@ def unpack(bits: int, x: Tensor) -> Form:
         bool(bits & KEEP),
         bits >> ACT & 0xFF,
     )
+
+
+def pack(axes: Axes) -> int:
+    """The number of a form with these axes, and nothing else."""
+    groups = 0 if axes.feature_dims else axes.num_groups
+    return groups << GROUPS | axes.feature_dims << FEATURES | (0 if axes.centred else UNCENTRED)

@@ -113,7 +113,7 @@ def normalize(
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
     mean, rstd = statistics(p_mean, p_var + var_at, u // units, in_unit, eps_bits)
     if KEEP:
-        writes = in_unit & (chunk == 0) & (u % units == 0)
+        writes = in_unit & (chunk + u % units == 0)
         var = tl.load(p_var + var_at + u // units, mask=writes, other=0).to(tl.float64)
         tl.store(o_record + u // units, mean, mask=writes)
         tl.store(o_record + S + u // units, var, mask=writes)

@@ -8,17 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .form import CONSTANT, FEATURES, GROUPS, KEEP, NEEDS_INPUT, UNCENTRED
+from .._axes import Axes
+from .form import CONSTANT, KEEP, NEEDS_INPUT, pack
 from .host_backward import norm_backward
 from .host_forward import norm, statistics
 from .host_others import move, response, response_backward
 
 Three = tuple[Tensor, Tensor, Tensor]
-
-
-def _bits(num_groups: int, feature_dims: int, centred: bool) -> int:
-    groups = 0 if feature_dims else num_groups
-    return groups << GROUPS | feature_dims << FEATURES | (0 if centred else UNCENTRED)
 
 
 def _record(mean: Tensor, var: Tensor, count: Any = 0.0) -> Tensor:
@@ -30,7 +26,7 @@ def _record(mean: Tensor, var: Tensor, count: Any = 0.0) -> Tensor:
 def forward(
     x: Tensor, weight: Any, bias: Any, num_groups: int, feature_dims: int, centred: bool, eps: float
 ) -> Three:
-    bits = _bits(num_groups, feature_dims, centred) | KEEP
+    bits = pack(Axes(num_groups, feature_dims, centred)) | KEEP
     y, record = norm(x, weight, bias, None, None, None, None, bits, eps, 0.0, 0.0)
     return y, record[0].clone(), record[1].clone()
 
@@ -43,7 +39,7 @@ def backward(
     grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Any, num_groups: int,
     feature_dims: int, centred: bool, eps: float, fixed: bool, needs: int,
 ) -> Three:  # fmt: skip
-    bits = _bits(num_groups, feature_dims, centred) | needs | (CONSTANT if fixed else 0)
+    bits = pack(Axes(num_groups, feature_dims, centred)) | needs | (CONSTANT if fixed else 0)
     record = _record(mean, var)
     made = norm_backward(grad, x, record, weight, None, None, None, None, bits, eps, 0.0)
     return made[:3]

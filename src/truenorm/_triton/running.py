@@ -42,7 +42,7 @@ def move(
     moves = over > 0
     if SKIPS:
         finite = tl.load(p_finite).to(tl.int64)
-        moves &= finite != 0
+        moves = over * finite.to(tl.float64) > 0
     seen_mean = tl.sum(mean, 0) / over
     seen_var = tl.sum(var, 0) / over
     if AVERAGE:
