@@ -107,17 +107,19 @@ def test_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dtype that they have no code for, a device without them: the plain formulas."""
     monkeypatch.setattr(_triton, "why_plain", lambda index: "")
     calls: list[str] = []
-    serve = _triton.serving("forward", lambda *args: calls.append("plain"))
+    serve = _triton.serving("norm", lambda *args: calls.append("plain"))
+    form = Form(geometry.layer(1), 1e-5)
     x = torch.randn(3, 4, device=DEVICE)
-    serve(x.to(torch.float8_e4m3fn), None, None, *geometry.layer(1), 1e-5)
-    serve(x[:0], None, None, *geometry.layer(1), 1e-5)
+    rest = *[None] * 6, *form.numbers(x), 0.0
+    serve(x.to(torch.float8_e4m3fn), *rest)
+    serve(x[:0], *rest)
     assert calls == ["plain", "plain"]
     with launches():
-        y, _, _ = serve(x, None, None, *geometry.layer(1), 1e-5)
+        y, _ = serve(x, *rest)
     assert torch.allclose(y, torch.nn.functional.layer_norm(x, (4,)), atol=1e-6)
     assert calls == ["plain", "plain"]
     monkeypatch.setattr(_triton, "why_plain", lambda index: "no reason")
-    serve(x, None, None, *geometry.layer(1), 1e-5)
+    serve(x, *rest)
     assert calls == ["plain"] * 3
 
 

@@ -13,7 +13,9 @@ from on_triton import DEVICE, needs_triton, small_tiles, triton_kernels
 from tolerances import FLOAT32_FORWARD, FLOAT64, assert_gradient, relative
 from torch import Tensor
 
-from truenorm import _plain
+from truenorm._core import plain
+from truenorm._core.call import Form
+from truenorm._core.geometry import BATCH
 
 pytestmark = needs_triton
 
@@ -163,16 +165,20 @@ def test_a_part_of_a_batch(dtype: torch.dtype, cut: str) -> None:
     for layout in ("contiguous", "channels_last", "sliced"):
         x = place((torch.randn(3, 5, 7, 9) * 1.7 + 3.0).to(dtype), layout)
         grad = place(torch.randn(3, 5, 7, 9).to(dtype), "channels_last")
-        weight, mean_grad, mean_grad_x_hat = (torch.randn(5).double().to(DEVICE) for _ in range(3))
+        weight, *both = (torch.randn(5).double().to(DEVICE) for _ in range(3))
+        means = torch.stack(both)
         with CUTS[cut](), triton_kernels():
-            mean, var = ops.moments.default(x)
-            given = mean, var, weight.float(), mean_grad, mean_grad_x_hat
-            grad_x = ops.backward_of_part.default(grad, x, *given, 1e-5)
+            form = Form(BATCH, 1e-5)
+            record = ops.statistics(x, None, form.bits(x))
+            nothing = (None,) * 3
+            given = record, weight.float(), *nothing, means
+            grad_x = ops.norm_backward(grad, x, *given, *form.numbers(x, 1))[0]
+        mean, var, _ = record
         wide = x.double().transpose(0, 1).flatten(1)
         assert relative(mean, wide.mean(1)) <= FLOAT32_FORWARD
         assert relative(var, wide.var(1, correction=0)) <= FLOAT32_FORWARD
-        exact = (mean, var, weight.float(), mean_grad, mean_grad_x_hat)
-        wanted = _plain.backward_of_part(grad.double(), x.double(), *exact, 1e-5)
+        tensors = grad.double(), x.double(), weight.float(), *nothing, (mean, var), form
+        wanted = plain.norm_backward(*tensors, sums=means).x
         assert grad_x.dtype == dtype
         assert_gradient(grad_x, wanted)
 

@@ -15,6 +15,7 @@ from tolerances import FLOAT32_FORWARD, FLOAT32_GRADIENT, relative
 from torch import Tensor
 
 from truenorm._core import geometry
+from truenorm._core.call import Form
 
 pytestmark = needs_triton
 
@@ -71,9 +72,10 @@ def test_values_that_start_far_from_their_mean(case: Case, cut: str) -> None:
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row."""
-    forward = torch.ops.truenorm.forward.default
     with triton_kernels():
-        return forward(x, None, None, *geometry.layer(1), 1e-5)[1:]  # type: ignore[no-any-return]
+        form = Form(geometry.layer(1), 0.0).bits(x)
+        mean, var, _ = torch.ops.truenorm.statistics(x, None, form)
+        return mean, var
 
 
 def test_a_pivot_far_from_the_mean_of_its_chunk() -> None:

@@ -26,6 +26,8 @@ TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
 }
 # a division or a root of float64 is a call, which may need some bytes
 _SPILL = 16

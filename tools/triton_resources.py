@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from triton_compile import Compiled, Launch, compile_for, record, source
 
 from truenorm._core import geometry
-from truenorm._triton import host, view
+from truenorm._triton import form, host, view
 
 BATCH, RMS, LAYER = geometry.BATCH, geometry.rms(1), geometry.layer(1)
 _LAST = torch.channels_last
@@ -53,8 +54,36 @@ CASES: tuple[tuple[str, geometry.Axes, tuple[int, ...], bool, bool], ...] = (
 )
 
 
+class Extra(NamedTuple):
+    """What is done beyond the norm."""
+
+    act: int = 0
+    mask: bool = False
+    residual: bool = False
+
+    def __str__(self) -> str:
+        return "".join(
+            f" +{word}"
+            for word, has in (("mask", self.mask), ("residual", self.residual),
+                              (f"act {self.act}", self.act))
+            if has
+        )  # fmt: skip
+
+
+PLAIN = Extra()
+# the activations that differ most in what they take
+EXTRAS = [
+    Extra(mask=True), Extra(residual=True), Extra(1), Extra(1, residual=True), Extra(5),
+    Extra(6, True, True), Extra(7, True, True),
+]  # fmt: skip
+
+
 def _launches(
-    axes: geometry.Axes, shape: tuple[int, ...], dtype: torch.dtype, last: bool
+    axes: geometry.Axes,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    last: bool,
+    extra: Extra = PLAIN,
 ) -> list[Launch]:
     features = shape[-1] if axes.feature_dims else shape[1]
     x = torch.empty(shape, dtype=dtype, device="meta")
@@ -62,14 +91,25 @@ def _launches(
         x = x.to(memory_format=_LAST)
     weight = torch.empty(features, device="meta")
     bias = weight if axes.centred else None
+    mask = residual = None
+    if extra.mask:
+        mask = torch.empty((*shape[:1], *shape[2:]), dtype=torch.bool, device="meta")
+        if axes.feature_dims:
+            mask = mask.new_empty(shape[:-1])
+    if extra.residual:
+        residual = torch.empty_like(x)
+    bits = form.pack(axes) | extra.act << form.ACT
+    needs, tensors = 15 if extra.residual else 7, (weight, bias, mask, residual)
 
     def run() -> None:
-        y, mean, var = host.forward(x, weight, bias, *axes, 1e-5)
-        host.backward(y, x, mean, var, weight, *axes, 1e-5, False, 7)
+        y, kept = host.norm(x, *tensors, None, None, bits | form.KEEP, 1e-5, 0.1, 0.0)
+        host.norm_backward(y, x, kept, *tensors, None, bits | needs, 1e-5, 0.1)
         if axes == BATCH:
-            host.update_running(weight, weight, None, x, mean, var, 0.1)
-            host.apply(x, mean, var, weight, bias, 1e-5)
-            host.backward(y, x, mean, var, weight, *axes, 1e-5, True, 7)
+            if extra == PLAIN:
+                host.move(weight, weight, None, kept, 0.1, False)
+            host.norm(x, *tensors, weight, weight, bits, 1e-5, 0.1, 0.0)
+            constant = bits | form.CONSTANT | needs
+            host.norm_backward(y, x, kept, *tensors, None, constant, 1e-5, 0.1)
 
     return record(run)
 
@@ -78,8 +118,8 @@ def _response(dtype: torch.dtype) -> list[Launch]:
     x = torch.empty(32, 64, 27, 27, dtype=dtype, device="meta")
 
     def run() -> None:
-        host.local_response_norm(x, 5, 1e-4, 0.75, 1.0)
-        host.local_response_norm_backward(x, x, 5, 1e-4, 0.75, 1.0)
+        host.response(x, 5, 1e-4, 0.75, 1.0)
+        host.response_backward(x, x, 5, 1e-4, 0.75, 1.0)
 
     return record(run)
 
@@ -153,15 +193,17 @@ def compare(dtype: torch.dtype, capability: int, quick: bool) -> tuple[int, int]
     return different, sum(found.spills for found in compiled.values())
 
 
-def report(dtype: torch.dtype, capability: int, quick: bool) -> int:
+def report(dtype: torch.dtype, capability: int, quick: bool, extras: bool) -> int:
     """What every kernel takes, line by line; how many spill."""
     named = [
-        (what, launch)
+        (f"{what}{extra}", launch)
         for what, axes, shape, last, is_quick in CASES
+        for extra in (EXTRAS if extras else [PLAIN])
         if is_quick or not quick
-        for launch in _launches(axes, shape, dtype, last)
+        for launch in _launches(axes, shape, dtype, last, extra)
     ]
-    named += [("LocalResponseNorm", launch) for launch in _response(dtype)]
+    if not extras:
+        named += [("LocalResponseNorm", launch) for launch in _response(dtype)]
     spilling = 0
     for what, launch in named:
         found = compile_for(launch, capability)
@@ -171,7 +213,7 @@ def report(dtype: torch.dtype, capability: int, quick: bool) -> int:
             if key in launch.arguments
         )
         print(
-            f"  {what:<34}{launch.kernel.__name__:<24}{launch.grid[0]:>8}{tile:>10}"
+            f"  {what:<46}{launch.kernel.__name__:<24}{launch.grid[0]:>8}{tile:>10}"
             f"{launch.options.get('num_warps', 4):>3}{found.registers:>5}"
             f"{found.stack:>6}{f'{found.load}/{found.store}':>7}  {'; '.join(found.layouts)}",
             flush=True,
@@ -188,6 +230,9 @@ def main() -> int:
     parser.add_argument(
         "--batches", action="store_true", help="compare one sample with several, and no table"
     )
+    parser.add_argument(
+        "--extras", action="store_true", help="with masks, residuals and activations instead"
+    )
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
@@ -201,7 +246,7 @@ def main() -> int:
                 others, spills = compare(dtype, capability, args.quick)
                 different += others
             else:
-                spills = report(dtype, capability, args.quick)
+                spills = report(dtype, capability, args.quick, args.extras)
             spilling += spills
     if args.batches:
         print(f"\n{different} of the kernels are laid out in another way for more samples")

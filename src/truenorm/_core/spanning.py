@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import exchange, geometry, operators
+from . import exchange, operators
 from .call import BY_OUTPUT, Form
 from .exchange import all_sum, gather
 from .merging import add_pairs, merge_pairs

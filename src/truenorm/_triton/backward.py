@@ -1,5 +1,6 @@
-"""The backward kernels: x and the output's gradient read once where they fit on chip, or in passes.
+"""The backward kernels that make grad_x: of whole statistics on chip, or from their sums.
 
+    g = grad · act'(x̂ · weight + bias + residual), which is the residual's gradient
     grad_x = (w·g − mean(w·g) − x̂ · mean(w·g·x̂)) / std        means over a statistic
     grad_weight = Σ g·x̂,  grad_bias = Σ g                     over a parameter's values
 
@@ -12,8 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .moments import at_least_one
 from .tiles import (
     chunk_bounds,
+    gradient_tile,
+    load_tile,
     narrow,
     optional,
     per_statistic,
@@ -21,23 +25,28 @@ from .tiles import (
     statistics,
     tile_units,
     two_floats,
+    valid_tile,
     value_offsets,
 )
 
 
-@triton.jit(do_not_specialize=["U", "R", "n", "blocks", "eps_bits"])
+@triton.jit(do_not_specialize=["U", "R", "n", "blocks", "S", "eps_bits", "parameter_bits"])
 def backward(
-    p_grad, p_x, p_mean, p_var, p_weight, o_grad, o_weight, o_bias,
-    U, C, K, R, run_stride, units, n, blocks, eps_bits,
+    p_grad, p_x, p_record, p_weight, p_bias, p_mask, p_residual,
+    o_grad, o_residual, o_weight, o_bias,
+    U, C, K, R, run_stride, units, n, blocks, S, eps_bits, parameter_bits,
     BU: tl.constexpr, BK: tl.constexpr,
     COLUMNS: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr,
-    BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, CENTRED: tl.constexpr,
-    FIXED: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_PARAMETERS: tl.constexpr,
+    BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    CENTRED: tl.constexpr, FIXED: tl.constexpr, NEEDS_X: tl.constexpr,
+    NEEDS_PARAMETERS: tl.constexpr, NEEDS_RESIDUAL: tl.constexpr,
+    MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BY_OUTPUT: tl.constexpr, ACT: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """grad_x, x and grad read once; sums for the parameters.
 
-    One sum per unit, or, where parameters go by value, one row of sums per program.
+    One sum per unit, or, where parameters go by value, one row of sums per program. S: how many
+    statistics there are.
     """
     at = tl.arange(0, BK)
     if RUNS:
@@ -49,45 +58,60 @@ def backward(
         in_value = at < K
         inside = value_offsets(k, C, COLUMNS)
     if BY_VALUE:
-        by_value = optional(p_weight, at, in_value, HAS_WEIGHT, 1.0, ACC)
+        weight = optional(p_weight, at, in_value, HAS_WEIGHT, 1.0, ACC)[None, :]
+        bias = optional(p_bias, at, in_value, HAS_BIAS, 0.0, ACC)[None, :]
         of_weight = tl.zeros((BK,), ACC)
         of_bias = tl.zeros((BK,), ACC)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        u, in_unit, c, begin = tile_units(block, U, C, K, units, BU, COLUMNS, GROUPED, INDEX)
+        u, in_unit, c, sample, begin = tile_units(
+            block, U, C, K, units, BU, COLUMNS, GROUPED, INDEX
+        )  # fmt: skip
         offsets = begin[:, None] + inside[None, :]
-        mask = in_unit[:, None] & in_value[None, :]
+        there, valid = valid_tile(p_mask, u, in_unit, sample, at, in_value, K, MASK, COLUMNS)
         if GROUPED:
             statistic = u // units
         else:
             statistic = u
-        mean, rstd = statistics(p_mean, p_var, statistic, in_unit, eps_bits)
+        mean, rstd = statistics(p_record, p_record + S, statistic, in_unit, eps_bits)
         high, low = two_floats(mean, ACC)
         rstd = rstd.to(ACC)
-        g = tl.load(p_grad + offsets, mask=mask, other=0).to(ACC)
-        x = tl.load(p_x + offsets, mask=mask, other=0).to(ACC)
-        x_hat = tl.where(mask, ((x - high[:, None]) - low[:, None]) * rstd[:, None], 0.0)
+        x = load_tile(p_x, offsets, there, valid, MASK, ACC)
+        x_hat = tl.where(valid, ((x - high[:, None]) - low[:, None]) * rstd[:, None], 0.0)
+        if not BY_VALUE:
+            weight = optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, ACC)[:, None]
+            bias = optional(p_bias, c, in_unit, HAS_BIAS, 0.0, ACC)[:, None]
+        g = gradient_tile(
+            x_hat * weight + bias, p_grad, p_residual, offsets, there, valid, parameter_bits,
+            MASK, HAS_RESIDUAL, BY_OUTPUT, ACT, ACC,
+        )  # fmt: skip
+        if NEEDS_RESIDUAL:
+            tl.store(o_residual + offsets, narrow(g, o_residual.dtype.element_ty), mask=there)
         if BY_VALUE:
             if NEEDS_PARAMETERS:
                 of_weight += tl.sum(g * x_hat, 0)
                 of_bias += tl.sum(g, 0)
-            wg = g * by_value[None, :]
-        else:
-            weight = optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, ACC)
-            if NEEDS_PARAMETERS:
-                sums = tl.sum(g * x_hat, 1)
-                tl.store(o_weight + u, narrow(sums, o_weight.dtype.element_ty), mask=in_unit)
-                sums = tl.sum(g, 1)
-                tl.store(o_bias + u, narrow(sums, o_bias.dtype.element_ty), mask=in_unit)
-            wg = g * weight[:, None]
+        elif NEEDS_PARAMETERS:
+            sums = tl.sum(g * x_hat, 1)
+            tl.store(o_weight + u, narrow(sums, o_weight.dtype.element_ty), mask=in_unit)
+            sums = tl.sum(g, 1)
+            tl.store(o_bias + u, narrow(sums, o_bias.dtype.element_ty), mask=in_unit)
+        wg = g * weight
         if NEEDS_X:
             if not FIXED:
-                slope = per_statistic(wg * x_hat, GROUPED) / tl.full((), n, ACC)
+                if MASK:
+                    count = tl.load(p_record + 2 * S + statistic, mask=in_unit, other=1)
+                    values = at_least_one(count).to(ACC)
+                else:
+                    values = tl.full((), n, ACC)
+                slope = per_statistic(wg * x_hat, GROUPED) / values
                 if CENTRED:
-                    shift = per_statistic(wg, GROUPED) / tl.full((), n, ACC)
+                    shift = per_statistic(wg, GROUPED) / values
                     wg -= shift[:, None]
                 wg -= x_hat * slope[:, None]
             y = wg * rstd[:, None]
-            tl.store(o_grad + offsets, narrow(y, o_grad.dtype.element_ty), mask=mask)
+            if MASK:
+                y = tl.where(valid, y, 0.0)
+            tl.store(o_grad + offsets, narrow(y, o_grad.dtype.element_ty), mask=there)
     if BY_VALUE and NEEDS_PARAMETERS:
         row = tl.program_id(0).to(INDEX) * K
         tl.store(o_weight + row + at, of_weight, mask=in_value)
@@ -96,128 +120,64 @@ def backward(
 
 @triton.jit(
     do_not_specialize=[
-        "U", "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "eps_bits",
-    ]
-)  # fmt: skip
-def backward_sums(
-    p_grad, p_x, p_mean, p_var, p_weight, o_gx, o_g,
-    U, C, K, R, run_stride, units, unit_blocks, chunks, k_chunks, k_chunk, r_chunk, eps_bits,
-    BU: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
-    STATISTIC_BY_VALUE: tl.constexpr, WEIGHTED: tl.constexpr,
-    ACC: tl.constexpr, INDEX: tl.constexpr,
-):  # fmt: skip
-    """Sums of g·x̂ and of g over one chunk of some units.
-
-    The statistic goes by unit, or by value: a feature's sum over the rows of a layer norm.
-    """
-    block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, False)
-    u, in_unit, _, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
-    r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
-    if not STATISTIC_BY_VALUE:
-        mean, rstd = statistics(p_mean, p_var, u // units, in_unit, eps_bits)
-        high, low = two_floats(mean, ACC)
-        high, low, rstd = high[:, None], low[:, None], rstd.to(ACC)[:, None]
-    s1 = tl.zeros((BU, BK), ACC)
-    s2 = tl.zeros((BU, BK), ACC)
-    for r in range(r0, r1):
-        for start in range(k0, k1, BK):
-            k = start + tl.arange(0, BK)
-            offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
-            mask = in_unit[:, None] & (k < k1)[None, :]
-            if STATISTIC_BY_VALUE:
-                k_mean, k_rstd = statistics(p_mean, p_var, k, k < k1, eps_bits)
-                k_high, k_low = two_floats(k_mean, ACC)
-                high, low = k_high[None, :], k_low[None, :]
-                rstd = k_rstd.to(ACC)[None, :]
-            g = tl.load(p_grad + offsets, mask=mask, other=0).to(ACC)
-            x = tl.load(p_x + offsets, mask=mask, other=0).to(ACC)
-            if WEIGHTED:
-                g *= optional(p_weight, k, k < k1, True, 1.0, ACC)[None, :]
-            s1 += g
-            s2 += tl.where(mask, g * (((x - high) - low) * rstd), 0.0)
-    tl.store(o_gx + u * chunks + chunk, tl.sum(s2, 1), mask=in_unit)
-    tl.store(o_g + u * chunks + chunk, tl.sum(s1, 1), mask=in_unit)
-
-
-@triton.jit(do_not_specialize=["Q", "C", "n", "parts", "chunks", "q_step", "i_step"])
-def merge_sums(
-    p_gx, p_g, p_weight, o_slope, o_shift, o_weight, o_bias,
-    Q, C, n, parts, chunks, q_step, i_step,
-    STATISTICS: tl.constexpr, PARAMETERS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    BQ: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """Parts of sums added in their order, in float64: of statistics, of parameters, or of both.
-
-    Part p of result q is chunk p % chunks of unit q · q_step + p // chunks · i_step.
-    """
-    q = tl.program_id(0).to(tl.int64) * BQ + tl.arange(0, BQ)
-    in_q = q < Q
-    gx = tl.zeros((BQ, BP), tl.float64)
-    g = tl.zeros((BQ, BP), tl.float64)
-    wgx = tl.zeros((BQ, BP), tl.float64)
-    wg = tl.zeros((BQ, BP), tl.float64)
-    for start in range(0, parts, BP):
-        p = start + tl.arange(0, BP)
-        mask = in_q[:, None] & (p < parts)[None, :]
-        unit = q[:, None] * q_step + (p // chunks)[None, :] * i_step
-        at = unit * chunks + (p % chunks)[None, :]
-        part_gx = tl.load(p_gx + at, mask=mask, other=0).to(tl.float64)
-        part_g = tl.load(p_g + at, mask=mask, other=0).to(tl.float64)
-        gx += part_gx
-        g += part_g
-        if STATISTICS:
-            weight = optional(p_weight, unit % C, mask, HAS_WEIGHT, 1.0, tl.float64)
-            wgx += weight * part_gx
-            wg += weight * part_g
-    if STATISTICS:
-        wide = tl.full((), n, tl.float64)
-        slope, shift = tl.sum(wgx, 1) / wide, tl.sum(wg, 1) / wide
-        tl.store(o_slope + q, slope.to(o_slope.dtype.element_ty), mask=in_q)
-        tl.store(o_shift + q, shift.to(o_shift.dtype.element_ty), mask=in_q)
-    if PARAMETERS:
-        tl.store(o_weight + q, narrow(tl.sum(gx, 1), o_weight.dtype.element_ty), mask=in_q)
-        tl.store(o_bias + q, narrow(tl.sum(g, 1), o_bias.dtype.element_ty), mask=in_q)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "U", "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "eps_bits",
+        "U", "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "S", "sums_at",
+        "eps_bits", "parameter_bits",
     ]
 )  # fmt: skip
 def backward_apply(
-    p_grad, p_x, p_mean, p_var, p_weight, p_slope, p_shift, o_grad,
-    U, C, K, R, run_stride, units, unit_blocks, chunks, k_chunks, k_chunk, r_chunk, eps_bits,
+    p_grad, p_x, p_record, p_sums, p_weight, p_bias, p_mask, p_residual, o_grad, o_residual,
+    U, C, K, R, run_stride, units, unit_blocks, chunks, k_chunks, k_chunk, r_chunk,
+    S, sums_at, eps_bits, parameter_bits,
     BU: tl.constexpr, BK: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
-    BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    CENTRED: tl.constexpr, FIXED: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    CENTRED: tl.constexpr, FIXED: tl.constexpr, NEEDS_X: tl.constexpr,
+    NEEDS_RESIDUAL: tl.constexpr, MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BY_OUTPUT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """grad_x from the sums of its statistic, one for every `units` units."""
+    """grad_x from the mean gradients of its statistic, one for every `units` units.
+
+    p_sums: those of w·g·x̂, and sums_at further those of w·g.
+    """
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, True)
-    u, in_unit, c, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
+    u, in_unit, c, sample, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
-    mean, rstd = statistics(p_mean, p_var, u // units, in_unit, eps_bits)
+    mean, rstd = statistics(p_record, p_record + S, u // units, in_unit, eps_bits)
     high, low = two_floats(mean, ACC)
     high, low, rstd = high[:, None], low[:, None], rstd.to(ACC)[:, None]
-    if not FIXED:
-        slope = tl.load(p_slope + u // units, mask=in_unit, other=0)[:, None]
+    if NEEDS_X and not FIXED:
+        slope = tl.load(p_sums + u // units, mask=in_unit, other=0).to(ACC)[:, None]
         if CENTRED:
-            shift = tl.load(p_shift + u // units, mask=in_unit, other=0)[:, None]
+            shift = tl.load(p_sums + sums_at + u // units, mask=in_unit, other=0)
+            shift = shift.to(ACC)[:, None]
     if not BY_VALUE:
         weight = optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, ACC)[:, None]
+        bias = optional(p_bias, c, in_unit, HAS_BIAS, 0.0, ACC)[:, None]
     for r in range(r0, r1):
         for start in range(k0, k1, BK):
             k = start + tl.arange(0, BK)
             offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
-            mask = in_unit[:, None] & (k < k1)[None, :]
+            there, valid = valid_tile(
+                p_mask, u, in_unit, sample, r * K + k, k < k1, K, MASK, COLUMNS
+            )  # fmt: skip
             if BY_VALUE:
                 weight = optional(p_weight, k, k < k1, HAS_WEIGHT, 1.0, ACC)[None, :]
-            wg = tl.load(p_grad + offsets, mask=mask, other=0).to(ACC) * weight
-            if not FIXED:
-                x = tl.load(p_x + offsets, mask=mask, other=0).to(ACC)
-                if CENTRED:
-                    wg -= shift
-                wg -= ((x - high) - low) * rstd * slope
-            y = wg * rstd
-            tl.store(o_grad + offsets, narrow(y, o_grad.dtype.element_ty), mask=mask)
+                bias = optional(p_bias, k, k < k1, HAS_BIAS, 0.0, ACC)[None, :]
+            x_hat = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
+            x_hat = ((x_hat - high) - low) * rstd
+            g = gradient_tile(
+                x_hat * weight + bias, p_grad, p_residual, offsets, there, valid,
+                parameter_bits, MASK, HAS_RESIDUAL, BY_OUTPUT, ACT, ACC,
+            )  # fmt: skip
+            if NEEDS_RESIDUAL:
+                tl.store(o_residual + offsets, narrow(g, o_residual.dtype.element_ty), mask=there)
+            if NEEDS_X:
+                wg = g * weight
+                if not FIXED:
+                    if CENTRED:
+                        wg -= shift
+                    wg -= x_hat * slope
+                y = wg * rstd
+                if MASK:
+                    y = tl.where(valid, y, 0.0)
+                tl.store(o_grad + offsets, narrow(y, o_grad.dtype.element_ty), mask=there)

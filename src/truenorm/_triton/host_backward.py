@@ -1,110 +1,145 @@
-"""The backward operator on CUDA tensors: whole statistics at once, or sums, merge and apply."""
+"""The backward operators on CUDA tensors: whole statistics at once, or sums, merge and apply."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .._core import geometry
-from .._core.geometry import BATCH, Axes
 from . import backward as kernels
-from . import config, view
+from . import config, sums, view
 from .config import Launch
+from .._core.call import NEEDS_BIAS, NEEDS_INPUT, NEEDS_RESIDUAL, NEEDS_WEIGHT
+from .inputs import Inputs
 from .view import Streamed, Units
 
-NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS = 1, 2, 4
 
-
-def backward(
+def norm_backward(
     grad: Tensor,
     x: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    record: Tensor,
     weight: Tensor | None,
-    num_groups: int,
-    feature_dims: int,
-    centred: bool,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    sums: Tensor | None,
+    form: int,
     eps: float,
-    fixed: bool,
-    needs: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    axes = Axes(num_groups, feature_dims, centred)
+    parameter: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with view.on(x):
-        return _Backward(grad, x, mean, var, weight, axes, eps, fixed, needs).run()
+        call = _Backward(grad, x, record, weight, bias, mask, residual, form, eps, parameter)
+        return call.run(None if sums is None else call.statistic(sums))
 
 
-def backward_of_part(
+def gradient_sums(
     grad: Tensor,
     x: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    record: Tensor,
     weight: Tensor | None,
-    mean_grad: Tensor,
-    mean_grad_x_hat: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    form: int,
     eps: float,
+    parameter: float,
 ) -> Tensor:
-    """grad_x of a part of a batch, whose sums over all of it are given."""
     with view.on(x):
-        call = _Backward(grad, x, mean, var, weight, BATCH, eps, False, NEEDS_INPUT)
-        plan = Streamed(call.units, call.kept.itemsize)
-        given = (view.flat(mean_grad_x_hat.to(call.kept)), view.flat(mean_grad.to(call.kept)))
-        call._apply(plan, given)
-    return call.grad_x
+        call = _Backward(grad, x, record, weight, bias, mask, residual, form, eps, parameter)
+        return call.by_unit()
 
 
-class _Backward:
-    """One call of the backward operator: what its kernels share."""
+class _Backward(Inputs):
+    """One call of a backward operator."""
 
     def __init__(
         self,
         grad: Tensor,
         x: Tensor,
-        mean: Tensor,
-        var: Tensor,
+        record: Tensor,
         weight: Tensor | None,
-        axes: Axes,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        residual: Tensor | None,
+        bits: int,
         eps: float,
-        fixed: bool,
-        needs: int,
+        parameter: float,
     ) -> None:
-        self.centred, self.fixed, self.eps = axes.centred, fixed, view.bits(eps)
-        strides = geometry.kept_strides(x, axes)
-        self.x, self.grad = view.dense(x, strides), view.dense(grad.to(x.dtype), strides)
-        self.mean, self.var, self.weight = view.flat(mean), view.flat(var), view.optional(weight)
-        self.units = view.units_of(self.x, axes)
-        self.acc, self.kept = view.compute(x)
-        self.needs = needs
-        self.needs_x = bool(needs & NEEDS_INPUT)
-        self.needs_parameters = bool(needs & (NEEDS_WEIGHT | NEEDS_BIAS))
-        self.grad_x = torch.empty_strided(
-            x.shape if self.needs_x else (0,),
-            strides if self.needs_x else (1,),
-            dtype=x.dtype,
-            device=x.device,
+        acts = bits >> 16 & 0xFF
+        # without an activation neither is asked for again
+        super().__init__(
+            x, weight, bias if acts else None, mask, residual if acts else None, bits, parameter
         )
-        shape = x.shape[-axes.feature_dims :] if axes.feature_dims else x.shape[1:2]
-        dtype = weight.dtype if weight is not None else torch.promote_types(x.dtype, torch.float32)
+        self.grad = view.dense(grad.to(x.dtype), self.strides)
+        self.eps, self.of = view.bits(eps), self.statistic(record)
+        self.acc, self.kept = view.compute(x)
+        needs = self.form.needs
+        self.needs_x, self.needs_residual = bool(needs & NEEDS_INPUT), bool(needs & NEEDS_RESIDUAL)
+        self.needs_parameters = bool(needs & (NEEDS_WEIGHT | NEEDS_BIAS))
+
+    def run(self, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """given: the mean gradients of statistics that span more than x."""
+        x, features, needs = self.x, self.form.axes.feature_dims, self.form.needs
+        self.grad_x, self.grad_residual = (
+            self._like_x(self.needs_x),
+            self._like_x(self.needs_residual),
+        )
+        shape = x.shape[x.dim() - features :] if features else x.shape[1:2]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dtype = wide if self.weight is None else self.weight.dtype
         sizes = shape if self.needs_parameters else (0,)
         self.grad_weight = torch.empty(sizes, dtype=dtype, device=x.device)
         self.grad_bias = torch.empty(sizes, dtype=dtype, device=x.device)
-
-    def run(self) -> tuple[Tensor, Tensor, Tensor]:
         launch = self.units.whole(self.kept.itemsize, backward=True)
-        if launch is not None:
+        if launch is not None and given is None:
             self._whole(launch)
         elif self.units.by_value:
-            self._features()
+            self._features(given)
         else:
-            self._channels()
+            self._channels(given)
         empty = self.grad_weight.new_empty(0)
         return (
             self.grad_x,
-            self.grad_weight if self.needs & NEEDS_WEIGHT else empty,
-            self.grad_bias if self.needs & NEEDS_BIAS else empty.clone(),
+            self.grad_weight if needs & NEEDS_WEIGHT else empty,
+            self.grad_bias if needs & NEEDS_BIAS else empty.clone(),
+            self.grad_residual,
         )
 
-    def _room(self, numel: int) -> tuple[Tensor, Tensor]:
-        return view.pair(numel, self.kept, self.x.device)
+    def by_unit(self) -> Tensor:
+        """Sums of g·x̂ and of g, float64."""
+        units = self.units
+        plan = Streamed(units, self.kept.itemsize)
+        gx, g = self._sums(plan, weighted=False)
+        made = torch.empty((2, units.U), dtype=torch.float64, device=self.x.device)
+        merge = config.merge(plan.count, neighbours=plan.count == 1)
+        sums.merge_sums[(-(-units.U // merge.units),)](
+            gx, g, None, None, None, made, made,
+            units.U, units.C, units.values, units.statistics, 0, units.U, plan.count, plan.count,
+            1, 0,
+            STATISTICS=False, PARAMETERS=True, HAS_WEIGHT=False, HAS_MASK=False,
+            BQ=merge.units, BP=merge.values, **view.launch_options(merge.warps),
+        )  # fmt: skip
+        return made
+
+    def _like_x(self, wanted: bool) -> Tensor:
+        shape, strides = (self.x.shape, self.strides) if wanted else ((0,), (1,))
+        return torch.empty_strided(shape, strides, dtype=self.x.dtype, device=self.x.device)
+
+    @property
+    def _room(self) -> tuple[Tensor, int]:
+        """For two sums of each statistic, and how far apart they are."""
+        room = torch.empty((2, self.units.statistics), dtype=self.kept, device=self.x.device)
+        return room, self.units.statistics
+
+    @property
+    def _after(self) -> dict[str, object]:
+        return {
+            **self.constants,
+            "HAS_BIAS": self.bias is not None,
+            "HAS_RESIDUAL": self.residual is not None,
+            "BY_OUTPUT": self.form.by_output and self.residual is not None,
+            "ACC": self.acc,
+            "INDEX": view.index(self.x),
+        }
 
     def _whole(self, launch: Launch) -> None:
         """Everything in one launch, and the parameters' sums added up in a second."""
@@ -115,15 +150,17 @@ class _Backward:
         if units.by_value:
             grid = config.programs(blocks, view.processors(self.x.device))
         if self.needs_parameters and (units.by_value or units.samples > 1):
-            of_weight, of_bias = self._room(grid * units.K if units.by_value else units.U)
+            parts = grid * units.K if units.by_value else units.U
+            of_weight, of_bias = view.pair(parts, self.kept, self.x.device)
         kernels.backward[(grid,)](
-            self.grad, self.x, self.mean, self.var, self.weight, self.grad_x, of_weight, of_bias,
+            self.grad, self.x, self.of, self.weight, self.bias, self.mask, self.residual,
+            self.grad_x, self.grad_residual, of_weight, of_bias,
             units.U, units.C, units.K, units.R, units.run_stride, per_program, units.values,
-            blocks, self.eps,
-            **units.tiles(launch), RUNS=units.R > 1, GROUPED=grouped, BY_VALUE=units.by_value,
-            HAS_WEIGHT=self.weight is not None, CENTRED=self.centred, FIXED=self.fixed,
-            NEEDS_X=self.needs_x, NEEDS_PARAMETERS=self.needs_parameters,
-            ACC=self.acc, INDEX=view.index(self.x),
+            blocks, units.statistics, self.eps, self.parameter,
+            **units.tiles(launch), **self._after, RUNS=units.R > 1, GROUPED=grouped,
+            BY_VALUE=units.by_value, HAS_WEIGHT=self.weight is not None,
+            CENTRED=self.form.axes.centred, FIXED=self.form.constant, NEEDS_X=self.needs_x,
+            NEEDS_PARAMETERS=self.needs_parameters, NEEDS_RESIDUAL=self.needs_residual,
         )  # fmt: skip
         if of_weight is not self.grad_weight:
             parts = grid if units.by_value else units.samples
@@ -131,76 +168,89 @@ class _Backward:
 
     def _merge(
         self, gx: Tensor, g: Tensor, parts: int, chunks: int, *, parameters: bool,
-        statistics: tuple[Tensor, Tensor] | None = None, of_statistics: bool = False,
+        room: tuple[Tensor, int] | None = None,
     ) -> None:  # fmt: skip
-        """Sums by unit and chunk into those of parameters (one per channel), of statistics, or,
-        where a statistic is a channel's, both.
+        """Sums by unit and chunk into those of parameters (one per channel), of statistics (into
+        `room`), or, where a statistic is a channel's, both.
         """
-        units = self.units
-        slope, shift = statistics or (None, None)
+        units, of_statistics = self.units, room is not None
+        made, at = room or (None, 0)
         results = units.statistics if of_statistics else units.C
         steps = (units.D, 1) if of_statistics else (1, units.C)
         merge = config.merge(parts, neighbours=chunks == 1 and not of_statistics)
-        weighted = self.weight is not None and not units.by_value
-        kernels.merge_sums[(-(-results // merge.units),)](
-            gx, g, self.weight, slope, shift, self.grad_weight, self.grad_bias,
-            results, units.C, units.values, parts, chunks, *steps,
-            STATISTICS=statistics is not None, PARAMETERS=parameters, HAS_WEIGHT=weighted,
-            BQ=merge.units, BP=merge.values, **view.launch_options(merge.warps),
+        weighted = of_statistics and self.weight is not None and not units.by_value
+        sums.merge_sums[(-(-results // merge.units),)](
+            gx, g, self.weight, self.of, made, self.grad_weight, self.grad_bias,
+            results, units.C, units.values, units.statistics, at, 0, parts, chunks, *steps,
+            STATISTICS=of_statistics, PARAMETERS=parameters, HAS_WEIGHT=weighted,
+            HAS_MASK=of_statistics and self.mask is not None, BQ=merge.units, BP=merge.values,
+            **view.launch_options(merge.warps),
         )  # fmt: skip
 
-    def _sums(self, plan: Streamed, *, by_value: bool, weighted: bool) -> tuple[Tensor, Tensor]:
-        gx, g = self._room(plan.units.U * plan.count)
-        kernels.backward_sums[plan.grid](
-            self.grad, self.x, self.mean, self.var, self.weight, gx, g,
-            *plan.sizes, plan.units.D, plan.unit_blocks, plan.count, *plan.cuts, self.eps,
-            **plan.constants, STATISTIC_BY_VALUE=by_value, WEIGHTED=weighted,
-            ACC=self.acc, INDEX=view.index(self.x),
+    def _sums(
+        self, plan: Streamed, *, weighted: bool, across: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """across: a feature's over the rows."""
+        gx, g = view.pair(plan.units.U * plan.count, self.kept, self.x.device)
+        # x̂ · weight + bias is what the activation took
+        has_weight = self.weight is not None and (weighted or self.form.act > 0)
+        after = self._after
+        if across and self.mask is not None:
+            after["MASK"] = 2  # rows are the values
+        sums.backward_sums[plan.grid](
+            self.grad, self.x, self.of, self.weight, self.bias, self.mask, self.residual, gx, g,
+            *plan.sizes, plan.units.D, plan.unit_blocks, plan.count, *plan.cuts,
+            self.units.statistics, self.eps, self.parameter,
+            **plan.constants, **after, STATISTIC_BY_VALUE=across,
+            BY_VALUE=plan.units.by_value, WEIGHTED=weighted, HAS_WEIGHT=has_weight,
         )  # fmt: skip
         return gx, g
 
-    def _apply(self, plan: Streamed, statistics: tuple[Tensor, Tensor] | None) -> None:
-        slope, shift = statistics or (None, None)
+    def _apply(self, plan: Streamed, room: tuple[Tensor, int] | None) -> None:
+        made, at = room or (None, 0)
         kernels.backward_apply[plan.grid](
-            self.grad, self.x, self.mean, self.var, self.weight, slope, shift, self.grad_x,
-            *plan.sizes, plan.units.D, plan.unit_blocks, plan.count, *plan.cuts, self.eps,
-            **plan.constants, BY_VALUE=plan.units.by_value,
-            HAS_WEIGHT=self.weight is not None, CENTRED=self.centred, FIXED=self.fixed,
-            ACC=self.acc, INDEX=view.index(self.x),
+            self.grad, self.x, self.of, made, self.weight, self.bias, self.mask, self.residual,
+            self.grad_x, self.grad_residual,
+            *plan.sizes, plan.units.D, plan.unit_blocks, plan.count, *plan.cuts,
+            self.units.statistics, at, self.eps, self.parameter,
+            **plan.constants, **self._after, BY_VALUE=plan.units.by_value,
+            HAS_WEIGHT=self.weight is not None, CENTRED=self.form.axes.centred,
+            FIXED=self.form.constant, NEEDS_X=self.needs_x, NEEDS_RESIDUAL=self.needs_residual,
         )  # fmt: skip
 
-    def _channels(self) -> None:
+    def _given(self, given: Tensor | None) -> tuple[Tensor, int] | None:
+        return None if given is None else (given, self.units.statistics)
+
+    def _channels(self, given: Tensor | None) -> None:
         """Parameters by unit: their sums serve the statistics too."""
         units, plan = self.units, Streamed(self.units, self.kept.itemsize)
-        statistics = None
-        if self.needs_x and not self.fixed:
-            statistics = self._room(units.statistics)
-        if statistics is not None or self.needs_parameters:
-            gx, g = self._sums(plan, by_value=False, weighted=False)
+        room = self._given(given)
+        own = self.needs_x and not self.form.constant and room is None
+        if own or self.needs_parameters:
+            gx, g = self._sums(plan, weighted=False)
             together = units.samples == 1 and units.D == 1
-            if statistics is not None:
+            if own:
+                room = self._room
                 self._merge(
-                    gx, g, units.D * plan.count, plan.count, statistics=statistics,
-                    of_statistics=True, parameters=together and self.needs_parameters,
+                    gx, g, units.D * plan.count, plan.count, room=room,
+                    parameters=together and self.needs_parameters,
                 )  # fmt: skip
-            if self.needs_parameters and (statistics is None or not together):
+            if self.needs_parameters and not (own and together):
                 self._merge(gx, g, units.samples * plan.count, plan.count, parameters=True)
-        if self.needs_x:
-            self._apply(plan, statistics)
+        if self.needs_x or self.needs_residual:
+            self._apply(plan, room)
 
-    def _features(self) -> None:
+    def _features(self, given: Tensor | None) -> None:
         """Parameters by value: a row's sums in one pass, a feature's in another."""
-        units = self.units
-        if self.needs_x:
+        units, room = self.units, self._given(given)
+        if self.needs_x or self.needs_residual:
             plan = Streamed(units, self.kept.itemsize)
-            gx, g = self._sums(plan, by_value=False, weighted=self.weight is not None)
-            statistics = self._room(units.statistics)
-            self._merge(
-                gx, g, plan.count, plan.count, statistics=statistics, of_statistics=True,
-                parameters=False,
-            )  # fmt: skip
-            self._apply(plan, statistics)
+            if self.needs_x and not self.form.constant and room is None:
+                gx, g = self._sums(plan, weighted=self.weight is not None)
+                room = self._room
+                self._merge(gx, g, plan.count, plan.count, room=room, parameters=False)
+            self._apply(plan, room)
         if self.needs_parameters:
             plan = Streamed(Units(units.C, units.C, units.U, columns=True), self.kept.itemsize)
-            gx, g = self._sums(plan, by_value=True, weighted=False)
+            gx, g = self._sums(plan, weighted=False, across=True)
             self._merge(gx, g, plan.count, plan.count, parameters=True)

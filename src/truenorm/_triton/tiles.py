@@ -18,6 +18,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .activation import ELU, GELU_TANH, act, act_gradient
+
+# what a mask has a value for: a unit; a place among a sample's values, where a tile holds units of
+# one sample alone; the same, where it holds those of several
+BY_UNIT = tl.constexpr(1)
+SHARED = tl.constexpr(2)
+BY_SAMPLE = tl.constexpr(3)
+
 
 @triton.jit
 def as_float64(bits):
@@ -52,7 +60,7 @@ def tile_units(
     block, U, C, K, units, BU: tl.constexpr, COLUMNS: tl.constexpr, GROUPED: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """(units of a tile, which of them there are, their channels, where they begin).
+    """(units of a tile, which of them there are, their channels, samples, where they begin).
 
     Grouped, a tile holds the `units` of one statistic, else BU of them. Where channels are inside,
     it holds those of one sample: u // C and u % C would hide from the compiler that they are
@@ -71,10 +79,10 @@ def tile_units(
         u, begin, there = sample * C + c, sample * C * K + c, c < C
     else:
         u = block * width + lane
-        c, begin, there = u % C, u * K, u < U
+        sample, c, begin, there = u // C, u % C, u * K, u < U
     if GROUPED:
         there &= lane < units
-    return u, there, c, begin
+    return u, there, c, sample, begin
 
 
 @triton.jit
@@ -90,6 +98,83 @@ def chunk_bounds(chunk, K, R, k_chunks, k_chunk, r_chunk):
     r0 = (chunk // k_chunks) * r_chunk
     k0 = (chunk % k_chunks) * k_chunk
     return r0, tl.minimum(r0 + r_chunk, R), k0, tl.minimum(k0 + k_chunk, K)
+
+
+@triton.jit
+def valid_tile(
+    p_mask, u, in_unit, sample, at, in_value, K, MASK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """(what there is of a tile, what of it is valid); at: the places of its values in a sample."""
+    there = in_unit[:, None] & in_value[None, :]
+    if MASK == BY_UNIT:
+        return there, there & (tl.load(p_mask + u, mask=in_unit, other=0) != 0)[:, None]
+    if MASK == SHARED:
+        if COLUMNS:
+            at = at + sample * K
+        return there, there & (tl.load(p_mask + at, mask=in_value, other=0) != 0)[None, :]
+    if MASK == BY_SAMPLE:
+        where = (sample * K)[:, None] + at[None, :]
+        return there, there & (tl.load(p_mask + where, mask=there, other=0) != 0)
+    return there, there
+
+
+@triton.jit
+def load_tile(p, offsets, there, valid, MASK: tl.constexpr, TYPE: tl.constexpr):
+    """A tile of x; what is not valid is 0, whatever stands there.
+
+    It is read all the same: a load under a mask that follows no size is made value by value.
+    """
+    values = tl.load(p + offsets, mask=there, other=0).to(TYPE)
+    if MASK:
+        values = tl.where(valid, values, 0.0)
+    return values
+
+
+@triton.jit
+def finish_tile(
+    z, p_residual, o_y, offsets, there, valid, parameter_bits, padding_bits,
+    MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """What comes after the affine step: y = act(z + residual), or padding, stored."""
+    TYPE: tl.constexpr = o_y.dtype.element_ty
+    if HAS_RESIDUAL:
+        z += tl.load(p_residual + offsets, mask=there, other=0).to(z.dtype)
+    if ACT:
+        if ACT >= ELU and ACT <= GELU_TANH and TYPE.primitive_bitwidth == 16:
+            # no difference cancels from here on
+            z = z.to(tl.float32)
+        parameter = 0.0
+        if parameter_bits is not None:
+            parameter = as_float64(parameter_bits).to(z.dtype)
+        z = act(z, parameter, ACT)
+    if MASK:
+        z = tl.where(valid, z, as_float64(padding_bits).to(z.dtype))
+    tl.store(o_y + offsets, narrow(z, TYPE), mask=there)
+
+
+@triton.jit
+def gradient_tile(
+    z, p_grad, p_residual, offsets, there, valid, parameter_bits,
+    MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BY_OUTPUT: tl.constexpr, ACT: tl.constexpr,
+    TYPE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of z + residual, from that of y; z is made again from x."""
+    g = tl.load(p_grad + offsets, mask=there, other=0).to(TYPE)
+    if ACT:
+        if HAS_RESIDUAL:
+            residual = tl.load(p_residual + offsets, mask=there, other=0).to(TYPE)
+            if BY_OUTPUT:
+                z = residual
+            else:
+                z += residual
+        parameter = 0.0
+        if parameter_bits is not None:
+            parameter = as_float64(parameter_bits).to(TYPE)
+        g = act_gradient(g, z, parameter, ACT)
+    if MASK or ACT:
+        # beyond a tile's end z is of no value, and may be NaN
+        g = tl.where(valid, g, 0.0)
+    return g
 
 
 @triton.jit

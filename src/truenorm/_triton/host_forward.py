@@ -1,0 +1,165 @@
+"""The forward operators on CUDA tensors: whole statistics at once, or moments, then y."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import config, moments, view
+from . import forward as kernels
+from .inputs import Inputs
+from .view import Streamed, Units
+
+
+def _moments(call: Inputs) -> Tensor:
+    """The record in two launches."""
+    x, units, centred = call.x, call.units, call.form.axes.centred
+    acc, width = view.compute(x, cancels=centred)
+    if units.D > 1 and not units.columns and call.mask is None:
+        # a group is one run in memory
+        units = Units(units.U // units.D, units.C // units.D, units.K * units.D)
+    plan = Streamed(units, width.itemsize)
+    parts = units.U * plan.count
+    of_mean, of_m2 = view.pair(parts, torch.float64, x.device)
+    counts = None
+    if call.mask is not None:
+        counts = torch.empty(parts, dtype=torch.int32, device=x.device)
+    moments.moments[plan.grid](
+        x, call.mask, of_mean, of_m2, counts,
+        *plan.sizes, plan.unit_blocks, plan.count, *plan.cuts,
+        **plan.constants, CENTRED=centred, MASK=call.mask_kind, ACC=acc, INDEX=view.index(x),
+    )  # fmt: skip
+    record = call.record()
+    per_statistic = units.D * plan.count
+    merge = config.merge(per_statistic, neighbours=False)
+    moments.merge_moments[(-(-units.statistics // merge.units),)](
+        of_mean, of_m2, counts, record,
+        units.statistics, per_statistic, plan.count, units.K, units.R, *plan.cuts,
+        CENTRED=centred, HAS_MASK=counts is not None, BQ=merge.units, BP=merge.values,
+        **view.launch_options(merge.warps),
+    )  # fmt: skip
+    return record
+
+
+def _normalize(
+    call: Inputs,
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    record: Tensor | None,
+    eps: float,
+    padding: int | None,
+) -> None:
+    """mean and var: one record, or what was given, which goes into `record`."""
+    own, x, units = mean is var, call.x, call.units
+    # a mean of the values' own is rounded, one that was given is not
+    cancels = call.bias is not None or call.residual is not None
+    cancels |= own and call.form.axes.centred
+    acc, width = view.compute(x, cancels=cancels)
+    plan = Streamed(units, width.itemsize)
+    kernels.normalize[plan.grid](
+        x, mean, var, call.weight, call.bias, call.mask, call.residual, y, record,
+        *plan.sizes, units.D, plan.unit_blocks, plan.count, *plan.cuts,
+        units.statistics if own else 0, units.values, units.statistics, view.bits(eps),
+        call.parameter, padding,
+        **plan.constants, **call.constants, BY_VALUE=units.by_value,
+        HAS_WEIGHT=call.weight is not None, HAS_BIAS=call.bias is not None,
+        HAS_RESIDUAL=call.residual is not None, KEEP=record is not None,
+        ACC=acc, INDEX=view.index(x),
+    )  # fmt: skip
+
+
+def _whole(
+    call: Inputs, y: Tensor | None, eps: float, padding: int | None, *, keep: bool
+) -> tuple[bool, Tensor | None]:
+    """(whether a statistic fits on chip, the record): y and record, or one of them, in a launch."""
+    x, units, centred = call.x, call.units, call.form.axes.centred
+    cancels = centred or call.bias is not None or call.residual is not None
+    acc, width = view.compute(x, cancels=cancels)
+    launch = units.whole(width.itemsize, backward=False)
+    if launch is None:
+        return False, None
+    record = call.record() if keep else None
+    grouped = units.D > 1
+    per_program = units.D if grouped else launch.units
+    kernels.forward[(units.blocks(per_program),)](
+        x, call.weight, call.bias, call.mask, call.residual, y, record,
+        units.U, units.C, units.K, units.R, units.run_stride, per_program, units.values,
+        units.statistics, view.bits(eps), call.parameter, padding,
+        **units.tiles(launch), **call.constants, RUNS=units.R > 1, GROUPED=grouped,
+        BY_VALUE=units.by_value, HAS_WEIGHT=call.weight is not None,
+        HAS_BIAS=call.bias is not None, CENTRED=centred,
+        HAS_RESIDUAL=call.residual is not None, NEEDS_Y=y is not None, KEEP=keep,
+        ACC=acc, INDEX=view.index(x),
+    )  # fmt: skip
+    return True, record
+
+
+def _norm(
+    call: Inputs, y: Tensor, mean: Tensor | None, var: Tensor | None, eps: float, padding: float
+) -> Tensor:
+    """y, and the record where it is wanted."""
+    keep = call.form.keep
+    filled = None if call.mask is None else view.bits(padding)
+    record: Tensor | None
+    if mean is not None and var is not None:
+        record = call.record() if keep else None
+        mean, var = call.statistic(mean.reshape(-1)), call.statistic(var.reshape(-1))
+        _normalize(call, y, mean, var, record, eps, filled)
+        if record is not None and call.mask is not None:
+            record[2] = call.counts
+    else:
+        done, record = _whole(call, y, eps, filled, keep=keep)
+        if not done:
+            record = _moments(call)
+            _normalize(call, y, record, record, None, eps, filled)
+    if record is None or not keep:
+        return torch.empty(0, dtype=torch.float64, device=y.device)
+    return call.made(record)
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    form: int,
+    eps: float,
+    parameter: float,
+    padding: float,
+) -> tuple[Tensor, Tensor]:
+    with view.on(x):
+        call = Inputs(x, weight, bias, mask, residual, form, parameter)
+        y = x.new_empty_strided(x.shape, call.strides)
+        return y, _norm(call, y, mean, var, eps, padding)
+
+
+def norm_(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    form: int,
+    eps: float,
+    parameter: float,
+    padding: float,
+) -> Tensor:
+    with view.on(x):
+        call = Inputs(x, weight, bias, mask, residual, form, parameter)
+        record = _norm(call, call.x, mean, var, eps, padding)
+        if call.x is not x:
+            x.copy_(call.x)
+    return record
+
+
+def statistics(x: Tensor, mask: Tensor | None, form: int) -> Tensor:
+    with view.on(x):
+        call = Inputs(x, None, None, mask, None, form)
+        done, record = _whole(call, None, 0.0, None, keep=True)
+        return call.made(record if done and record is not None else _moments(call))

@@ -1,0 +1,112 @@
+"""A call's tensors as the kernels take them, and how they are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core import geometry
+from . import view
+from .form import Form, unpack
+
+# as in activation.py; the others have no parameter
+_LEAKY_RELU, _ELU = 2, 4
+# as in tiles.py
+_BY_UNIT, _SHARED, _BY_SAMPLE = 1, 2, 3
+
+
+def _order(sizes: Sequence[int], strides: Sequence[int]) -> list[int] | None:
+    """Dimensions from the outermost in memory to the innermost, None where that is their order."""
+    order = geometry.inside_out(sizes, strides)[::-1]
+    return None if order == list(range(len(order))) else order
+
+
+def _permuted(t: Tensor, order: Sequence[int]) -> Tensor:
+    """t with its last dimensions in that order."""
+    first = t.dim() - len(order)
+    return t.permute(*range(first), *(first + d for d in order))
+
+
+class Inputs:
+    """What all kernels of a call are given.
+
+    A statistic, and a mask, is in the order of x's dimensions, a kernel's in that of memory: they
+    differ where the rows of a layer norm, or the positions of a sample, are permuted there.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        residual: Tensor | None,
+        bits: int,
+        parameter: float = 0.0,
+    ) -> None:
+        self.form: Form = unpack(bits, x)
+        axes = self.form.axes
+        self.strides = geometry.kept_strides(x, axes)
+        self.x = view.dense(x, self.strides)
+        self.units = view.units_of(self.x, axes)
+        self.weight, self.bias = view.optional(weight), view.optional(bias)
+        self.residual = None if residual is None else view.dense(residual, self.strides)
+        split = x.dim() - axes.feature_dims if axes.feature_dims else x.dim()
+        first = 0 if axes.feature_dims else 2
+        self._sizes = x.shape[first:split]
+        self._order = _order(self._sizes, self.strides[first:split])
+        self.mask, self.mask_kind = None, 0
+        if mask is not None:
+            self.mask = self._of_mask(mask)
+            if axes.feature_dims:
+                self.mask_kind = _BY_UNIT
+            else:
+                by_sample = axes.num_groups and not self.units.columns
+                self.mask_kind = _BY_SAMPLE if by_sample else _SHARED
+        takes = self.form.act in (_LEAKY_RELU, _ELU)
+        self.parameter = view.bits(parameter) if takes else None
+
+    def _of_mask(self, mask: Tensor) -> Tensor:
+        if self._order is not None:
+            mask = _permuted(mask.reshape(-1, *self._sizes), self._order)
+        return view.flat(mask).view(torch.uint8)
+
+    def statistic(self, values: Tensor) -> Tensor:
+        """Statistics, their last dimension, as the kernels take them."""
+        if self._order is not None and self.form.axes.feature_dims:
+            shape = values.shape
+            values = _permuted(values.reshape(*shape[:-1], *self._sizes), self._order)
+            values = values.reshape(shape)
+        return view.flat(values)
+
+    def record(self) -> Tensor:
+        """Room for one."""
+        shape = 3, self.units.statistics
+        return torch.empty(shape, dtype=torch.float64, device=self.x.device)
+
+    def made(self, record: Tensor) -> Tensor:
+        """A record that kernels have made, as a caller takes it."""
+        if self._order is None or not self.form.axes.feature_dims:
+            return record
+        sizes = [self._sizes[d] for d in self._order]
+        back = [self._order.index(d) for d in range(len(sizes))]
+        return _permuted(record.view(3, *sizes), back).reshape(3, -1)
+
+    @property
+    def counts(self) -> Tensor:
+        """How many valid values each statistic spans."""
+        assert self.mask is not None
+        units, axes = self.units, self.form.axes
+        if axes.feature_dims:
+            return self.mask.flatten() * units.K
+        if axes.num_groups:
+            valid = self.mask.view(units.samples, -1).sum(1, dtype=torch.float64) * units.D
+            return valid.repeat_interleave(axes.num_groups)
+        return self.mask.sum(dtype=torch.float64)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {"MASK": self.mask_kind, "ACT": self.form.act}

@@ -1,0 +1,219 @@
+"""Moments: of whole statistics on chip, or of chunks, and how these are merged.
+
+They are centred: float32 sums about a value near the mean, float64 where those cancel or leave
+float32's range, partial results merged in float64 in a fixed order. What is not valid is not
+counted, and the moments of nothing are zero.
+"""
+
+# what Triton compiles has no Python types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    chunk_bounds,
+    load_tile,
+    per_statistic,
+    split_program,
+    tile_units,
+    valid_tile,
+    value_offsets,
+)
+
+
+@triton.jit
+def at_least_one(count):
+    return tl.where(count > 0, count, tl.full((), 1, count.dtype))
+
+
+@triton.jit
+def tile_moments(x, valid, n, CENTRED: tl.constexpr, GROUPED: tl.constexpr, ACC: tl.constexpr):
+    """(mean in float64, variance in float64, x − mean) of a tile that holds whole statistics."""
+    if CENTRED:
+        first = per_statistic(x, GROUPED) / n
+        d = tl.where(valid, x - first[:, None], 0.0)
+        # what rounding has left of the mean, and what is lost at a large offset
+        rest = per_statistic(d, GROUPED) / n
+        d = tl.where(valid, d - rest[:, None], 0.0)
+        mean = first.to(tl.float64) + rest.to(tl.float64)
+    else:
+        d = x
+        mean = tl.zeros_like(per_statistic(x, GROUPED)).to(tl.float64)
+    m2 = per_statistic(d * d, GROUPED)
+    var = (m2 / n).to(tl.float64)
+    if ACC == tl.float32:
+        lost = (m2 < 1e-24) | (m2 > 1e24) | (m2 != m2)
+        if tl.max(lost.to(tl.int32), 0) > 0:
+            # squares outside float32's range: of the values over their largest
+            largest = tl.max(tl.abs(d), 1)
+            if GROUPED:
+                largest = tl.max(largest, 0) + tl.zeros_like(largest)
+            largest = tl.where(largest > 0.0, largest, 1.0)
+            part = d / largest[:, None]
+            wide = largest.to(tl.float64)
+            again = (per_statistic(part * part, GROUPED) / n).to(tl.float64) * wide * wide
+            var = tl.where(lost, again, var)
+    return mean, var, d
+
+
+@triton.jit
+def _sums(
+    p_x, p_mask, u, in_unit, sample, base, pivot, r0, r1, k0, k1, C, K, run_stride,
+    COLUMNS: tl.constexpr, MASK: tl.constexpr, BU: tl.constexpr, BK: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums of x − pivot, of its squares, and of how many there are, by unit."""
+    s1 = tl.zeros((BU, BK), ACC)
+    s2 = tl.zeros((BU, BK), ACC)
+    count = tl.zeros((BU, BK), tl.int32)
+    for r in range(r0, r1):
+        for start in range(k0, k1, BK):
+            k = start + tl.arange(0, BK)
+            offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
+            there, valid = valid_tile(
+                p_mask, u, in_unit, sample, r * K + k, k < k1, K, MASK, COLUMNS
+            )  # fmt: skip
+            x = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
+            d = tl.where(valid, x - pivot[:, None], 0.0)
+            s1 += d
+            s2 += d * d
+            if MASK:
+                count += valid.to(tl.int32)
+    return tl.sum(s1, 1), tl.sum(s2, 1), tl.sum(count, 1)
+
+
+@triton.jit(do_not_specialize=["U", "R", "unit_blocks", "chunks", "k_chunks", "r_chunk"])
+def moments(
+    p_x, p_mask, o_mean, o_m2, o_count,
+    U, C, K, R, run_stride, unit_blocks, chunks, k_chunks, k_chunk, r_chunk,
+    BU: tl.constexpr, BK: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
+    CENTRED: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Mean and M2 of one chunk of some units, in float64, to be merged; under a mask the count."""
+    block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, False)
+    u, in_unit, _, sample, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
+    r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
+    if CENTRED:
+        # about the mean of the first tile, which one outlier cannot carry far
+        k = k0 + tl.arange(0, BK)
+        offsets = (base + r0 * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
+        there, valid = valid_tile(
+            p_mask, u, in_unit, sample, r0 * K + k, k < k1, K, MASK, COLUMNS
+        )  # fmt: skip
+        first = load_tile(p_x, offsets, there, valid, MASK, ACC)
+        if MASK:
+            pivot = tl.sum(first, 1) / at_least_one(tl.sum(valid.to(tl.int32), 1)).to(ACC)
+        else:
+            pivot = tl.sum(first, 1) / tl.minimum(k1 - k0, BK).to(ACC)
+    else:
+        pivot = tl.zeros((BU,), ACC)
+    s1, s2, count = _sums(
+        p_x, p_mask, u, in_unit, sample, base, pivot, r0, r1, k0, k1, C, K, run_stride,
+        COLUMNS, MASK, BU, BK, ACC,
+    )  # fmt: skip
+    if MASK:
+        n = at_least_one(count).to(ACC)
+    else:
+        n = ((r1 - r0) * (k1 - k0)).to(ACC)
+    if not CENTRED:
+        s1 = tl.zeros((BU,), ACC)
+    m2 = s2 - s1 * (s1 / n)
+    mean = pivot.to(tl.float64) + (s1 / n).to(tl.float64)
+    m2 = m2.to(tl.float64)
+    if ACC == tl.float32:
+        # squares outside float32's range, or a first tile far from the mean of the chunk
+        lost = (s2 < 1e-24) | (s2 > 1e24) | (s2 != s2) | (m2 < 0.25 * s2)
+        if MASK:
+            lost &= count > 0
+        if tl.max((lost & in_unit).to(tl.int32), 0) > 0:
+            # a narrow tile: a path that is seldom taken must not cost the other its registers
+            NARROW: tl.constexpr = BK // 8 if BK > 8 else 1
+            if MASK:
+                # the first tile may have had nothing that is valid, and no mean
+                wide_pivot = mean
+            else:
+                wide_pivot = pivot.to(tl.float64)
+            t1, t2, _ = _sums(
+                p_x, p_mask, u, in_unit, sample, base, wide_pivot, r0, r1, k0, k1, C, K,
+                run_stride, COLUMNS, MASK, BU, NARROW, tl.float64,
+            )  # fmt: skip
+            if not CENTRED:
+                t1 = tl.zeros((BU,), tl.float64)
+            wide = n.to(tl.float64)
+            m2 = tl.where(lost, t2 - t1 * (t1 / wide), m2)
+            mean = tl.where(lost, wide_pivot + t1 / wide, mean)
+    tl.store(o_mean + u * chunks + chunk, mean, mask=in_unit)
+    tl.store(o_m2 + u * chunks + chunk, m2, mask=in_unit)
+    if MASK:
+        tl.store(o_count + u * chunks + chunk, count, mask=in_unit)
+
+
+@triton.jit
+def _part_counts(
+    p_count, q, p, mask, parts, chunks, K, R, k_chunks, k_chunk, r_chunk, HAS_MASK: tl.constexpr
+):  # fmt: skip
+    """How many values a part has: stored, or told by its place."""
+    if HAS_MASK:
+        n = tl.load(p_count + q[:, None] * parts + p[None, :], mask=mask, other=0)
+        return n.to(tl.float64)
+    r0, r1, k0, k1 = chunk_bounds((p % chunks).to(tl.int64), K, R, k_chunks, k_chunk, r_chunk)
+    return ((r1 - r0) * (k1 - k0)).to(tl.float64)[None, :]
+
+
+@triton.jit(
+    do_not_specialize=["Q", "parts", "chunks", "K", "R", "k_chunks", "k_chunk", "r_chunk"]
+)  # fmt: skip
+def merge_moments(
+    p_mean, p_m2, p_count, o_record,
+    Q, parts, chunks, K, R, k_chunks, k_chunk, r_chunk,
+    CENTRED: tl.constexpr, HAS_MASK: tl.constexpr, BQ: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """The record of each statistic from its parts, in their order (Chan et al. 1983)."""
+    q = tl.program_id(0).to(tl.int64) * BQ + tl.arange(0, BQ)
+    in_q = q < Q
+    first = tl.load(p_mean + q * parts, mask=in_q, other=0)
+    if HAS_MASK:
+        counts = tl.zeros((BQ, BP), tl.float64)
+        for start in range(0, parts, BP):
+            p = start + tl.arange(0, BP)
+            mask = in_q[:, None] & (p < parts)[None, :]
+            counts += _part_counts(
+                p_count, q, p, mask, parts, chunks, K, R, k_chunks, k_chunk, r_chunk, True
+            )  # fmt: skip
+        count = tl.sum(counts, 1)
+        total = at_least_one(count)
+    else:
+        total = (parts // chunks).to(tl.float64) * R * K
+        count = tl.zeros((BQ,), tl.float64) + total
+    mean = first
+    if CENTRED:
+        sums = tl.zeros((BQ, BP), tl.float64)
+        for start in range(0, parts, BP):
+            p = start + tl.arange(0, BP)
+            mask = in_q[:, None] & (p < parts)[None, :]
+            n = _part_counts(
+                p_count, q, p, mask, parts, chunks, K, R, k_chunks, k_chunk, r_chunk, HAS_MASK
+            )  # fmt: skip
+            part = tl.load(p_mean + q[:, None] * parts + p[None, :], mask=mask, other=0)
+            sums += tl.where(mask, n * (part - first[:, None]), 0.0)
+        mean = first + tl.sum(sums, 1) / total
+        if HAS_MASK:
+            mean = tl.where(count > 0, mean, 0.0)
+    sums = tl.zeros((BQ, BP), tl.float64)
+    for start in range(0, parts, BP):
+        p = start + tl.arange(0, BP)
+        mask = in_q[:, None] & (p < parts)[None, :]
+        n = _part_counts(
+            p_count, q, p, mask, parts, chunks, K, R, k_chunks, k_chunk, r_chunk, HAS_MASK
+        )  # fmt: skip
+        part = tl.load(p_mean + q[:, None] * parts + p[None, :], mask=mask, other=0)
+        off = tl.where(mask, part - mean[:, None], 0.0)
+        m2 = tl.load(p_m2 + q[:, None] * parts + p[None, :], mask=mask, other=0)
+        sums += m2 + n * off * off
+    tl.store(o_record + q, mean, mask=in_q)
+    tl.store(o_record + Q + q, tl.sum(sums, 1) / total, mask=in_q)
+    tl.store(o_record + 2 * Q + q, count, mask=in_q)
