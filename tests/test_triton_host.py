@@ -25,6 +25,7 @@ from on_triton import (
 import truenorm
 from truenorm import _triton
 from truenorm._core import geometry, operators
+from truenorm._core.call import Form
 from truenorm._triton import config
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from .extras import CommandError
 def write(path: str | Path, content: str | bytes, *, force: bool) -> None:
     """Write a file beside `path`, which takes its place when it is whole.
 
-    Errors: those of `_checks.check_writable`.
+    Errors: those of `checks.check_writable`.
     """
     path = Path(path)
     checks.check_writable(path, force=force)

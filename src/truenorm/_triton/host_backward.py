@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._core.call import NEEDS_BIAS, NEEDS_INPUT, NEEDS_RESIDUAL, NEEDS_WEIGHT
 from . import backward as kernels
 from . import config, sums, view
 from .config import Launch
-from .._core.call import NEEDS_BIAS, NEEDS_INPUT, NEEDS_RESIDUAL, NEEDS_WEIGHT
 from .inputs import Inputs
 from .view import Streamed, Units
 

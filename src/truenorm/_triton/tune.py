@@ -93,7 +93,7 @@ def tune(layer: torch.nn.Module, input: Tensor) -> list[Tuned]:
     """
     checks.check_tensor("input", input)
     checks.check_tunable(input, _triton.why_plain(input.device.index or 0) if input.is_cuda else "")
-    from .._tools.bench.cuda import DeviceClock
+    from .._tools.clock import DeviceClock
 
     timer = DeviceClock()
     return tune_layer(layer, input, lambda run: timer(run, small=False))
