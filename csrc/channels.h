@@ -115,7 +115,7 @@ struct ForwardCoefficients {
     parallel(cut.matrices, 8 * cut.channels, [&](int64_t m) {
       for (int64_t c = 0; c < cut.channels; ++c) {
         const int64_t i = m * groups + c / per_group;
-        const Affine<T> a(f.mean[i], inverse_std(f.var[i], f.eps), f.weight, f.bias, c);
+        const Affine<T> a(f.mean[i], f.rstd(i), f.weight, f.bias, c);
         for (int64_t to = m * cut.cols + c; to < (m + 1) * cut.cols; to += cut.channels)
           all.set(to, a);
       }

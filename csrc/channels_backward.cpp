@@ -25,15 +25,13 @@ class Inner {
 
 // Sums of one channel of one matrix, pieces and folded positions added in order.
 template <class T>
-std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut,
-                                         const Inner<T>& inner) {
+void channel_sums(const Backward<T>& b, const Cut& cut, const Inner<T>& inner, GradSums* sums) {
   const Geometry& g = b.geometry;
   const int64_t per_group = g.channels_per_group(), groups = g.groups();
   const auto means =
       spread<double>(cut, [&](int64_t m, int64_t c) { return b.mean[m * groups + c / per_group]; });
-  const auto rstds = spread<double>(cut, [&](int64_t m, int64_t c) {
-    return inverse_std(b.var[m * groups + c / per_group], b.eps);
-  });
+  const auto rstds =
+      spread<double>(cut, [&](int64_t m, int64_t c) { return b.rstd(m * groups + c / per_group); });
   const T* const grads = b.norm_grad();
   // the short row of positions left over is one more piece
   const int64_t pieces = cut.row_pieces + 1;
@@ -65,7 +63,6 @@ std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut,
         to_x[c] += to_x[piece * cut.cols + c];
       }
   });
-  auto sums = scratch<GradSums>(cut.matrices * cut.channels);
   parallel(cut.matrices, cut.cols, [&](int64_t m) {
     const auto add = [&](int64_t piece, int64_t folded) {
       for (int64_t j = 0; j < folded; ++j)
@@ -77,22 +74,6 @@ std::unique_ptr<GradSums[]> channel_sums(const Backward<T>& b, const Cut& cut,
     };
     add(0, cut.fold);
     add(cut.row_pieces, cut.left_over);
-  });
-  return sums;
-}
-
-template <class T>
-void param_grads(const Backward<T>& b, const Cut& cut, const GradSums* sums) {
-  if (!b.grad_weight && !b.grad_bias) return;
-  parallel(cut.channels, 16 * cut.matrices, [&](int64_t c) {
-    double weight = 0.0, bias = 0.0;
-    for (int64_t m = 0; m < cut.matrices; ++m) {
-      const GradSums& s = sums[m * cut.channels + c];
-      weight += s.grad_x_hat;
-      bias += s.grad;
-    }
-    if (b.grad_weight) b.grad_weight[c] = weight;
-    if (b.grad_bias) b.grad_bias[c] = bias;
   });
 }
 
@@ -106,16 +87,14 @@ Arrays<compute_t<T>> grad_coefficients(const Backward<T>& b, const Cut& cut, con
   Arrays<A> arrays(5, cut.matrices * cut.cols);
   parallel(cut.matrices * groups, 16 * per_group, [&](int64_t i) {
     const int64_t m = i / groups, first = i % groups * per_group;
-    const double rstd = inverse_std(b.var[i], b.eps);
-    const auto weight = [&](int64_t c) { return b.weight ? double(b.weight[c]) : 1.0; };
     GradSums mean;
-    for (int64_t c = first; c < first + per_group; ++c) {
+    for (int64_t c = first; c < first + per_group && b.by_sums(); ++c) {
       const GradSums& s = sums[m * cut.channels + c];
-      mean.grad += weight(c) * s.grad / count;
-      mean.grad_x_hat += weight(c) * s.grad_x_hat / count;
+      mean.add({b.weight_of(c) * s.grad / count, b.weight_of(c) * s.grad_x_hat / count});
     }
+    mean = b.mean_grads(i, mean, 1.0);
     for (int64_t c = first; c < first + per_group; ++c) {
-      const GradAffine<A> a(b.mean[i], rstd, weight(c), mean.grad, mean.grad_x_hat);
+      const GradAffine<A> a = b.affine(i, b.weight_of(c), mean);
       for (int64_t to = m * cut.cols + c; to < (m + 1) * cut.cols; to += cut.channels) {
         arrays[0][to] = a.scale;
         arrays[1][to] = a.hi;
@@ -132,25 +111,17 @@ template <class T>
 void backward_samples(const Backward<T>& b) {
   const Geometry& g = b.geometry;
   const Geometry one = one_sample(g);
-  const auto weight = scratch<double>(g.n * g.c), bias = scratch<double>(g.n * g.c);
   parallel(g.n, 2 * g.c * g.s, [&](int64_t n) {
     const int64_t values = n * g.c * g.s, statistics = n * g.groups();
     backward_channels(Backward<T>{one, b.kernels, b.eps, b.grad + values, b.x + values,
                                   b.grad_x ? b.grad_x + values : nullptr, b.weight,
-                                  b.mean + statistics, b.var + statistics,
-                                  b.grad_weight ? weight.get() + n * g.c : nullptr,
-                                  b.grad_bias ? bias.get() + n * g.c : nullptr, false, b.stream,
+                                  b.mean + statistics, b.var + statistics, b.fixed, b.stream,
+                                  b.sums ? b.sums + n * g.c : nullptr, b.each_sample,
+                                  b.mean_grad ? b.mean_grad + statistics : nullptr,
+                                  b.mean_grad ? b.mean_grad_x_hat + statistics : nullptr,
                                   b.inner ? b.inner + values : nullptr, b.bias,
                                   b.residual ? b.residual + values : nullptr, b.act});
   });
-  const auto add = [&](const double* of_sample, double* to) {
-    if (!to) return;
-    std::fill(to, to + g.c, 0.0);
-    for (int64_t n = 0; n < g.n; ++n)
-      for (int64_t c = 0; c < g.c; ++c) to[c] += of_sample[n * g.c + c];
-  };
-  add(weight.get(), b.grad_weight);
-  add(bias.get(), b.grad_bias);
 }
 
 }  // namespace
@@ -162,12 +133,10 @@ void backward_channels(const Backward<T>& b) {
   const Cut cut(b.geometry);
   const Inner<T> inner(b, cut);
   const T* const grads = b.norm_grad();
-  std::unique_ptr<GradSums[]> sums;
-  const bool summing = b.grad_weight || b.grad_bias || !b.fixed;
-  if (summing) {
-    sums = channel_sums(b, cut, inner);
-    param_grads(b, cut, sums.get());
-  }
+  const bool summing = b.summing();
+  const auto own = scratch<GradSums>(b.sums || !summing ? 0 : cut.matrices * cut.channels);
+  GradSums* const sums = b.sums ? b.sums : own.get();
+  if (summing) channel_sums(b, cut, inner, sums);
   if (!b.grad_x) {
     if (b.inner && !summing)
       over_rows(cut, false, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
@@ -176,19 +145,21 @@ void backward_channels(const Backward<T>& b) {
     return;
   }
   if (b.fixed) {
-    const auto scale = spread<A>(cut, [&](int64_t, int64_t c) {
-      return A(inverse_std(b.var[c], b.eps) * (b.weight ? double(b.weight[c]) : 1.0));
+    const int64_t per_group = b.geometry.channels_per_group(), groups = b.geometry.groups();
+    const auto scale = spread<A>(cut, [&](int64_t m, int64_t c) {
+      return A(b.rstd(m * groups + c / per_group) * b.weight_of(c));
     });
     over_rows(cut, b.stream, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
       if (!summing) inner.make(m, offset, rows, 0, len);
-      b.kernels.grad_scale_each(grads + offset, b.grad_x + offset, rows, len, scale.get(),
-                                b.stream);
+      b.kernels.grad_scale_each(grads + offset, b.grad_x + offset, rows, len,
+                                scale.get() + m * cut.cols, b.stream);
     });
     return;
   }
-  const Arrays<A> of = grad_coefficients(b, cut, sums.get());
+  const Arrays<A> of = grad_coefficients(b, cut, sums);
   const GradAffines<A> all = {of[0], of[1], of[2], of[3], of[4]};
   over_rows(cut, b.stream, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
+    if (!summing) inner.make(m, offset, rows, 0, len);
     b.kernels.grad_apply_each(grads + offset, b.x + offset, b.grad_x + offset, rows, len,
                               all.from(m * cut.cols), b.stream);
   });

@@ -48,8 +48,7 @@ void statistics(const Forward<T>& f, const Cut& cut) {
         total.merge({1.0, value, 0.0});
       }
     }
-    f.mean[i] = total.mean;
-    f.var[i] = total.m2 / total.count;
+    f.set(i, total);
   });
 }
 
@@ -59,9 +58,9 @@ void forward_samples(const Forward<T>& f) {
   const Geometry one = one_sample(g);
   parallel(g.n, g.c * g.s, [&](int64_t n) {
     const int64_t values = n * g.c * g.s, statistics = n * g.groups();
-    forward_channels(Forward<T>{one, f.kernels, f.eps, f.x + values, f.y + values, f.weight, f.bias,
-                                f.mean + statistics, f.var + statistics, false, f.stream,
-                                f.residual ? f.residual + values : nullptr, f.act});
+    forward_channels(Forward<T>{one, f.kernels, f.eps, f.x + values, f.y ? f.y + values : nullptr,
+                                f.weight, f.bias, f.mean + statistics, f.var + statistics, f.fixed,
+                                f.stream, f.residual ? f.residual + values : nullptr, f.act});
   });
 }
 

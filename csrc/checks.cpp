@@ -151,6 +151,18 @@ void wrong_record(const Tensor& given, const char* wanted) {
        " and dtype ", dtype_of(given), ": pass the forward's second result");
 }
 
+void one_of_two(const char* name, const char* missing) {
+  fail(named(name), " is given and ", named(missing), " is not: pass both, or neither");
+}
+
+void wrong_sums(const Tensor& given, const Tensor& x, int64_t count) {
+  fail("`sums` must hold 2 values for each of the ", count, " statistics of `x` of ", shape(x),
+       ", but got ", shape(given),
+       ": pass two rows, the means of weight · grad · x̂ and of weight · grad");
+}
+
+void wrong_form(int64_t form, const char* meaning) { fail("`form` (=", form, ") ", meaning); }
+
 void no_memory(const char* name, const Tensor& given) {
   fail(named(name), " of ", shape(given),
        " has no memory: its storage was freed; pass a tensor that holds its values");

@@ -38,6 +38,9 @@ using torch::stable::Tensor;
                                  int64_t channels);
 [[noreturn]] void one_value(const Tensor& x);
 [[noreturn]] void wrong_record(const Tensor& given, const char* wanted);
+[[noreturn]] void one_of_two(const char* name, const char* missing);
+[[noreturn]] void wrong_sums(const Tensor& given, const Tensor& x, int64_t count);
+[[noreturn]] void wrong_form(int64_t form, const char* meaning);
 [[noreturn]] void no_memory(const char* name, const Tensor& given);
 [[noreturn]] void no_values(const char* name, const Tensor& x);
 
@@ -84,8 +87,8 @@ inline void has_values(const char* name, const Tensor& x, const Geometry& g) {
 }
 
 // A weight or bias: shaped like the channels.
-inline void parameter(const char* name, const std::optional<Tensor>& p, const Tensor& x,
-                      const Geometry& g, int64_t feature_dims) {
+inline void parameter(const char* name, const Tensor* p, const Tensor& x, const Geometry& g,
+                      int64_t feature_dims) {
   if (!p) return;
   dtype(name, *p);
   const auto sizes = p->sizes();
@@ -104,6 +107,26 @@ inline void statistic(const char* name, const Tensor& s, const Tensor& x, const 
   memory(name, s);
 }
 
+// Both of a statistic's values, or none.
+inline void given(const Tensor* mean, const Tensor* var) {
+  if (!mean != !var) one_of_two(mean ? "mean" : "var", mean ? "var" : "mean");
+}
+
+// Two means per statistic, of weight · grad · x̂ and of weight · grad.
+inline void sums(const Tensor& s, const Tensor& x, const Geometry& g) {
+  dtype("sums", s);
+  if (s.numel() != 2 * g.num_statistics()) wrong_sums(s, x, g.num_statistics());
+  memory("sums", s);
+}
+
+// Mean, variance and count, a row each; columns: how many, negative for any number.
+inline void record(const Tensor& r, int64_t columns) {
+  if (type_of(r) != ScalarType::Double || r.dim() != 2 || r.size(0) != 3 || !r.is_contiguous() ||
+      (columns >= 0 && r.size(1) != columns))
+    wrong_record(r, "of three rows with one value per statistic of x");
+  memory("record", r);
+}
+
 // A gradient of x's shape, in a dtype of its own.
 inline void gradient(const Tensor& t, const Tensor& x, const Geometry& g) {
   dtype("grad", t);
@@ -113,7 +136,7 @@ inline void gradient(const Tensor& t, const Tensor& x, const Geometry& g) {
 }
 
 // What is added to x's outputs, in x's dtype.
-inline void residual(const std::optional<Tensor>& r, const Tensor& x, const Geometry& g) {
+inline void residual(const Tensor* r, const Tensor& x, const Geometry& g) {
   if (!r) return;
   const auto sizes = r->sizes();
   if (type_of(*r) != x.scalar_type() ||
@@ -137,7 +160,7 @@ inline void needs(int64_t value, int64_t most) {
                              "residual) and 16 (residual holds the output)");
 }
 
-inline void holds_output(bool asked, const std::optional<Tensor>& residual) {
+inline void holds_output(bool asked, const Tensor* residual) {
   if (asked && !residual)
     wrong_number("needs", 16, "less than 16 where `residual` is None: pass the output as residual");
 }
@@ -153,8 +176,8 @@ inline void window(int64_t size) {
 }
 
 // Running statistics of `channels` channels that are moved, and their count of batches.
-inline void running(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& batches,
-                    bool averaged, int64_t channels) {
+inline void running(const Tensor& mean, const Tensor& var, const Tensor* batches, bool averaged,
+                    int64_t channels) {
   const auto one = [&](const char* name, const Tensor& t) {
     dtype(name, t);
     if (t.dim() != 1 || t.numel() != channels || channels == 0)

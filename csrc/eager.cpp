@@ -8,7 +8,8 @@
 #include <tuple>
 #include <utility>
 
-#include "tensors.h"
+#include "call.h"
+#include "running.h"
 
 namespace truenorm {
 namespace {
@@ -53,9 +54,9 @@ struct Record {
 
 // What is not in order, in the words of checks.h.
 template <class Body>
-auto in_order(const Body& body) {
+void in_order(const Body& body) {
   try {
-    return body();
+    body();
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(std::string("truenorm: no call for the short way: ") + error.what());
   }
@@ -84,107 +85,96 @@ Axes axes_of(const Tensor& x, Form form) {
   return {groups, 0, true};
 }
 
-struct Running {
-  const Tensor &mean, &var;
-  const std::optional<Tensor>& num_batches_tracked;
-  double momentum;
-};
-
-std::tuple<Tensor, Tensor> normalize(const Tensor& x, const std::optional<Tensor>& weight,
-                                     const std::optional<Tensor>& bias, Form form, double eps,
-                                     const Running* running) {
-  const Geometry g = in_order([&] {
-    Geometry found = geometry_of(x, axes_of(x, form));
-    check::parameter("weight", weight, x, found, form.feature_dims());
-    check::parameter("bias", bias, x, found, form.feature_dims());
-    if (running) {
-      expect(found.num_statistics() % found.c == 0 && form.feature_dims() == 0 &&
-                 found.groups() == found.c,
-             "`form` must be one value per channel, or per sample and channel, where there are "
-             "running statistics: BATCH or INSTANCE of _ops/eager.py");
-      check::running(running->mean, running->var, running->num_batches_tracked,
-                     std::isnan(running->momentum), found.c);
-    }
-    return found;
+std::tuple<Tensor, Tensor> normalize(const Tensor& x, const Maybe& weight, const Maybe& bias,
+                                     Form form, double eps, const Running* running) {
+  Call call{.x = x, .axes = {}, .eps = eps, .weight = given(weight), .bias = given(bias)};
+  const Geometry& g = call.g;
+  in_order([&] {
+    call.axes = axes_of(x, form);
+    call.read();
+    if (!running) return;
+    expect(g.num_statistics() % g.c == 0 && form.feature_dims() == 0 && g.groups() == g.c,
+           "`form` must be one value per channel, or per sample and channel, where there are "
+           "running statistics: BATCH or INSTANCE of _ops/eager.py");
+    check::running(running->mean, running->var, running->num_batches_tracked,
+                   std::isnan(running->momentum), g.c);
   });
-  const Tensor y = new_result(g, x.scalar_type());
+  const Tensor y = result_of(call, false);
   const int64_t count = g.num_statistics();
   const Tensor record = form.saves() ? Record::of(g) : Tensor();
   Room<double> unsaved;
   double* const mean = form.saves() ? doubles(record) : unsaved.of(2 * count);
   if (form.saves()) Record::close(mean, g, eps, form);
-  forward_into(x, weight, bias, g, eps, y, mean, mean + count, false);
+  forward_into(call, &y, mean, mean + count, false);
   if (running)
-    move_both(running->mean, running->var, running->num_batches_tracked, mean, mean + count,
-              count / g.c, g.values_per_statistic(), running->momentum);
+    move(*running, {mean, mean + count, count / g.c, nullptr, double(g.values_per_statistic())});
   return {y, record};
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor> weight,
-                                   std::optional<Tensor> bias, int64_t form, double eps) {
+std::tuple<Tensor, Tensor> forward(const Tensor& x, Maybe weight, Maybe bias, int64_t form,
+                                   double eps) {
   return normalize(x, weight, bias, {form}, eps, nullptr);
 }
 
-std::tuple<Tensor, Tensor> forward_running(const Tensor& x, std::optional<Tensor> weight,
-                                           std::optional<Tensor> bias, const Tensor& running_mean,
-                                           const Tensor& running_var,
-                                           std::optional<Tensor> num_batches_tracked,
-                                           double momentum, int64_t form, double eps) {
-  const Running running{running_mean, running_var, num_batches_tracked, momentum};
+std::tuple<Tensor, Tensor> forward_running(const Tensor& x, Maybe weight, Maybe bias,
+                                           const Tensor& running_mean, const Tensor& running_var,
+                                           Maybe num_batches_tracked, double momentum, int64_t form,
+                                           double eps) {
+  const Running running{running_mean, running_var, given(num_batches_tracked), momentum};
   return normalize(x, weight, bias, {form}, eps, &running);
 }
 
-std::tuple<Tensor, Tensor> apply(const Tensor& x, std::optional<Tensor> weight,
-                                 std::optional<Tensor> bias, const Tensor& mean, const Tensor& var,
-                                 int64_t bits, double eps) {
+std::tuple<Tensor, Tensor> apply(const Tensor& x, Maybe weight, Maybe bias, const Tensor& mean,
+                                 const Tensor& var, int64_t bits, double eps) {
   const Form form{bits};
-  const Geometry g = in_order([&] {
-    Geometry found = geometry_of(x, axes_of(x, form));
-    expect(found.over_batch() && form.feature_dims() == 0,
+  Call call{.x = x,
+            .axes = {},
+            .eps = eps,
+            .weight = given(weight),
+            .bias = given(bias),
+            .mean = &mean,
+            .var = &var};
+  const Geometry& g = call.g;
+  in_order([&] {
+    call.axes = axes_of(x, form);
+    expect(call.axes.num_groups == 0 && form.feature_dims() == 0,
            "`form` must be one value per channel where the statistics are given: BATCH of "
            "_ops/eager.py");
-    check::statistic("mean", mean, x, found);
-    check::statistic("var", var, x, found);
-    check::parameter("weight", weight, x, found, 0);
-    check::parameter("bias", bias, x, found, 0);
-    return found;
+    call.read();
   });
-  const Tensor y = new_result(g, x.scalar_type());
-  const Values<double> m(mean), v(var);
-  Tensor record;
-  if (form.saves()) {
-    // running statistics change in place at the next training step: keep today's values
-    record = Record::of(g);
-    double* const values = doubles(record);
-    std::copy(m.get(), m.get() + g.c, values);
-    std::copy(v.get(), v.get() + g.c, values + g.c);
-    Record::close(values, g, eps, form);
+  const Tensor y = result_of(call, false);
+  if (!form.saves()) {
+    apply_into(call, y);
+    return {y, Tensor()};
   }
-  forward_into(x, weight, bias, g, eps, y, const_cast<double*>(m.get()),
-               const_cast<double*>(v.get()), true);
+  // running statistics change in place at the next training step: keep today's values
+  const Tensor record = Record::of(g);
+  double* const values = doubles(record);
+  const Values<double> m(mean), v(var);
+  std::copy_n(m.get(), g.c, values);
+  std::copy_n(v.get(), g.c, values + g.c);
+  Record::close(values, g, eps, form);
+  forward_into(call, &y, values, values + g.c, true);
   return {y, record};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
-                                            const Tensor& record, std::optional<Tensor> weight) {
-  const auto [form, g] = in_order([&] {
+                                            const Tensor& record, Maybe weight) {
+  Call call{.x = x, .axes = {}, .weight = given(weight), .grad = &grad};
+  in_order([&] {
     const Form kept = Record::form(record);
-    Geometry found = geometry_of(x, axes_of(x, kept));
-    Record::expect_of(record, found);
-    check::gradient(grad, x, found);
-    check::parameter("weight", weight, x, found, kept.feature_dims());
-    return std::pair{kept, std::move(found)};
+    call.axes = axes_of(x, kept);
+    call.constant = kept.fixed();
+    call.read();
+    Record::expect_of(record, call.g);
+    call.needs = kept.bits & (kInput | kWeight | kBias);
   });
   const double* const mean = doubles(record);
-  const Params params(x, weight, g, form.feature_dims());
-  std::optional<Tensor> of_x, of_weight, of_bias;
-  if (form.bits & kInput) of_x = new_result(g, x.scalar_type());
-  if (form.bits & kWeight) of_weight = params.gradient();
-  if (form.bits & kBias) of_bias = params.gradient();
-  backward_into(grad, x, mean, mean + g.num_statistics(), weight, g, mean[Record::size(g) - 2],
-                form.fixed(), of_x, of_weight, of_bias);
-  const auto found = [](const std::optional<Tensor>& t) { return t ? *t : Tensor(); };
-  return {found(of_x), found(of_weight), found(of_bias)};
+  call.eps = mean[Record::size(call.g) - 2];
+  const Gradients made(call);
+  backward_into(call, mean, mean + call.g.num_statistics(), made);
+  const auto found = [](const Maybe& t) { return t ? *t : Tensor(); };
+  return {found(made.x), found(made.weight), found(made.bias)};
 }
 
 }  // namespace

@@ -322,8 +322,14 @@ GradSums grad_sums_of_valid(const T* grad, const T* x, const bool* valid, int64_
 }
 
 template <class T>
+void clear_runs(T* values, const bool* valid, int64_t runs, int64_t len, T fill) {
+  for (int64_t r = 0; r < runs; ++r) clear(values + r * len, valid, len, fill);
+}
+
+template <class T>
 constexpr MaskedKernels<T> masked_kernels_of() {
-  return {pack<T>, apply_valid<T>, grad_apply_valid<T>, moments_of_valid<T>, grad_sums_of_valid<T>};
+  return {pack<T>,       apply_valid<T>,      grad_apply_valid<T>,
+          clear_runs<T>, moments_of_valid<T>, grad_sums_of_valid<T>};
 }
 
 }  // namespace

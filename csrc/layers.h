@@ -1,8 +1,11 @@
-// What rows_*.cpp and channels_*.cpp offer to library.cpp: forward and backward of a whole tensor.
+// What the drivers (rows_*.cpp, channels_*.cpp, masked_*.cpp) offer to call.cpp: forward and
+// backward of a whole tensor.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(TRUENORM_X86)
 #include <xmmintrin.h>
@@ -35,25 +38,39 @@ inline void fence(bool stream) {
 
 inline double inverse_std(double var, double eps) { return 1.0 / std::sqrt(var + eps); }
 
+class Valid;  // masked.h
+
+// y = select(mask, act(norm(x) · weight + bias + residual), padding) of a whole tensor.
 template <class T>
 struct Forward {
   const Geometry& geometry;
   const Kernels<T>& kernels;
   double eps;
   const T* x;
-  T* y;                        // null: only the statistics are wanted, of a batch
+  T* y;                        // null: only the statistics are wanted; may be x
   const compute_t<T>* weight;  // per channel, or null
   const compute_t<T>* bias;
   double* mean;  // per statistic; written, or read where `fixed`
   double* var;
   bool fixed;
-  bool stream;                  // see kStreamFrom
-  const T* residual = nullptr;  // y = act(norm(x) + residual)
+  bool stream;  // see kStreamFrom
+  const T* residual = nullptr;
   Activation act = {};
+  // What counts, where not all does: positions, or, where a row is all that a sample has, rows.
+  const Valid* valid = nullptr;
+  const bool* rows = nullptr;
+  T padding = {};
 
   bool acts() const { return residual || act.kind != Act::none; }
+  bool skips(int64_t statistic) const { return rows && !rows[statistic / geometry.groups()]; }
   ActInputs<T> inputs(int64_t offset) const {
     return ActInputs<T>{nullptr, x, residual}.from(offset);
+  }
+  double rstd(int64_t statistic) const { return inverse_std(var[statistic], eps); }
+  void set(int64_t statistic, const Moments& m) const {
+    mean[statistic] = geometry.centred ? m.mean : 0.0;
+    const double of_mean = geometry.centred ? 0.0 : m.count * m.mean * m.mean;
+    var[statistic] = m.count > 0.0 ? (m.m2 + of_mean) / m.count : 0.0;
   }
 };
 
@@ -68,19 +85,47 @@ struct Backward {
   const compute_t<T>* weight;
   const double* mean;
   const double* var;
-  double* grad_weight;  // per channel, or null
-  double* grad_bias;
   bool fixed;
   bool stream;  // see kStreamFrom
+  // Per channel, and of each sample if the statistics are a sample's own and either these span
+  // several positions or `each_sample`; zero before, or null.
+  GradSums* sums = nullptr;
+  bool each_sample = false;
+  // Means of weight · grad and of weight · grad · x̂ over all that a statistic spans, of which the
+  // tensor may be a part; null: over the tensor.
+  const double* mean_grad = nullptr;
+  const double* mean_grad_x_hat = nullptr;
   // Of y = act(norm(x) + residual) the gradient of the sum is made piece by piece, before it is
   // first read, in `inner`: the residual's gradient, or grad_x, which then is overwritten.
   T* inner = nullptr;  // null where there is neither activation nor residual
   const compute_t<T>* bias = nullptr;
   const T* residual = nullptr;
   Activation act = {};
+  const Valid* valid = nullptr;  // as in Forward
+  const bool* rows = nullptr;
 
   const T* norm_grad() const { return inner ? inner : grad; }
   ActInputs<T> inputs(int64_t offset) const { return ActInputs<T>{grad, x, residual}.from(offset); }
+  bool skips(int64_t statistic) const { return rows && !rows[statistic / geometry.groups()]; }
+  double rstd(int64_t statistic) const { return inverse_std(var[statistic], eps); }
+  double weight_of(int64_t channel) const { return weight ? double(weight[channel]) : 1.0; }
+  // whether grad_x takes the tensor's own sums
+  bool by_sums() const { return grad_x && !fixed && !mean_grad; }
+  bool summing() const { return sums || by_sums(); }
+  // one value is its own mean: its gradient is zero, not the rounding of what cancels
+  bool alone(double count) const {
+    return count == 1.0 && geometry.centred && !fixed && !mean_grad;
+  }
+  // what grad_x takes, by the sums of weight · grad over `count` values of a statistic
+  GradSums mean_grads(int64_t statistic, const GradSums& of, double count) const {
+    if (fixed) return {};
+    const GradSums mean = mean_grad ? GradSums{mean_grad[statistic], mean_grad_x_hat[statistic]}
+                                    : GradSums{of.grad / count, of.grad_x_hat / count};
+    return {geometry.centred ? mean.grad : 0.0, mean.grad_x_hat};
+  }
+  GradAffine<compute_t<T>> affine(int64_t statistic, double weight, const GradSums& means) const {
+    return {mean[statistic], rstd(statistic), weight, means.grad, means.grad_x_hat};
+  }
 };
 
 template <class T>
@@ -92,15 +137,23 @@ void forward_channels(const Forward<T>& f);
 template <class T>
 void backward_channels(const Backward<T>& b);
 
-// Means of weight · grad and of weight · grad · x̂ over all that a channel's statistics span, of
-// which the tensor may be a part.
-struct MeanGrads {
-  const double* grad;
-  const double* grad_x_hat;
-};
-// grad_x of batch statistics
 template <class T>
-void backward_given(const Backward<T>& b, const MeanGrads& means);
+void masked_forward_rows(const Forward<T>& f);
+template <class T>
+void masked_backward_rows(const Backward<T>& b);
+template <class T>
+void masked_forward_channels(const Forward<T>& f);
+template <class T>
+void masked_backward_channels(const Backward<T>& b);
+
+template <class T>
+inline void fill_values(T* to, int64_t count, T fill) {
+  static constexpr T zero{};
+  if (std::memcmp(&fill, &zero, sizeof(T)) == 0)
+    std::memset(to, 0, size_t(count) * sizeof(T));
+  else
+    std::fill_n(to, count, fill);
+}
 
 // `alpha` is the layer's own: the sum over a window is weighted by alpha / size.
 template <class T>

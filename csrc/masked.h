@@ -1,5 +1,4 @@
-// Which positions of a tensor count, and what masked_*.cpp offer to masked.cpp: forward and
-// backward of a whole tensor whose statistics span valid values alone.
+// Which positions of a tensor count, where the statistics span valid values alone.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "geometry.h"
+#include "layers.h"
 #include "masked_kernels.h"
 #include "parallel.h"
 
@@ -91,59 +90,6 @@ class Valid {
   int64_t positions_;
   std::vector<Sample> samples_;
 };
-
-// as Forward and Backward of layers.h
-template <class T>
-struct MaskedForward {
-  const Geometry& geometry;
-  const Valid& valid;
-  const Kernels<T>& kernels;
-  const MaskedKernels<T>& masked;
-  double eps;
-  const T* x;
-  T* y;
-  const compute_t<T>* weight;
-  const compute_t<T>* bias;
-  double* mean;  // per statistic, as those below
-  double* var;
-  double* count;
-  T padding;  // what y holds where nothing is valid
-};
-
-template <class T>
-struct MaskedBackward {
-  const Geometry& geometry;
-  const Valid& valid;
-  const Kernels<T>& kernels;
-  const MaskedKernels<T>& masked;
-  double eps;
-  const T* grad;
-  const T* x;
-  T* grad_x;  // or null
-  const compute_t<T>* weight;
-  const double* mean;
-  const double* var;
-  double* grad_weight;  // per channel
-  double* grad_bias;
-};
-
-template <class T>
-void masked_forward_rows(const MaskedForward<T>& f);
-template <class T>
-void masked_backward_rows(const MaskedBackward<T>& b);
-template <class T>
-void masked_forward_channels(const MaskedForward<T>& f);
-template <class T>
-void masked_backward_channels(const MaskedBackward<T>& b);
-
-template <class T>
-inline void fill_values(T* to, int64_t count, T fill) {
-  static constexpr T zero{};
-  if (std::memcmp(&fill, &zero, sizeof(T)) == 0)
-    std::memset(to, 0, size_t(count) * sizeof(T));
-  else
-    std::fill_n(to, count, fill);
-}
 
 // body(first, count) for the gaps between runs
 template <class Body>

@@ -130,19 +130,21 @@ void write(const Matrices& of, const Runs& runs, int64_t m, int64_t fold, T* to,
   });
 }
 
-// Coefficients of one row, or of `fold` of them.
+// Coefficients of one row, or of `fold` of them; first: of the matrix's statistics.
 template <class T>
 struct ForwardRow {
   Arrays<compute_t<T>> values;
   Affines<T> all;
 
-  ForwardRow(const MaskedForward<T>& f, int64_t fold, const double* mean, const double* var)
+  // of a Forward or a Backward
+  template <class Of>
+  ForwardRow(const Of& f, int64_t fold, int64_t first)
       : values(Affines<T>::kArrays, fold * f.geometry.c) {
     const int64_t channels = f.geometry.c, per_group = f.geometry.channels_per_group();
     for (int64_t i = 0; i < Affines<T>::kArrays; ++i) all.of[i] = values[i];
     for (int64_t c = 0; c < channels; ++c) {
-      const int64_t i = c / per_group;
-      const Affine<T> a(mean[i], inverse_std(var[i], f.eps), f.weight, f.bias, c);
+      const int64_t i = first + c / per_group;
+      const Affine<T> a(f.mean[i], f.rstd(i), f.weight, f.bias, c);
       for (int64_t to = c; to < fold * channels; to += channels) all.set(to, a);
     }
   }
@@ -173,22 +175,42 @@ struct BackwardRow {
 };
 
 template <class T>
-void write_outputs(const MaskedForward<T>& f, const Matrices& of, int64_t m, int64_t fold,
-                   const double* mean, const double* var) {
-  const ForwardRow<T> row(f, fold, mean, var);
-  write(of, f.valid.runs(m), m, fold, f.y, f.padding,
+void write_outputs(const Forward<T>& f, const Matrices& of, int64_t m, int64_t fold) {
+  const ForwardRow<T> row(f, fold, m * f.geometry.groups());
+  write(of, f.valid->runs(m), m, fold, f.y, f.padding,
         [&](int64_t offset, int64_t rows, int64_t len) {
-          f.kernels.apply_each(f.x + offset, f.y + offset, rows, len, row.all, false);
+          if (f.acts())
+            f.kernels.act_each(f.inputs(offset), f.y + offset, rows, len, len, row.all, f.act,
+                               false);
+          else
+            f.kernels.apply_each(f.x + offset, f.y + offset, rows, len, row.all, false);
+        });
+}
+
+// The gradient of what the activation is applied to, before it is first read.
+template <class T>
+void make_inner(const Backward<T>& b, const Matrices& of, int64_t m, int64_t fold) {
+  if (!b.inner) return;
+  const ForwardRow<T> row(b, fold, m * b.geometry.groups());
+  write(of, b.valid->runs(m), m, fold, b.inner, T{},
+        [&](int64_t offset, int64_t rows, int64_t len) {
+          b.kernels.act_each(b.inputs(offset), b.inner + offset, rows, len, len, row.all, b.act,
+                             false);
         });
 }
 
 template <class T>
-void write_gradients(const MaskedBackward<T>& b, const Matrices& of, int64_t m, int64_t fold,
+void write_gradients(const Backward<T>& b, const Matrices& of, int64_t m, int64_t fold,
                      const BackwardRow<compute_t<T>>& row) {
-  write(of, b.valid.runs(m), m, fold, b.grad_x, T{},
+  const T* const grads = b.norm_grad();
+  write(of, b.valid->runs(m), m, fold, b.grad_x, T{},
         [&](int64_t offset, int64_t rows, int64_t len) {
-          b.kernels.grad_apply_each(b.grad + offset, b.x + offset, b.grad_x + offset, rows, len,
-                                    row.all, false);
+          if (b.fixed)
+            b.kernels.grad_scale_each(grads + offset, b.grad_x + offset, rows, len, row.all.scale,
+                                      false);
+          else
+            b.kernels.grad_apply_each(grads + offset, b.x + offset, b.grad_x + offset, rows, len,
+                                      row.all, false);
         });
 }
 
@@ -199,83 +221,71 @@ void over_samples(const Geometry& g, const Body& body) {
 }
 
 template <class T>
-void forward_samples(const MaskedForward<T>& f) {
+void forward_samples(const Forward<T>& f) {
   const Geometry& g = f.geometry;
   const Matrices of(g);
   over_samples(g, [&](int64_t n) {
-    const int64_t first = n * g.groups(), rows = f.valid.count(n);
-    std::fill_n(f.count + first, g.groups(), double(rows * g.channels_per_group()));
+    const int64_t first = n * g.groups(), rows = f.valid->count(n);
     if (rows == 0) {
-      std::fill_n(f.mean + first, g.groups(), 0.0);
-      std::fill_n(f.var + first, g.groups(), 0.0);
-      return fill_values(f.y + n * of.values(), of.values(), f.padding);
+      for (int64_t i = first; i < first + g.groups() && !f.fixed; ++i) f.set(i, {});
+      if (f.y) fill_values(f.y + n * of.values(), of.values(), f.padding);
+      return;
     }
     const Geometry packed = of_rows(g, rows);
-    const std::array<const T*, 1> from{f.x + n * of.values()};
-    side_by_side<T, 1>(from, f.valid.runs(n), g.c, [&](const auto& x, int64_t) {
-      forward_channels(Forward<T>{packed, f.kernels, f.eps, x[0], nullptr, f.weight, f.bias,
-                                  f.mean + first, f.var + first, false, false});
-    });
-    write_outputs(f, of, n, Cut(packed).fold, f.mean + first, f.var + first);
+    if (!f.fixed)
+      side_by_side<T, 1>(
+          {f.x + n * of.values()}, f.valid->runs(n), g.c, [&](const auto& x, int64_t) {
+            forward_channels(Forward<T>{packed, f.kernels, f.eps, x[0], nullptr, nullptr, nullptr,
+                                        f.mean + first, f.var + first, false, false});
+          });
+    if (f.y) write_outputs(f, of, n, Cut(packed).fold);
   });
 }
 
 template <class T>
-void backward_samples(const MaskedBackward<T>& b) {
-  using A = compute_t<T>;
+void backward_samples(const Backward<T>& b) {
   const Geometry& g = b.geometry;
   const Matrices of(g);
   const int64_t per_group = g.channels_per_group();
-  const auto weights = scratch<double>(g.n * g.c), biases = scratch<double>(g.n * g.c);
+  const auto own = scratch<GradSums>(b.sums ? 0 : g.n * g.c);
   over_samples(g, [&](int64_t n) {
-    const int64_t first = n * g.groups(), rows = b.valid.count(n);
-    double *const of_weight = weights.get() + n * g.c, *const of_bias = biases.get() + n * g.c;
-    std::fill_n(of_weight, g.c, 0.0);
-    std::fill_n(of_bias, g.c, 0.0);
+    const int64_t first = n * g.groups(), rows = b.valid->count(n);
+    GradSums* const sums = (b.sums ? b.sums : own.get()) + n * g.c;
     const double count = double(rows * per_group);
-    const auto zeros = [&] {
-      if (b.grad_x) fill_values(b.grad_x + n * of.values(), of.values(), T{});
+    const auto zeros = [&](T* to) {
+      if (to) fill_values(to + n * of.values(), of.values(), T{});
     };
-    if (rows == 0) return zeros();
+    if (rows == 0) return zeros(b.inner), zeros(b.grad_x);
     const Geometry packed = of_rows(g, rows);
-    const std::array<const T*, 2> from{b.grad + n * of.values(), b.x + n * of.values()};
-    side_by_side<T, 2>(from, b.valid.runs(n), g.c, [&](const auto& values, int64_t) {
-      backward_channels(Backward<T>{packed, b.kernels, b.eps, values[0], values[1], nullptr,
-                                    b.weight, b.mean + first, b.var + first, of_weight, of_bias,
-                                    false, false});
-    });
-    // one value is its own mean: its gradient is zero, not the rounding of what cancels
-    if (count == 1.0) return zeros();
-    if (!b.grad_x) return;
     const int64_t fold = Cut(packed).fold;
-    BackwardRow<A> row(fold, g.c);
+    make_inner(b, of, n, fold);
+    const std::array<const T*, 2> from{b.norm_grad() + n * of.values(), b.x + n * of.values()};
+    if (b.summing())
+      side_by_side<T, 2>(from, b.valid->runs(n), g.c, [&](const auto& values, int64_t) {
+        backward_channels(Backward<T>{packed, b.kernels, b.eps, values[0], values[1], nullptr,
+                                      nullptr, b.mean + first, b.var + first, false, false, sums});
+      });
+    if (b.alone(count)) return zeros(b.grad_x);
+    if (!b.grad_x) return;
+    BackwardRow<compute_t<T>> row(fold, g.c);
     for (int64_t i = 0; i < g.groups(); ++i) {
-      const auto weight = [&](int64_t c) { return b.weight ? double(b.weight[c]) : 1.0; };
       GradSums mean;
-      for (int64_t c = i * per_group; c < (i + 1) * per_group; ++c) {
-        mean.grad += weight(c) * of_bias[c] / count;
-        mean.grad_x_hat += weight(c) * of_weight[c] / count;
-      }
-      const double rstd = inverse_std(b.var[first + i], b.eps);
       for (int64_t c = i * per_group; c < (i + 1) * per_group; ++c)
-        row.set(c, GradAffine<A>(b.mean[first + i], rstd, weight(c), mean.grad, mean.grad_x_hat));
+        mean.add(
+            {b.weight_of(c) * sums[c].grad / count, b.weight_of(c) * sums[c].grad_x_hat / count});
+      mean = b.mean_grads(first + i, mean, 1.0);
+      for (int64_t c = i * per_group; c < (i + 1) * per_group; ++c)
+        row.set(c, b.affine(first + i, b.weight_of(c), mean));
     }
     write_gradients(b, of, n, fold, row);
   });
-  for (int64_t c = 0; c < g.c; ++c) b.grad_weight[c] = b.grad_bias[c] = 0.0;
-  for (int64_t n = 0; n < g.n; ++n)
-    for (int64_t c = 0; c < g.c; ++c) {
-      b.grad_weight[c] += weights[n * g.c + c];
-      b.grad_bias[c] += biases[n * g.c + c];
-    }
 }
 
+// Statistics of the batch, from those of its units.
 template <class T>
-void forward_batch(const MaskedForward<T>& f) {
+void batch_statistics(const Forward<T>& f, const Cut& whole) {
   const Geometry& g = f.geometry;
-  const Matrices of(g);
-  const Cut whole(g);
-  const std::vector<Runs> units = units_of(f.valid.runs(0), whole);
+  const std::vector<Runs> units = units_of(f.valid->runs(0), whole);
   const int64_t count = int64_t(units.size());
   const auto mean = scratch<double>(count * g.c), var = scratch<double>(count * g.c);
   parallel(count, whole.rows_per_piece * whole.cols, [&](int64_t u) {
@@ -300,47 +310,53 @@ void forward_batch(const MaskedForward<T>& f) {
     }
     rows = total;
   }
-  for (int64_t c = 0; c < g.c; ++c) {
-    f.var[c] = rows > 0.0 ? f.var[c] / rows : 0.0;
-    f.count[c] = rows;
-  }
-  if (rows == 0.0) return fill_values(f.y, of.values(), f.padding);
-  write_outputs(f, of, 0, whole.fold, f.mean, f.var);
+  for (int64_t c = 0; c < g.c; ++c) f.var[c] = rows > 0.0 ? f.var[c] / rows : 0.0;
 }
 
 template <class T>
-void backward_batch(const MaskedBackward<T>& b) {
-  using A = compute_t<T>;
+void forward_batch(const Forward<T>& f) {
+  const Matrices of(f.geometry);
+  const Cut whole(f.geometry);
+  if (!f.fixed) batch_statistics(f, whole);
+  if (!f.y) return;
+  if (f.valid->count(0) == 0) return fill_values(f.y, of.values(), f.padding);
+  write_outputs(f, of, 0, whole.fold);
+}
+
+template <class T>
+void batch_sums(const Backward<T>& b, const Cut& whole, GradSums* sums) {
+  const Geometry& g = b.geometry;
+  const std::vector<Runs> units = units_of(b.valid->runs(0), whole);
+  const int64_t count = int64_t(units.size());
+  const auto of_unit = scratch<GradSums>(count * g.c);
+  parallel(count, 2 * whole.rows_per_piece * whole.cols, [&](int64_t u) {
+    side_by_side<T, 2>({b.norm_grad(), b.x}, units[u], g.c, [&](const auto& values, int64_t rows) {
+      const Geometry packed = of_rows(g, rows);
+      backward_channels(Backward<T>{packed, b.kernels, b.eps, values[0], values[1], nullptr,
+                                    nullptr, b.mean, b.var, false, false, of_unit.get() + u * g.c});
+    });
+  });
+  for (int64_t u = 0; u < count; ++u)
+    for (int64_t c = 0; c < g.c; ++c) sums[c].add(of_unit[u * g.c + c]);
+}
+
+template <class T>
+void backward_batch(const Backward<T>& b) {
   const Geometry& g = b.geometry;
   const Matrices of(g);
   const Cut whole(g);
-  const std::vector<Runs> units = units_of(b.valid.runs(0), whole);
-  const int64_t count = int64_t(units.size());
-  const auto weights = scratch<double>(count * g.c), biases = scratch<double>(count * g.c);
-  parallel(count, 2 * whole.rows_per_piece * whole.cols, [&](int64_t u) {
-    side_by_side<T, 2>({b.grad, b.x}, units[u], g.c, [&](const auto& values, int64_t rows) {
-      const Geometry packed = of_rows(g, rows);
-      backward_channels(Backward<T>{packed, b.kernels, b.eps, values[0], values[1], nullptr,
-                                    nullptr, b.mean, b.var, weights.get() + u * g.c,
-                                    biases.get() + u * g.c, false, false});
-    });
-  });
-  std::fill_n(b.grad_weight, g.c, 0.0);
-  std::fill_n(b.grad_bias, g.c, 0.0);
-  for (int64_t u = 0; u < count; ++u)
-    for (int64_t c = 0; c < g.c; ++c) {
-      b.grad_weight[c] += weights[u * g.c + c];
-      b.grad_bias[c] += biases[u * g.c + c];
-    }
+  const auto own = scratch<GradSums>(b.sums ? 0 : g.c);
+  GradSums* const sums = b.sums ? b.sums : own.get();
+  make_inner(b, of, 0, whole.fold);
+  if (b.summing()) batch_sums(b, whole, sums);
   if (!b.grad_x) return;
-  const double rows = double(b.valid.count(0));
-  // one value is its own mean: its gradient is zero, not the rounding of what cancels
-  if (rows <= 1.0) return fill_values(b.grad_x, of.values(), T{});
-  BackwardRow<A> row(whole.fold, g.c);
+  const double rows = double(b.valid->count(0));
+  if (rows == 0.0 || b.alone(rows)) return fill_values(b.grad_x, of.values(), T{});
+  BackwardRow<compute_t<T>> row(whole.fold, g.c);
   for (int64_t c = 0; c < g.c; ++c) {
-    const double weight = b.weight ? double(b.weight[c]) : 1.0;
-    row.set(c, GradAffine<A>(b.mean[c], inverse_std(b.var[c], b.eps), weight,
-                             weight * b.grad_bias[c] / rows, weight * b.grad_weight[c] / rows));
+    const double weight = b.weight_of(c);
+    const GradSums weighted{weight * sums[c].grad, weight * sums[c].grad_x_hat};
+    row.set(c, b.affine(c, weight, b.mean_grads(c, weighted, rows)));
   }
   write_gradients(b, of, 0, whole.fold, row);
 }
@@ -348,22 +364,22 @@ void backward_batch(const MaskedBackward<T>& b) {
 }  // namespace
 
 template <class T>
-void masked_forward_channels(const MaskedForward<T>& f) {
+void masked_forward_channels(const Forward<T>& f) {
   f.geometry.over_batch() ? forward_batch(f) : forward_samples(f);
 }
 
 template <class T>
-void masked_backward_channels(const MaskedBackward<T>& b) {
+void masked_backward_channels(const Backward<T>& b) {
   b.geometry.over_batch() ? backward_batch(b) : backward_samples(b);
 }
 
-template void masked_forward_channels<double>(const MaskedForward<double>&);
-template void masked_forward_channels<float>(const MaskedForward<float>&);
-template void masked_forward_channels<bf16>(const MaskedForward<bf16>&);
-template void masked_forward_channels<f16>(const MaskedForward<f16>&);
-template void masked_backward_channels<double>(const MaskedBackward<double>&);
-template void masked_backward_channels<float>(const MaskedBackward<float>&);
-template void masked_backward_channels<bf16>(const MaskedBackward<bf16>&);
-template void masked_backward_channels<f16>(const MaskedBackward<f16>&);
+template void masked_forward_channels<double>(const Forward<double>&);
+template void masked_forward_channels<float>(const Forward<float>&);
+template void masked_forward_channels<bf16>(const Forward<bf16>&);
+template void masked_forward_channels<f16>(const Forward<f16>&);
+template void masked_backward_channels<double>(const Backward<double>&);
+template void masked_backward_channels<float>(const Backward<float>&);
+template void masked_backward_channels<bf16>(const Backward<bf16>&);
+template void masked_backward_channels<f16>(const Backward<f16>&);
 
 }  // namespace truenorm

@@ -21,6 +21,9 @@ struct MaskedKernels {
   void (*grad_apply)(const T* grad, const T* x, T* grad_x, const bool* valid, int64_t runs,
                      int64_t len, const GradAffine<compute_t<T>>* by);
 
+  // Runs that share a mask: `fill` for what is not valid.
+  void (*clear)(T* values, const bool* valid, int64_t runs, int64_t len, T fill);
+
   // Mean and m2 of what is valid of `runs` runs, whose masks follow one another, of which count is
   // known. False where sums about zero do not serve: then they are to be packed.
   bool (*moments)(const T* x, const bool* valid, int64_t runs, int64_t len, int64_t stride,

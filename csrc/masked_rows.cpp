@@ -169,33 +169,69 @@ void write(const Geometry& g, const Valid& valid, int64_t n, int64_t first, int6
   }
 }
 
-// affine: the first channel's coefficients
 template <class T>
-void write_outputs(const MaskedForward<T>& f, int64_t n, int64_t first, int64_t channels,
+void write_outputs(const Forward<T>& f, int64_t n, int64_t first, int64_t channels,
                    const Affine<T>* affine) {
-  write(
-      f.geometry, f.valid, n, first, channels, f.y, f.padding,
-      [&](int64_t c, int64_t offset, int64_t runs, int64_t len) {
-        f.kernels.apply(f.x + offset, f.y + offset, runs, len, affine + c - first, false);
-      },
-      [&](int64_t c, int64_t offset, const bool* mask, int64_t runs, int64_t len) {
-        f.masked.apply(f.x + offset, f.y + offset, mask, runs, len, affine + c - first, f.padding);
-      });
+  const auto run = [&](int64_t c, int64_t offset, int64_t runs, int64_t len) {
+    if (f.acts())
+      f.kernels.act(f.inputs(offset), f.y + offset, runs, len, affine + c - first, f.act, false);
+    else
+      f.kernels.apply(f.x + offset, f.y + offset, runs, len, affine + c - first, false);
+  };
+  const MaskedKernels<T>& masked = masked_table<T>();
+  write(f.geometry, *f.valid, n, first, channels, f.y, f.padding, run,
+        [&](int64_t c, int64_t offset, const bool* mask, int64_t runs, int64_t len) {
+          if (!f.acts())
+            return masked.apply(f.x + offset, f.y + offset, mask, runs, len, affine + c - first,
+                                f.padding);
+          run(c, offset, runs, len);
+          masked.clear(f.y + offset, mask, runs, len, f.padding);
+        });
+}
+
+// The gradient of what the activation is applied to, before it is first read.
+template <class T>
+void make_inner(const Backward<T>& b, int64_t n, int64_t first, int64_t channels) {
+  if (!b.inner) return;
+  const Geometry& g = b.geometry;
+  Room<Affine<T>> room;
+  Affine<T>* const affine = room.of(channels);
+  for (int64_t c = first; c < first + channels; ++c) {
+    const int64_t i = g.over_batch() ? c : n * g.groups() + c / g.channels_per_group();
+    affine[c - first] = Affine<T>(b.mean[i], b.rstd(i), b.weight, b.bias, c);
+  }
+  const auto run = [&](int64_t c, int64_t offset, int64_t runs, int64_t len) {
+    b.kernels.act(b.inputs(offset), b.inner + offset, runs, len, affine + c - first, b.act, false);
+  };
+  write(g, *b.valid, n, first, channels, b.inner, T{}, run,
+        [&](int64_t c, int64_t offset, const bool* mask, int64_t runs, int64_t len) {
+          run(c, offset, runs, len);
+          masked_table<T>().clear(b.inner + offset, mask, runs, len, T{});
+        });
 }
 
 template <class T>
-void write_gradients(const MaskedBackward<T>& b, int64_t n, int64_t first, int64_t channels,
+void write_gradients(const Backward<T>& b, int64_t n, int64_t first, int64_t channels,
                      const GradAffine<compute_t<T>>* affine) {
-  write(
-      b.geometry, b.valid, n, first, channels, b.grad_x, T{},
-      [&](int64_t c, int64_t offset, int64_t runs, int64_t len) {
-        b.kernels.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, runs, len,
-                             affine + c - first, false);
-      },
-      [&](int64_t c, int64_t offset, const bool* mask, int64_t runs, int64_t len) {
-        b.masked.grad_apply(b.grad + offset, b.x + offset, b.grad_x + offset, mask, runs, len,
-                            affine + c - first);
-      });
+  const T* const grads = b.norm_grad();
+  const auto run = [&](int64_t c, int64_t offset, int64_t runs, int64_t len) {
+    const auto* const by = affine + c - first;
+    if (!b.fixed)
+      return b.kernels.grad_apply(grads + offset, b.x + offset, b.grad_x + offset, runs, len, by,
+                                  false);
+    for (int64_t r = 0; r < runs; ++r)
+      b.kernels.grad_scale(grads + offset + r * len, b.grad_x + offset + r * len, 1, len,
+                           &by[r].scale, false);
+  };
+  const MaskedKernels<T>& masked = masked_table<T>();
+  write(b.geometry, *b.valid, n, first, channels, b.grad_x, T{}, run,
+        [&](int64_t c, int64_t offset, const bool* mask, int64_t runs, int64_t len) {
+          if (!b.fixed)
+            return masked.grad_apply(grads + offset, b.x + offset, b.grad_x + offset, mask, runs,
+                                     len, affine + c - first);
+          run(c, offset, runs, len);
+          masked.clear(b.grad_x + offset, mask, runs, len, T{});
+        });
 }
 
 // body(sample, first group, groups): neighbouring groups of a sample that are one task.
@@ -212,70 +248,62 @@ void over_groups(const Geometry& g, const Body& body) {
 }
 
 template <class T>
-void forward_groups(const MaskedForward<T>& f) {
+void forward_groups(const Forward<T>& f) {
   const Geometry& g = f.geometry;
-  const Kernels<T>& kernels = f.kernels;
   const int64_t per_group = g.channels_per_group();
   over_groups(g, [&](int64_t n, int64_t first, int64_t groups) {
-    const Gathered<T, 1> gathered(g, f.valid, {f.x}, per_group * f.valid.count(n));
-    Room<Affine<T>> room;
-    Affine<T>* const affine = room.of(groups * per_group);
-    const int64_t first_channel = first * per_group;
-    for (int64_t k = 0; k < groups; ++k) {
-      const int64_t statistic = n * g.groups() + first + k, channel = first_channel + k * per_group;
-      Moments m;
-      gathered.of_sample(n, channel, per_group, moments_into(kernels, m, g.centred));
-      f.count[statistic] = m.count;
-      f.mean[statistic] = m.mean;
-      f.var[statistic] = m.count > 0.0 ? m.m2 / m.count : 0.0;
-      const double rstd = inverse_std(f.var[statistic], f.eps);
-      for (int64_t c = channel; c < channel + per_group; ++c)
-        affine[c - first_channel] = Affine<T>(m.mean, rstd, f.weight, f.bias, c);
+    const int64_t begin = first * per_group, end = begin + groups * per_group;
+    if (!f.fixed) {
+      const Gathered<T, 1> gathered(g, *f.valid, {f.x}, per_group * f.valid->count(n));
+      for (int64_t channel = begin; channel < end; channel += per_group) {
+        Moments m;
+        gathered.of_sample(n, channel, per_group, moments_into(f.kernels, m, g.centred));
+        f.set(n * g.groups() + channel / per_group, m);
+      }
     }
-    write_outputs(f, n, first_channel, groups * per_group, affine);
+    if (!f.y) return;
+    Room<Affine<T>> room;
+    Affine<T>* const affine = room.of(end - begin);
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t i = n * g.groups() + c / per_group;
+      affine[c - begin] = Affine<T>(f.mean[i], f.rstd(i), f.weight, f.bias, c);
+    }
+    write_outputs(f, n, begin, end - begin, affine);
   });
 }
 
 template <class T>
-void backward_groups(const MaskedBackward<T>& b) {
+void backward_groups(const Backward<T>& b) {
   using A = compute_t<T>;
   const Geometry& g = b.geometry;
-  const Kernels<T>& kernels = b.kernels;
   const int64_t per_group = g.channels_per_group();
-  const auto sums = scratch<GradSums>(g.n * g.c);
+  const auto own = scratch<GradSums>(b.sums ? 0 : g.n * g.c);
+  GradSums* const sums = b.sums ? b.sums : own.get();
   over_groups(g, [&](int64_t n, int64_t first, int64_t groups) {
-    const Gathered<T, 2> gathered(g, b.valid, {b.grad, b.x}, b.valid.count(n));
+    const Gathered<T, 2> gathered(g, *b.valid, {b.norm_grad(), b.x}, b.valid->count(n));
     Room<GradAffine<A>> room;
     GradAffine<A>* const affine = room.of(groups * per_group);
     const int64_t first_channel = first * per_group;
-    const double count = double(per_group * b.valid.count(n));
+    const double count = double(per_group * b.valid->count(n));
+    make_inner(b, n, first_channel, groups * per_group);
     for (int64_t k = 0; k < groups; ++k) {
       const int64_t statistic = n * g.groups() + first + k, channel = first_channel + k * per_group;
-      const double mean = b.mean[statistic], rstd = inverse_std(b.var[statistic], b.eps);
-      const auto weight = [&](int64_t c) { return b.weight ? double(b.weight[c]) : 1.0; };
       GradSums total;
-      for (int64_t c = channel; c < channel + per_group; ++c) {
+      for (int64_t c = channel; c < channel + per_group && b.summing(); ++c) {
         GradSums& of_channel = sums[n * g.c + c];
-        gathered.of_sample(n, c, 1, sums_into(kernels, of_channel, mean, rstd));
-        total.grad += weight(c) * of_channel.grad;
-        total.grad_x_hat += weight(c) * of_channel.grad_x_hat;
+        gathered.of_sample(n, c, 1,
+                           sums_into(b.kernels, of_channel, b.mean[statistic], b.rstd(statistic)));
+        total.add({b.weight_of(c) * of_channel.grad, b.weight_of(c) * of_channel.grad_x_hat});
       }
-      const double mean_grad = g.centred ? total.grad / count : 0.0;
+      const GradSums means = b.mean_grads(statistic, total, count);
       for (int64_t c = channel; c < channel + per_group; ++c)
-        affine[c - first_channel] =
-            GradAffine<A>(mean, rstd, weight(c), mean_grad, total.grad_x_hat / count);
+        affine[c - first_channel] = b.affine(statistic, b.weight_of(c), means);
     }
     if (!b.grad_x) return;
-    // one value is its own mean: its gradient is zero, not the rounding of what cancels
-    if (count == 1.0)
+    if (b.alone(count))
       return fill_values(b.grad_x + (n * g.c + first_channel) * g.s, groups * per_group * g.s, T{});
     write_gradients(b, n, first_channel, groups * per_group, affine);
   });
-  for (int64_t n = 0; n < g.n; ++n)
-    for (int64_t c = 0; c < g.c; ++c) {
-      b.grad_weight[c] = (n ? b.grad_weight[c] : 0.0) + sums[n * g.c + c].grad_x_hat;
-      b.grad_bias[c] = (n ? b.grad_bias[c] : 0.0) + sums[n * g.c + c].grad;
-    }
 }
 
 // Neighbouring samples whose values of a channel are summed together: by the mask alone, so that
@@ -325,18 +353,18 @@ void over_batch(const Geometry& g, const Valid& valid, int64_t tensors, bool wri
 int64_t unit_capacity(const Geometry& g) { return std::min(g.n * g.s, std::max(kPiece, g.s)); }
 
 template <class T>
-void forward_batch(const MaskedForward<T>& f) {
+void forward_batch(const Forward<T>& f) {
   const Geometry& g = f.geometry;
-  const Kernels<T>& kernels = f.kernels;
   const auto affine = scratch<Affine<T>>(g.c);
   const auto of_unit = [&](int64_t channel, int64_t begin, int64_t end) {
-    const Gathered<T, 1> gathered(g, f.valid, {f.x}, unit_capacity(g));
     Moments m;
-    gathered.of_batch(begin, end, channel, moments_into(kernels, m, true),
+    if (f.fixed) return m;
+    const Gathered<T, 1> gathered(g, *f.valid, {f.x}, unit_capacity(g));
+    gathered.of_batch(begin, end, channel, moments_into(f.kernels, m, true),
                       [&](const auto& x, const bool* mask, int64_t samples, int64_t count) {
                         Moments some{double(count), 0.0, 0.0};
                         const bool found =
-                            f.masked.moments(x[0], mask, samples, g.s, g.c * g.s, &some);
+                            masked_table<T>().moments(x[0], mask, samples, g.s, g.c * g.s, &some);
                         if (found) m.merge(some);
                         return found;
                       });
@@ -345,50 +373,46 @@ void forward_batch(const MaskedForward<T>& f) {
   const auto total = [&](int64_t c, int64_t units, const auto& of) {
     Moments m;
     for (int64_t u = 0; u < units; ++u) m.merge(of(u));
-    f.count[c] = m.count;
-    f.mean[c] = m.mean;
-    f.var[c] = m.count > 0.0 ? m.m2 / m.count : 0.0;
-    affine[c] = Affine<T>(f.mean[c], inverse_std(f.var[c], f.eps), f.weight, f.bias, c);
+    if (!f.fixed) f.set(c, m);
+    affine[c] = Affine<T>(f.mean[c], f.rstd(c), f.weight, f.bias, c);
   };
-  over_batch<T, Moments>(g, f.valid, 1, true, of_unit, total,
+  over_batch<T, Moments>(g, *f.valid, 1, f.y != nullptr, of_unit, total,
                          [&](int64_t n, int64_t first, int64_t channels) {
                            write_outputs(f, n, first, channels, affine.get() + first);
                          });
 }
 
 template <class T>
-void backward_batch(const MaskedBackward<T>& b) {
-  using A = compute_t<T>;
+void backward_batch(const Backward<T>& b) {
   const Geometry& g = b.geometry;
-  const Kernels<T>& kernels = b.kernels;
-  const auto affine = scratch<GradAffine<A>>(g.c);
+  const auto affine = scratch<GradAffine<compute_t<T>>>(g.c);
   int64_t count = 0;
-  for (int64_t n = 0; n < g.n; ++n) count += b.valid.count(n);
+  for (int64_t n = 0; n < g.n; ++n) count += b.valid->count(n);
   const auto of_unit = [&](int64_t channel, int64_t begin, int64_t end) {
-    const Gathered<T, 2> gathered(g, b.valid, {b.grad, b.x}, unit_capacity(g));
+    for (int64_t n = begin; n < end; ++n) make_inner(b, n, channel, 1);
     GradSums sums;
-    const double mean = b.mean[channel], rstd = inverse_std(b.var[channel], b.eps);
-    gathered.of_batch(
-        begin, end, channel, sums_into(kernels, sums, mean, rstd),
-        [&](const auto& of, const bool* mask, int64_t samples, int64_t) {
-          sums.add(b.masked.grad_sums(of[0], of[1], mask, samples, g.s, g.c * g.s, mean, rstd));
-          return true;
-        });
+    if (!b.summing()) return sums;
+    const Gathered<T, 2> gathered(g, *b.valid, {b.norm_grad(), b.x}, unit_capacity(g));
+    const double mean = b.mean[channel], rstd = b.rstd(channel);
+    gathered.of_batch(begin, end, channel, sums_into(b.kernels, sums, mean, rstd),
+                      [&](const auto& of, const bool* mask, int64_t samples, int64_t) {
+                        sums.add(masked_table<T>().grad_sums(of[0], of[1], mask, samples, g.s,
+                                                             g.c * g.s, mean, rstd));
+                        return true;
+                      });
     return sums;
   };
   const auto total = [&](int64_t c, int64_t units, const auto& of) {
     GradSums sums;
     for (int64_t u = 0; u < units; ++u) sums.add(of(u));
-    b.grad_weight[c] = sums.grad_x_hat;
-    b.grad_bias[c] = sums.grad;
-    const double weight = b.weight ? double(b.weight[c]) : 1.0;
-    affine[c] =
-        GradAffine<A>(b.mean[c], inverse_std(b.var[c], b.eps), weight,
-                      weight * sums.grad / double(count), weight * sums.grad_x_hat / double(count));
+    if (b.sums) b.sums[c] = sums;
+    const double weight = b.weight_of(c);
+    affine[c] = b.affine(
+        c, weight, b.mean_grads(c, {weight * sums.grad, weight * sums.grad_x_hat}, double(count)));
   };
-  over_batch<T, GradSums>(g, b.valid, 2, b.grad_x != nullptr, of_unit, total,
+  over_batch<T, GradSums>(g, *b.valid, 2, b.grad_x != nullptr, of_unit, total,
                           [&](int64_t n, int64_t first, int64_t channels) {
-                            if (count == 1)  // one value is its own mean
+                            if (b.alone(double(count)))
                               return fill_values(b.grad_x + (n * g.c + first) * g.s, channels * g.s,
                                                  T{});
                             write_gradients(b, n, first, channels, affine.get() + first);
@@ -398,22 +422,22 @@ void backward_batch(const MaskedBackward<T>& b) {
 }  // namespace
 
 template <class T>
-void masked_forward_rows(const MaskedForward<T>& f) {
+void masked_forward_rows(const Forward<T>& f) {
   f.geometry.over_batch() ? forward_batch(f) : forward_groups(f);
 }
 
 template <class T>
-void masked_backward_rows(const MaskedBackward<T>& b) {
+void masked_backward_rows(const Backward<T>& b) {
   b.geometry.over_batch() ? backward_batch(b) : backward_groups(b);
 }
 
-template void masked_forward_rows<double>(const MaskedForward<double>&);
-template void masked_forward_rows<float>(const MaskedForward<float>&);
-template void masked_forward_rows<bf16>(const MaskedForward<bf16>&);
-template void masked_forward_rows<f16>(const MaskedForward<f16>&);
-template void masked_backward_rows<double>(const MaskedBackward<double>&);
-template void masked_backward_rows<float>(const MaskedBackward<float>&);
-template void masked_backward_rows<bf16>(const MaskedBackward<bf16>&);
-template void masked_backward_rows<f16>(const MaskedBackward<f16>&);
+template void masked_forward_rows<double>(const Forward<double>&);
+template void masked_forward_rows<float>(const Forward<float>&);
+template void masked_forward_rows<bf16>(const Forward<bf16>&);
+template void masked_forward_rows<f16>(const Forward<f16>&);
+template void masked_backward_rows<double>(const Backward<double>&);
+template void masked_backward_rows<float>(const Backward<float>&);
+template void masked_backward_rows<bf16>(const Backward<bf16>&);
+template void masked_backward_rows<f16>(const Backward<f16>&);
 
 }  // namespace truenorm

@@ -73,19 +73,6 @@ void over_runs(const Geometry& g, const Body& body) {
   });
 }
 
-// weight · sums, and what they make of one group: the coefficients of its gradient.
-template <class T>
-struct GroupGrad {
-  double mean, rstd, mean_grad, mean_grad_x_hat;
-
-  GroupGrad(const Backward<T>& b, int64_t statistic, double sum_grad, double sum_grad_x_hat)
-      : mean(b.mean[statistic]), rstd(inverse_std(b.var[statistic], b.eps)) {
-    const double count = double(b.geometry.values_per_statistic());
-    mean_grad = b.geometry.centred ? sum_grad / count : 0.0;
-    mean_grad_x_hat = sum_grad_x_hat / count;
-  }
-};
-
 template <class T>
 void backward_elementwise(const Backward<T>& b);
 

@@ -5,14 +5,15 @@
 namespace truenorm {
 namespace {
 
+// grad_x of neighbouring channels by `runs` of their values that follow one another.
 template <class T>
-void grad_channel(const Backward<T>& b, const GroupGrad<T>& group, int64_t channel, int64_t offset,
-                  int64_t count) {
-  using A = compute_t<T>;
-  const double weight = b.weight ? double(b.weight[channel]) : 1.0;
-  const GradAffine<A> a(group.mean, group.rstd, weight, group.mean_grad, group.mean_grad_x_hat);
-  b.kernels.grad_apply(b.norm_grad() + offset, b.x + offset, b.grad_x + offset, 1, count, &a,
-                       b.stream);
+void grad_runs(const Backward<T>& b, int64_t offset, int64_t runs, int64_t len,
+               const GradAffine<compute_t<T>>* by, const compute_t<T>* scale) {
+  const T* const grads = b.norm_grad() + offset;
+  if (b.fixed)
+    b.kernels.grad_scale(grads, b.grad_x + offset, runs, len, scale, b.stream);
+  else
+    b.kernels.grad_apply(grads, b.x + offset, b.grad_x + offset, runs, len, by, b.stream);
   fence(b.stream);
 }
 
@@ -21,51 +22,26 @@ template <class T>
 void make_inner(const Backward<T>& b, int64_t statistic, int64_t channel, int64_t offset,
                 int64_t runs, int64_t len, int64_t stride) {
   if (!b.inner) return;
-  const Affine<T> by(b.mean[statistic], inverse_std(b.var[statistic], b.eps), b.weight, b.bias,
-                     channel);
+  const Affine<T> by(b.mean[statistic], b.rstd(statistic), b.weight, b.bias, channel);
   for (int64_t run = 0, at = offset; run < runs; ++run, at += stride)
     b.kernels.act(b.inputs(at), b.inner + at, 1, len, &by, b.act, false);
 }
 
-// Weighted sums over the channels of a group, from each channel's own.
-template <class T>
-GradSums group_sums(const Backward<T>& b, int64_t statistic, const GradSums* of_channel) {
-  const int64_t per_group = b.geometry.channels_per_group();
-  const int64_t first_channel = statistic % b.geometry.groups() * per_group;
-  GradSums total;
-  for (int64_t k = 0; k < per_group; ++k) {
-    const double weight = b.weight ? double(b.weight[first_channel + k]) : 1.0;
-    total.grad += weight * of_channel[k].grad;
-    total.grad_x_hat += weight * of_channel[k].grad_x_hat;
-  }
-  return total;
-}
-
-// Gradients of weight and bias from sums per sample and channel, samples added in order.
-template <class T>
-void param_grads(const Backward<T>& b, const GradSums* sums) {
-  const Geometry& g = b.geometry;
-  if (!b.grad_weight && !b.grad_bias) return;
-  parallel(g.c, g.n, [&](int64_t c) {
-    double weight = 0.0, bias = 0.0;
-    for (int64_t n = 0; n < g.n; ++n) {
-      weight += sums[n * g.c + c].grad_x_hat;
-      bias += sums[n * g.c + c].grad;
-    }
-    if (b.grad_weight) b.grad_weight[c] = weight;
-    if (b.grad_bias) b.grad_bias[c] = bias;
-  });
-}
-
 template <class T>
 void backward_groups(const Backward<T>& b) {
+  using A = compute_t<T>;
   const Geometry& g = b.geometry;
   const int64_t statistics = g.num_statistics(), per_group = g.channels_per_group();
   const int64_t len = g.values_per_statistic();
-  const auto sums = scratch<GradSums>(g.n * g.c);
-  const auto group_grad = [&](int64_t i) {
-    const GradSums s = group_sums(b, i, sums.get() + i * per_group);
-    return GroupGrad<T>(b, i, s.grad, s.grad_x_hat);
+  const auto own = scratch<GradSums>(b.sums ? 0 : g.n * g.c);
+  GradSums* const sums = b.sums ? b.sums : own.get();
+  const auto mean_grads = [&](int64_t i) {
+    GradSums total;
+    for (int64_t run = i * per_group; run < (i + 1) * per_group; ++run) {
+      const double weight = b.weight_of(run % g.c);
+      total.add({weight * sums[run].grad, weight * sums[run].grad_x_hat});
+    }
+    return b.mean_grads(i, total, double(len));
   };
   const int64_t pieces = ceil_div(g.s, kPiece);
   const auto begin = [&](int64_t p) { return p * kPiece; };
@@ -73,8 +49,13 @@ void backward_groups(const Backward<T>& b) {
   const auto of_piece = [&](int64_t run, int64_t p) {
     const int64_t offset = run * g.s + begin(p), i = run / per_group;
     make_inner(b, i, run % g.c, offset, 1, count(p), 0);
+    if (!b.summing()) return GradSums{};
     return b.kernels.grad_sums(b.norm_grad() + offset, b.x + offset, 1, count(p), 0, b.mean[i],
-                               inverse_std(b.var[i], b.eps));
+                               b.rstd(i));
+  };
+  const auto write = [&](int64_t run, int64_t p, const GradSums& means) {
+    const GradAffine<A> by = b.affine(run / per_group, b.weight_of(run % g.c), means);
+    grad_runs(b, run * g.s + begin(p), 1, count(p), &by, &by.scale);
   };
   const bool in_cache = 2 * len * int64_t(sizeof(T)) <= kInCache;
   if (len <= kPiece || (in_cache && busy(statistics))) {
@@ -82,25 +63,22 @@ void backward_groups(const Backward<T>& b) {
       for (int64_t run = i * per_group; run < (i + 1) * per_group; ++run)
         for (int64_t p = 0; p < pieces; ++p) sums[run].add(of_piece(run, p));
       if (!b.grad_x) return;
-      const GroupGrad<T> group = group_grad(i);
+      const GradSums means = mean_grads(i);
       for (int64_t run = (i + 1) * per_group - 1; run >= i * per_group; --run)
-        for (int64_t p = pieces - 1; p >= 0; --p)
-          grad_channel(b, group, run % g.c, run * g.s + begin(p), count(p));
+        for (int64_t p = pieces - 1; p >= 0; --p) write(run, p, means);
     });
-  } else {
-    // a run's pieces are summed by one thread in order; few long runs are cut further
-    const auto partial = scratch<GradSums>(g.n * g.c * pieces);
-    parallel(g.n * g.c * pieces, std::min(g.s, kPiece),
-             [&](int64_t i) { partial[i] = of_piece(i / pieces, i % pieces); });
-    for (int64_t i = 0; i < g.n * g.c * pieces; ++i) sums[i / pieces].add(partial[i]);
-    if (b.grad_x) {
-      parallel<true>(g.n * g.c * pieces, std::min(g.s, kPiece), [&](int64_t i) {
-        const int64_t run = i / pieces, p = i % pieces;
-        grad_channel(b, group_grad(run / per_group), run % g.c, run * g.s + begin(p), count(p));
-      });
-    }
+    return;
   }
-  param_grads(b, sums.get());
+  // a run's pieces are summed by one thread in order; few long runs are cut further
+  const auto partial = scratch<GradSums>(g.n * g.c * pieces);
+  parallel(g.n * g.c * pieces, std::min(g.s, kPiece),
+           [&](int64_t i) { partial[i] = of_piece(i / pieces, i % pieces); });
+  for (int64_t i = 0; i < g.n * g.c * pieces; ++i) sums[i / pieces].add(partial[i]);
+  if (!b.grad_x) return;
+  parallel<true>(g.n * g.c * pieces, std::min(g.s, kPiece), [&](int64_t i) {
+    const int64_t run = i / pieces;
+    write(run, i % pieces, mean_grads(run / per_group));
+  });
 }
 
 // One statistic per channel over the batch. A channel that fits in cache is read from memory once.
@@ -115,37 +93,28 @@ void backward_batch(const Backward<T>& b) {
     return of_part(g, cut, channel, part, [&](int64_t offset, int64_t runs, int64_t len) {
       make_inner(b, channel, channel, offset, runs, len, g.c * g.s);
       return b.kernels.grad_sums(b.norm_grad() + offset, b.x + offset, runs, len, g.c * g.s,
-                                 b.mean[channel], inverse_std(b.var[channel], b.eps));
+                                 b.mean[channel], b.rstd(channel));
     });
   };
   const auto set_affine = [&](int64_t channel, const GradSums& total) {
-    const double w = b.weight ? double(b.weight[channel]) : 1.0;
-    const GroupGrad<T> group(b, channel, w * total.grad, w * total.grad_x_hat);
+    const double w = b.weight_of(channel);
+    const GradSums weighted{w * total.grad, w * total.grad_x_hat};
     affine[channel] =
-        GradAffine<A>(group.mean, group.rstd, w, group.mean_grad, group.mean_grad_x_hat);
+        b.affine(channel, w, b.mean_grads(channel, weighted, double(g.values_per_statistic())));
     scale[channel] = affine[channel].scale;
   };
   const auto add = [&](int64_t channel, const auto& of_part) {
     GradSums total;
     for (int64_t part = 0; part < cut.count(); ++part) total.add(of_part(part));
-    if (b.grad_weight) b.grad_weight[channel] = total.grad_x_hat;
-    if (b.grad_bias) b.grad_bias[channel] = total.grad;
+    if (b.sums) b.sums[channel] = total;
     set_affine(channel, total);
   };
-  const bool summing = b.grad_weight || b.grad_bias || !b.fixed;
-  const T* const grads = b.norm_grad();
+  const bool summing = b.summing();
   const auto apply = [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
     if (!summing)
       for (int64_t run = 0; run < runs; ++run)
         make_inner(b, channel + run, channel + run, offset + run * len, 1, len, 0);
-    if (!b.grad_x) return;
-    if (b.fixed)
-      b.kernels.grad_scale(grads + offset, b.grad_x + offset, runs, len, scale.get() + channel,
-                           b.stream);
-    else
-      b.kernels.grad_apply(grads + offset, b.x + offset, b.grad_x + offset, runs, len,
-                           affine.get() + channel, b.stream);
-    fence(b.stream);
+    if (b.grad_x) grad_runs(b, offset, runs, len, affine.get() + channel, scale.get() + channel);
   };
   if (const int64_t channels = summing && b.grad_x ? channels_in_cache<T>(g, 2) : 0) {
     over_channels(g, channels, [&](int64_t first, int64_t count) {

@@ -16,22 +16,22 @@ class Rows {
   GradSums sum(int64_t i, int64_t p) const {
     const int64_t offset = i * len_ + p * kPiece;
     make_inner(i, p);
+    if (!b_.by_sums() || b_.skips(i)) return {};
     return b_.kernels.row_grad_sums(b_.norm_grad() + offset, b_.x + offset, count(p), b_.mean[i],
-                                    inverse_std(b_.var[i], b_.eps), weight(i, p));
+                                    b_.rstd(i), weight(i, p));
   }
   // the gradient of what the activation is applied to, before it is first read
   void make_inner(int64_t i, int64_t p) const {
     if (!b_.inner) return;
     const int64_t offset = i * len_ + p * kPiece;
-    const RowAffine<T> by(b_.mean[i], inverse_std(b_.var[i], b_.eps), of(b_.weight, i, p),
-                          of(b_.bias, i, p));
+    if (b_.skips(i)) return fill_values(b_.inner + offset, count(p), T{});
+    const RowAffine<T> by(b_.mean[i], b_.rstd(i), of(b_.weight, i, p), of(b_.bias, i, p));
     b_.kernels.act_row(b_.inputs(offset), b_.inner + offset, count(p), by, b_.act, false);
   }
   void write(int64_t i, int64_t p, const GradSums& s) const {
-    const GroupGrad<T> group(b_, i, s.grad, s.grad_x_hat);
-    const GradAffine<compute_t<T>> a(group.mean, group.rstd, 1.0, group.mean_grad,
-                                     group.mean_grad_x_hat);
     const int64_t offset = i * len_ + p * kPiece;
+    if (b_.skips(i)) return fill_values(b_.grad_x + offset, count(p), T{});
+    const auto a = b_.affine(i, 1.0, b_.mean_grads(i, s, double(len_)));
     b_.kernels.grad_apply_row(b_.norm_grad() + offset, b_.x + offset, b_.grad_x + offset, count(p),
                               weight(i, p), a, b_.stream);
     fence(b_.stream);
@@ -78,7 +78,7 @@ class Columns {
       for (int64_t k = 0; k < g.groups(); ++k) {
         // group by group, so that a column's statistics of neighbouring samples are neighbours
         mean_[k * g.n + n] = b.mean[n * g.groups() + k];
-        rstd_[k * g.n + n] = inverse_std(b.var[n * g.groups() + k], b.eps);
+        rstd_[k * g.n + n] = b.rstd(n * g.groups() + k);
       }
   }
 
@@ -98,9 +98,11 @@ class Columns {
       std::fill(bias, bias + (end - begin), 0.0);
       std::fill(weight, weight + (end - begin), 0.0);
     }
-    b_.kernels.row_param_sums(b_.norm_grad() + from * g.c + column, b_.x + from * g.c + column,
-                              to - from, end - begin, g.c, mean_.get() + group * g.n + from,
-                              rstd_.get() + group * g.n + from, bias, weight);
+    over_valid(first(block), from, to, [&](int64_t n, int64_t samples) {
+      b_.kernels.row_param_sums(b_.norm_grad() + n * g.c + column, b_.x + n * g.c + column, samples,
+                                end - begin, g.c, mean_.get() + group * g.n + n,
+                                rstd_.get() + group * g.n + n, bias, weight);
+    });
   }
 
   void store() const {
@@ -111,16 +113,42 @@ class Columns {
         weight += weight_[p * channels + c];
         bias += bias_[p * channels + c];
       }
-      if (b_.grad_weight) b_.grad_weight[c] = weight;
-      if (b_.grad_bias) b_.grad_bias[c] = bias;
+      b_.sums[c] = {bias, weight};
     }
   }
 
  private:
+  // body(sample, samples) for what counts of [from, to). The kernel goes by eights: a run that does
+  // not begin with one ends with it, so that the bits do not depend on where a block is cut.
+  template <class Body>
+  void over_valid(int64_t first, int64_t from, int64_t to, const Body& body) const {
+    if (!b_.rows) return body(from, to - from);
+    for (int64_t n = from, end; n < to; n = end) {
+      end = n + 1;
+      if (!b_.rows[n]) continue;
+      const int64_t past = (n - first) % 8, stop = past ? std::min(to, n + 8 - past) : to;
+      while (end < stop && b_.rows[end]) ++end;
+      body(n, end - n);
+    }
+  }
+
   const Backward<T>& b_;
   int64_t block_, blocks_;
   std::unique_ptr<double[]> mean_, rstd_, weight_, bias_;
 };
+
+// What each sample adds to them: its values are one to a channel.
+template <class T>
+void sums_of_samples(const Backward<T>& b, const Rows<T>& rows) {
+  const Geometry& g = b.geometry;
+  const int64_t len = g.channels_per_group();
+  parallel(g.num_statistics(), len, [&](int64_t i) {
+    for (int64_t p = 0; p < rows.pieces(); ++p) rows.make_inner(i, p);
+    if (b.skips(i)) return;
+    for (int64_t at = i * len; at < (i + 1) * len; ++at)
+      b.sums[at] = b.kernels.grad_sums(b.norm_grad() + at, b.x + at, 1, 1, 0, b.mean[i], b.rstd(i));
+  });
+}
 
 }  // namespace
 
@@ -128,8 +156,9 @@ template <class T>
 void backward_elementwise(const Backward<T>& b) {
   const Geometry& g = b.geometry;
   const int64_t statistics = g.num_statistics(), len = g.channels_per_group();
-  const bool params = b.grad_weight || b.grad_bias;
+  const bool params = b.sums != nullptr;
   const Rows<T> rows(b);
+  if (b.each_sample) return sums_of_samples(b, rows);
   if (b.inner && !b.grad_x)
     parallel(statistics * rows.pieces(), std::min(len, kPiece),
              [&](int64_t i) { rows.make_inner(i / rows.pieces(), i % rows.pieces()); });

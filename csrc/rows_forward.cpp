@@ -32,8 +32,8 @@ void apply_group(const Forward<T>& f, int64_t statistic, int64_t begin, int64_t 
   const int64_t per_group = g.channels_per_group();
   const int64_t first_channel = statistic % g.groups() * per_group;
   const int64_t offset = statistic * per_group * g.s;
-  const double mean = f.mean[statistic];
-  const double rstd = inverse_std(f.var[statistic], f.eps);
+  if (f.skips(statistic)) return fill_values(f.y + offset + begin, end - begin, f.padding);
+  const double mean = f.mean[statistic], rstd = f.rstd(statistic);
   if (g.s == 1) {
     const RowAffine<T> row(mean, rstd, f.weight ? f.weight + first_channel + begin : nullptr,
                            f.bias ? f.bias + first_channel + begin : nullptr);
@@ -51,12 +51,6 @@ void apply_group(const Forward<T>& f, int64_t statistic, int64_t begin, int64_t 
   fence(f.stream);
 }
 
-template <class T>
-void set_statistic(const Forward<T>& f, int64_t statistic, const Moments& m) {
-  f.mean[statistic] = m.mean;
-  f.var[statistic] = m.m2 / m.count;
-}
-
 // Statistics of each sample's groups. A group that fits in cache is read from memory once.
 template <class T>
 void forward_groups(const Forward<T>& f) {
@@ -66,27 +60,34 @@ void forward_groups(const Forward<T>& f) {
   const auto begin = [&](int64_t p) { return p * kPiece; };
   const auto end = [&](int64_t p) { return std::min(len, (p + 1) * kPiece); };
   const auto of_piece = [&](int64_t i, int64_t p) {
+    if (f.skips(i)) return Moments{};
     return f.kernels.moments(f.x + i * len + begin(p), 1, end(p) - begin(p), 0, g.centred);
   };
   const bool in_cache = len * int64_t(sizeof(T)) <= kInCache;
   if (pieces == 1 || (in_cache && busy(statistics))) {
     parallel(statistics, len, [&](int64_t i) {
-      Moments m;
-      for (int64_t p = 0; p < pieces; ++p) m.merge(of_piece(i, p));
-      set_statistic(f, i, m);
+      if (!f.fixed) {
+        Moments m;
+        for (int64_t p = 0; p < pieces; ++p) m.merge(of_piece(i, p));
+        f.set(i, m);
+      }
+      if (!f.y) return;
       // the piece that was read last is still nearest
       for (int64_t p = pieces - 1; p >= 0; --p) apply_group(f, i, begin(p), end(p));
     });
     return;
   }
-  const auto partial = scratch<Moments>(statistics * pieces);
-  parallel(statistics * pieces, kPiece,
-           [&](int64_t i) { partial[i] = of_piece(i / pieces, i % pieces); });
-  for (int64_t statistic = 0; statistic < statistics; ++statistic) {
-    Moments m;
-    for (int64_t p = 0; p < pieces; ++p) m.merge(partial[statistic * pieces + p]);
-    set_statistic(f, statistic, m);
+  if (!f.fixed) {
+    const auto partial = scratch<Moments>(statistics * pieces);
+    parallel(statistics * pieces, kPiece,
+             [&](int64_t i) { partial[i] = of_piece(i / pieces, i % pieces); });
+    for (int64_t i = 0; i < statistics; ++i) {
+      Moments m;
+      for (int64_t p = 0; p < pieces; ++p) m.merge(partial[i * pieces + p]);
+      f.set(i, m);
+    }
   }
+  if (!f.y) return;
   parallel<true>(statistics * pieces, kPiece, [&](int64_t i) {
     apply_group(f, i / pieces, begin(i % pieces), end(i % pieces));
   });
@@ -98,7 +99,7 @@ void forward_batch(const Forward<T>& f) {
   const Geometry& g = f.geometry;
   const auto affine = scratch<Affine<T>>(g.c);
   const auto set_affine = [&](int64_t c) {
-    affine[c] = Affine<T>(f.mean[c], inverse_std(f.var[c], f.eps), f.weight, f.bias, c);
+    affine[c] = Affine<T>(f.mean[c], f.rstd(c), f.weight, f.bias, c);
   };
   const auto apply = [&](int64_t channel, int64_t offset, int64_t runs, int64_t len) {
     apply_runs(f, offset, runs, len, affine.get() + channel);
@@ -114,7 +115,7 @@ void forward_batch(const Forward<T>& f) {
     const auto merge = [&](int64_t channel, const auto& of_part) {
       Moments m;
       for (int64_t part = 0; part < cut.count(); ++part) m.merge(of_part(part));
-      set_statistic(f, channel, m);
+      f.set(channel, m);
     };
     if (const int64_t channels = f.y ? channels_in_cache<T>(g, 1) : 0) {
       over_channels(g, channels, [&](int64_t first, int64_t count) {

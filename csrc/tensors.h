@@ -1,5 +1,5 @@
 // From tensors to what the kernels take: memory, layouts, parameters in the type they are computed
-// in. Everything has internal linkage but new_result and the two functions of library.cpp.
+// in. Everything has internal linkage but new_result.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -26,25 +26,7 @@ using torch::stable::Tensor;
 // Memory for a result of this geometry.
 Tensor new_result(const Geometry& g, ScalarType type);
 
-// What comes after the affine step.
-struct Epilogue {
-  std::optional<Tensor> residual;
-  Activation act;
-};
-
-// y, mean and var of x, or with `fixed` y by the given mean and var. y may be x itself.
-void forward_into(const Tensor& x, const std::optional<Tensor>& weight,
-                  const std::optional<Tensor>& bias, const Geometry& g, double eps, const Tensor& y,
-                  double* mean, double* var, bool fixed, const Epilogue& after = {});
-
-// Those gradients that there is a tensor for.
-void backward_into(const Tensor& grad, const Tensor& x, const double* mean, const double* var,
-                   const std::optional<Tensor>& weight, const Geometry& g, double eps, bool fixed,
-                   const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_weight,
-                   const std::optional<Tensor>& grad_bias);
-
-// which gradients are wanted: NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS of _ops/operators.py
-constexpr int64_t kInput = 1, kWeight = 2, kBias = 4;
+using Maybe = std::optional<Tensor>;
 
 namespace {
 
@@ -130,7 +112,7 @@ template <class A>
 class Values {
  public:
   explicit Values(const Tensor& p) { read(p); }
-  explicit Values(const std::optional<Tensor>& p) {
+  explicit Values(const Tensor* p) {
     if (p) read(*p);
   }
   Values(const Values&) = delete;
@@ -169,49 +151,6 @@ class Values {
   return static_cast<double*>(t.mutable_data_ptr());
 }
 
-// Half precision takes its parameters in float, which holds all but float64's: with those, x is
-// computed in float64.
-[[maybe_unused]] bool needs_double(const Tensor& x, const std::optional<Tensor>& weight,
-                                   const std::optional<Tensor>& bias) {
-  const auto is_double = [](const std::optional<Tensor>& p) {
-    return p && p->scalar_type() == ScalarType::Double;
-  };
-  return x.element_size() == 2 && (is_double(weight) || is_double(bias));
-}
-
-// Gradients of weight and bias: shaped like the channels of x, in weight's dtype, or where there is
-// none in the one that x is computed in. _ops/operators.py states the same rule.
-struct Params {
-  Dims sizes;
-  ScalarType type;
-
-  Params(const Tensor& x, const std::optional<Tensor>& weight, const Geometry& g,
-         int64_t feature_dims)
-      : sizes(feature_dims > 0 ? Dims(g.sizes.end() - feature_dims, g.sizes.end())
-                               : Dims(&g.c, &g.c + 1)),
-        type(weight                                  ? weight->scalar_type()
-             : x.scalar_type() == ScalarType::Double ? ScalarType::Double
-                                                     : ScalarType::Float) {}
-
-  Tensor gradient() const { return empty_strided(sizes, contiguous_strides(sizes), type); }
-};
-
-template <class T>
-[[maybe_unused]] void run(const Forward<T>& f) {
-  if (f.geometry.memory == Memory::rows)
-    forward_rows(f);
-  else
-    forward_channels(f);
-}
-
-template <class T>
-[[maybe_unused]] void run(const Backward<T>& b) {
-  if (b.geometry.memory == Memory::rows)
-    backward_rows(b);
-  else
-    backward_channels(b);
-}
-
 template <class T>
 [[maybe_unused]] bool streams(const Geometry& g) {
   return g.numel() * int64_t(sizeof(T)) >= kStreamFrom;
@@ -221,46 +160,6 @@ template <class T>
   with_type(to, [&]<class T>(T) {
     table<T>(kernels()).narrow(values, static_cast<T*>(to.mutable_data_ptr()), to.numel());
   });
-}
-
-// One running statistic a step further: (1 − factor) · running + factor · observed · scale,
-// averaged over samples where each sample has its own.
-[[maybe_unused]] void move_running(const Tensor& running, const double* observed, int64_t samples,
-                                   double factor, double scale) {
-  const int64_t channels = running.numel(), stride = running.dim() > 0 ? running.stride(0) : 1;
-  with_type(running, [&]<class T>(T) {
-    T* const values = static_cast<T*>(running.mutable_data_ptr());
-    for (int64_t c = 0; c < channels; ++c) {
-      double seen = 0.0, before;
-      for (int64_t n = 0; n < samples; ++n) seen += observed[n * channels + c];
-      seen = seen / double(samples) * scale;
-      T& value = values[c * stride];
-      if constexpr (std::is_floating_point_v<T>) {
-        value = T((1.0 - factor) * double(value) + factor * seen);
-      } else {
-        const Kernels<T>& k = table<T>(kernels());
-        k.widen(&value, &before, 1);
-        const double after = (1.0 - factor) * before + factor * seen;
-        k.narrow(&after, &value, 1);
-      }
-    }
-  });
-}
-
-// momentum NaN: 1 / batches seen, this one included.
-[[maybe_unused]] void move_both(const Tensor& running_mean, const Tensor& running_var,
-                                const std::optional<Tensor>& num_batches_tracked,
-                                const double* mean, const double* var, int64_t samples,
-                                int64_t count, double momentum) {
-  double factor = std::isnan(momentum) ? 0.0 : momentum;
-  if (num_batches_tracked) {
-    auto* batches = static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
-    *batches += 1;
-    if (std::isnan(momentum)) factor = 1.0 / double(*batches);
-  }
-  move_running(running_mean, mean, samples, factor, 1.0);
-  // stored unbiased
-  move_running(running_var, var, samples, factor, double(count) / double(count - 1));
 }
 
 }  // namespace

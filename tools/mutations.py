@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 PROMISES = ("tests/test_kernels.py", "tests/test_half.py")
 FUSED = ("tests/test_fused.py",)
+CALLS = ("tests/test_norm_operator.py",)
 DIGEST = ("tests/test_instruction_sets.py",)
 
 
@@ -58,9 +59,9 @@ MUTATIONS = [
     ),
     Mutation(
         "1 the unbiased variance",
-        "rows_forward.cpp",
-        "f.var[statistic] = m.m2 / m.count;",
-        "f.var[statistic] = m.m2 / (m.count - 1.0);",
+        "layers.h",
+        "(m.m2 + of_mean) / m.count : 0.0;",
+        "(m.m2 + of_mean) / (m.count - 1.0) : 0.0;",
         "formats",
     ),
     Mutation(
@@ -225,19 +226,59 @@ MUTATIONS = [
     ),
     Mutation(
         "fused: the output taken for the residual",
-        "activated.cpp",
-        "after.act.by_output = needs & kByOutput;",
-        "after.act.by_output = false;",
+        "call.cpp",
+        "act.by_output = needs & kByOutput;",
+        "act.by_output = false;",
         "values",
         tests=FUSED,
     ),
     Mutation(
         "fused: in place into a copy",
-        "activated.cpp",
+        "call.cpp",
         "  torch::stable::copy_(to, y);",
         "  (void)y;",
         "in_place",
         tests=FUSED,
+    ),
+    Mutation(
+        "call: own sums where those of the whole are given",
+        "layers.h",
+        "mean = mean_grad ? GradSums",
+        "mean = mean_grad && !mean_grad ? GradSums",
+        "part",
+        tests=CALLS,
+    ),
+    Mutation(
+        "call: statistics of its own where they are given",
+        "rows_forward.cpp",
+        "if (!f.fixed) {\n        Moments m;",
+        "if (true) {\n        Moments m;",
+        "values",
+        tests=CALLS,
+    ),
+    Mutation(
+        "call: a row that does not count, read",
+        "rows_elementwise.cpp",
+        "if (!b_.rows[n]) continue;",
+        "",
+        "values",
+        tests=CALLS,
+    ),
+    Mutation(
+        "call: runs of valid rows cut by what fits in cache",
+        "rows_elementwise.cpp",
+        "past ? std::min(to, n + 8 - past) : to;",
+        "to;",
+        "threads",
+        tests=CALLS,
+    ),
+    Mutation(
+        "call: what an activation makes of what is not valid",
+        "masked_rows.cpp",
+        "masked.clear(f.y + offset, mask, runs, len, f.padding);",
+        "",
+        "values",
+        tests=CALLS,
     ),
     Mutation(
         "4 AVX2: a product and a sum that are rounded one after the other",

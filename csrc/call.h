@@ -1,0 +1,75 @@
+// One layer call, y = select(mask, act(norm(x) · weight + bias + residual), padding), whatever the
+// layer: what an operator was given, and what is made of it. Every operator fills a Call and has it
+// read; nothing else looks at its arguments.
+#pragma once
+
+#include <tuple>
+
+#include "tensors.h"
+
+namespace truenorm {
+
+// Gradients that are wanted, and what else `needs` says.
+constexpr int64_t kInput = 1, kWeight = 2, kBias = 4, kResidual = 8;
+constexpr int64_t kByOutput = 16;  // the residual holds y
+
+struct Call {
+  const Tensor& x;
+  Axes axes;
+  double eps = 0.0;
+  const Tensor* weight = nullptr;  // as all tensors: null for none
+  const Tensor* bias = nullptr;
+  const Tensor* mask = nullptr;  // none: all is valid
+  const Tensor* residual = nullptr;
+  const Tensor* mean = nullptr;  // the statistics, where they are given
+  const Tensor* var = nullptr;
+  Activation act = {};
+  double padding = 0.0;
+  // of a backward
+  const Tensor* grad = nullptr;
+  const Tensor* sums = nullptr;
+  int64_t needs = 0;
+  bool constant = false;  // the statistics do not depend on x
+
+  Geometry g = {};  // made by read()
+
+  // Looks at every argument before a byte of any is read: in this order, whatever the operator.
+  // of_values: the operator's name, where an empty x has no result; over: x is written to.
+  const Call& read(const char* of_values = nullptr, bool over = false, int64_t most_needs = 31);
+
+  bool acts() const { return residual || act.kind != Act::none || (needs & kResidual); }
+  // a sample is one row, which counts or does not
+  bool by_row() const { return g.s == 1 && !g.over_batch(); }
+};
+
+inline const Tensor* given(const Maybe& t) { return t ? &*t : nullptr; }
+
+// Writes y, where there is one, and the statistics, or with `fixed` reads these. y may be x.
+void forward_into(const Call& call, const Tensor* y, double* mean, double* var, bool fixed);
+// y by the call's own statistics, which are given.
+void apply_into(const Call& call, const Tensor& y);
+// How many values each statistic spans.
+void count_into(const Call& call, double* count);
+
+// Memory for y; x's own where that is written `over` and laid out for the kernels.
+Tensor result_of(const Call& call, bool over);
+// What is left to do once y has been written.
+void close(const Call& call, const Tensor& y, bool over);
+
+// Those gradients that are wanted.
+struct Gradients {
+  ScalarType type, param_type;
+  Maybe x, weight, bias, residual;
+
+  explicit Gradients(const Call& call);
+  // an empty tensor in the place of the others
+  std::tuple<Tensor, Tensor, Tensor, Tensor> all() const;
+};
+void backward_into(const Call& call, const double* mean, const double* var, const Gradients& made);
+// The same by the call's own statistics.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Call& call);
+
+// Σ grad · x̂ and Σ grad per channel, and of each sample where the statistics are: [2, …].
+Tensor gradient_sums(const Call& call, const double* mean, const double* var);
+
+}  // namespace truenorm
