@@ -35,7 +35,7 @@ bool needs_double(const Call& c) {
 }
 
 // Gradients of weight and bias: shaped like the channels of x, in weight's dtype, or where there is
-// none in the one that x is computed in. _ops/operators.py states the same rule.
+// none in the one that x is computed in. _core/operators.py states the same rule.
 ScalarType param_type_of(const Call& c) {
   if (c.weight) return c.weight->scalar_type();
   return c.x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -147,9 +147,9 @@ void backward_as(const Call& c, const double* mean, const double* var, const May
 
 }  // namespace
 
-const Call& Call::read(const char* of_values, bool over, int64_t most_needs) {
+const Call& Call::read(bool of_values, bool over) {
   g = geometry_of(x, axes);
-  if (of_values) check::has_values(of_values, x, g);
+  if (of_values) check::has_values("norm", x, g);
   if (over) check::written("x", x);
   if (grad) check::gradient(*grad, x, g);
   if (mask) check::mask(*mask, x, g);
@@ -158,7 +158,7 @@ const Call& Call::read(const char* of_values, bool over, int64_t most_needs) {
   if (var) check::statistic("var", *var, x, g);
   check::parameter("weight", weight, x, g, axes.feature_dims);
   check::parameter("bias", bias, x, g, axes.feature_dims);
-  check::needs(needs, most_needs);
+  check::needs(needs, 31);
   check::activation(int64_t(act.kind));
   check::residual(residual, x, g);
   act.by_output = needs & kByOutput;
@@ -259,13 +259,6 @@ void backward_into(const Call& c, const double* mean, const double* var, const G
   });
   if (made.weight) store(of_weight, *made.weight);
   if (made.bias) store(of_weight + g.c, *made.bias);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Call& c) {
-  const Gradients made(c);
-  const Values<double> mean(c.mean), var(c.var);
-  backward_into(c, mean.get(), var.get(), made);
-  return made.all();
 }
 
 Tensor gradient_sums(const Call& c, const double* mean, const double* var) {

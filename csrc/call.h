@@ -34,8 +34,8 @@ struct Call {
   Geometry g = {};  // made by read()
 
   // Looks at every argument before a byte of any is read: in this order, whatever the operator.
-  // of_values: the operator's name, where an empty x has no result; over: x is written to.
-  const Call& read(const char* of_values = nullptr, bool over = false, int64_t most_needs = 31);
+  // of_values: whether an empty x has no result; over: x is written to.
+  const Call& read(bool of_values = false, bool over = false);
 
   bool acts() const { return residual || act.kind != Act::none || (needs & kResidual); }
   // a sample is one row, which counts or does not
@@ -66,9 +66,6 @@ struct Gradients {
   std::tuple<Tensor, Tensor, Tensor, Tensor> all() const;
 };
 void backward_into(const Call& call, const double* mean, const double* var, const Gradients& made);
-// The same by the call's own statistics.
-std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Call& call);
-
 // Σ grad · x̂ and Σ grad per channel, and of each sample where the statistics are: [2, …].
 Tensor gradient_sums(const Call& call, const double* mean, const double* var);
 

@@ -135,12 +135,6 @@ void no_count() {
       "batches, or a momentum");
 }
 
-void wrong_observed(const char* name, const Tensor& given, const Tensor& x, int64_t channels) {
-  fail(named(name), " must hold ", channels,
-       " values, one per channel of `running_mean`, or as many for each sample of `x` of ",
-       shape(x), ", but got ", shape(given), ": pass what was returned for this x");
-}
-
 void one_value(const Tensor& x) {
   fail("`x` of ", shape(x),
        " has one value per statistic, which has no variance: pass more than one");

@@ -1,7 +1,7 @@
 // What an operator may be given. Every operator's entry asks here before it reads or writes a byte,
 // whoever calls it: a layer, whose own checks word the same sooner, a graph from disk, or a person.
 // What is in order costs a few comparisons; an error names argument, value and remedy, and is
-// worded out of line (checks.cpp). src/truenorm/_ops/arguments.py is the twin for all that has no
+// worded out of line (checks.cpp). src/truenorm/_core/arguments.py is the twin for all that has no
 // C++ kernel.
 //
 // The dispatcher lets only dense CPU tensors get here: the device is the twin's to check.
@@ -34,8 +34,6 @@ using torch::stable::Tensor;
 [[noreturn]] void no_count();
 [[noreturn]] void wrong_number(const char* name, int64_t value, const char* meaning);
 [[noreturn]] void wrong_running(const char* name, const Tensor& given, const char* meaning);
-[[noreturn]] void wrong_observed(const char* name, const Tensor& given, const Tensor& x,
-                                 int64_t channels);
 [[noreturn]] void one_value(const Tensor& x);
 [[noreturn]] void wrong_record(const Tensor& given, const char* wanted);
 [[noreturn]] void one_of_two(const char* name, const char* missing);
@@ -194,19 +192,6 @@ inline void running(const Tensor& mean, const Tensor& var, const Tensor* batches
   } else if (averaged) {
     no_count();
   }
-}
-
-// New statistics for those, each of more than one value: of one sample after the other, each of x's
-// channels.
-inline void observed(const Tensor& mean, const Tensor& var, int64_t channels, const Tensor& x) {
-  const int64_t count = mean.numel();
-  for (const auto& [name, t] : {std::pair{"mean", &mean}, std::pair{"var", &var}}) {
-    dtype(name, *t);
-    if (t->numel() != count || count % channels != 0 || x.numel() < count)
-      wrong_observed(name, *t, x, channels);
-    memory(name, *t);
-  }
-  if (count > 0 && x.numel() / count < 2) one_value(x);
 }
 
 }  // namespace truenorm::check

@@ -1,6 +1,6 @@
 // The operators of an eager call on a CPU: all of a layer's step in one call of the dispatcher,
 // which is most of a small input's time. They take only what is in order, and refuse the rest
-// before anything is changed; _ops/eager.py then goes the long way, where errors are worded.
+// before anything is changed; _core/eager.py then goes the long way, where errors are worded.
 #include <torch/csrc/stable/library.h>
 
 #include <stdexcept>
@@ -15,7 +15,7 @@ namespace truenorm {
 namespace {
 
 // Which values share a statistic, and what is wanted, in one number: each scalar's way through
-// the dispatcher takes time. _ops/eager.py has the same bits, above those
+// the dispatcher takes time. _core/eager.py has the same bits, above those
 // of NEEDS_INPUT, NEEDS_WEIGHT and NEEDS_BIAS.
 struct Form {
   int64_t bits;
@@ -68,7 +68,7 @@ void expect(bool held, const char* words) {
 
 // The axes of x, which has values, and more than one to a statistic where one has no variance.
 Axes axes_of(const Tensor& x, Form form) {
-  expect(form.bits >= 0, "`form` must be a sum of the flags of _ops/eager.py, and is negative");
+  expect(form.bits >= 0, "`form` must be a sum of the flags of _core/eager.py, and is negative");
   expect(x.numel() > 0, "`x` is empty: it has no moments; pass a tensor that holds values");
   if (form.feature_dims() > 0) return {form.num_groups(), form.feature_dims(), form.centred()};
   const auto sizes = x.sizes();
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> normalize(const Tensor& x, const Maybe& weight, const
     if (!running) return;
     expect(g.num_statistics() % g.c == 0 && form.feature_dims() == 0 && g.groups() == g.c,
            "`form` must be one value per channel, or per sample and channel, where there are "
-           "running statistics: BATCH or INSTANCE of _ops/eager.py");
+           "running statistics: BATCH or INSTANCE of _core/eager.py");
     check::running(running->mean, running->var, running->num_batches_tracked,
                    std::isnan(running->momentum), g.c);
   });
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor> apply(const Tensor& x, Maybe weight, Maybe bias, cons
     call.axes = axes_of(x, form);
     expect(call.axes.num_groups == 0 && form.feature_dims() == 0,
            "`form` must be one value per channel where the statistics are given: BATCH of "
-           "_ops/eager.py");
+           "_core/eager.py");
     call.read();
   });
   const Tensor y = result_of(call, false);

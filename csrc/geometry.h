@@ -36,7 +36,7 @@ class Dims {
 
 Dims contiguous_strides(const Dims& sizes);
 
-// Which values share one statistic; src/truenorm/_axes.py says what the fields mean.
+// Which values share one statistic; src/truenorm/_core/geometry.py says what the fields mean.
 struct Axes {
   int64_t num_groups;
   int64_t feature_dims;
@@ -64,7 +64,8 @@ struct Geometry {
   int64_t values_per_statistic() const { return over_batch() ? n * s : channels_per_group() * s; }
 };
 
-// Dense as it is, or the layout that one copy must bring it to; _axes.kept_strides states the rule.
+// Dense as it is, or the layout that one copy must bring it to; geometry.kept_strides states the
+// rule.
 Geometry geometry(const int64_t* sizes, const int64_t* strides, int64_t dim, const Axes& axes);
 
 }  // namespace truenorm

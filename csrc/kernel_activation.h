@@ -19,13 +19,15 @@ struct Kink {
   using Value = std::remove_cvref_t<decltype(V{}[0])>;
   V slope, most;
   Bits<V> kept;
+  Bits<V> nan_low;  // what torch's gradient takes a NaN for
 
   explicit Kink(Activation act)
       : slope(splat<V>(Value(act.kind == Act::none         ? 1.0
                              : act.kind == Act::leaky_relu ? act.parameter
                                                            : 0.0))),
         most(splat<V>(act.kind == Act::relu6 ? Value(6) : std::numeric_limits<Value>::quiet_NaN())),
-        kept(act.kind == Act::relu || act.kind == Act::relu6 ? Bits<V>{} : ~Bits<V>{}) {}
+        kept(act.kind == Act::relu || act.kind == Act::relu6 ? Bits<V>{} : ~Bits<V>{}),
+        nan_low(act.kind == Act::leaky_relu || act.kind == Act::relu6 ? ~Bits<V>{} : Bits<V>{}) {}
   TN_FLAT V below(V v) const { return (V)((Bits<V>)(v * slope) & kept); }
   TN_FLAT V value(V z) const {
     const V high = z > most ? most : z;
@@ -33,7 +35,8 @@ struct Kink {
   }
   TN_FLAT V gradient(V grad, V z) const {
     const V high = z >= most ? V{} : grad;
-    return z <= 0 ? below(grad) : high;
+    const Bits<V> low = (z <= 0) | ((z != z) & nan_low);
+    return low ? below(grad) : high;
   }
 };
 
@@ -48,7 +51,7 @@ struct HardSwish {
   }
   TN_FLAT V gradient(V grad, V z) const {
     const V slope = z / 3 + (V{} + 1) / 2;
-    const V inside = z < 3 ? grad * slope : grad;
+    const V inside = z >= 3 ? grad : grad * slope;
     return z <= -3 ? V{} : inside;
   }
 };

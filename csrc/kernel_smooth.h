@@ -106,7 +106,7 @@ __attribute__((noinline)) V smooth(V z, Activation act) {
   const V one = splat<V>(A(1));
   if (act.kind == Act::elu) {
     const auto e = Exponential<V>::of(z);
-    if constexpr (Gradient) return z <= 0 ? A(act.parameter) * e.value() : one;
+    if constexpr (Gradient) return z > 0 ? one : A(act.parameter) * e.value();
     return z <= 0 ? A(act.parameter) * e.minus_one() : z;
   }
   if (act.kind == Act::gelu) {

@@ -1,5 +1,5 @@
 // The operators of one layer call: tensors in, tensors out. The schemas stand in
-// src/truenorm/_ops/operators.py.
+// src/truenorm/_core/operators.py.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> normalize(const Tensor& x, const Maybe& weight, const
             .var = given(var),
             .act = {form.act(), parameter},
             .padding = padding};
-  call.read(mean ? nullptr : "norm", over);
+  call.read(!mean, over);
   const Tensor y = result_of(call, over);
   const Tensor record = forward_to(call, form, &y);
   close(call, y, over);

@@ -22,23 +22,6 @@ INPUT, WEIGHT, BIAS, RESIDUAL, BY_OUTPUT, CONSTANT, UNCENTRED, PER_CHANNEL, KEEP
 )
 ALL = INPUT | WEIGHT | BIAS | RESIDUAL
 
-_TENSORS = "Tensor? weight, Tensor? bias, Tensor? mask, Tensor? residual"
-_NORM = f"{_TENSORS}, Tensor? mean, Tensor? var, int form, float eps, float parameter, float padding"
-_BACKWARD = f"Tensor grad, Tensor x, Tensor record, {_TENSORS}"
-_SCHEMAS = {
-    "norm": f"(Tensor x, {_NORM}) -> (Tensor, Tensor)",
-    "norm_": f"(Tensor(a!) x, {_NORM}) -> Tensor",
-    "norm_backward": f"({_BACKWARD}, Tensor? sums, int form, float eps, float parameter)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    "statistics": "(Tensor x, Tensor? mask, int form) -> Tensor",
-    "gradient_sums": f"({_BACKWARD}, int form, float eps, float parameter) -> Tensor",
-    "move_": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked,"
-    " Tensor record, float? momentum, bool skip_nonfinite) -> ()",
-}
-_library = torch.library.Library("truenorm", "FRAGMENT")
-for _name, _schema in _SCHEMAS.items():
-    if not torch._C._jit_get_schemas_for_operator(f"truenorm::{_name}"):
-        _library.define(_name + _schema)
 ops: Any = torch.ops.truenorm
 
 PARAMETER = 0.3  # leaky_relu's slope, elu's alpha
@@ -269,7 +252,7 @@ class Inputs(NamedTuple):
 def drawn(
     axes: Axes, shape: tuple[int, ...], dtype: torch.dtype, layout: Any, mask: str, variant: int
 ) -> Inputs:
-    """Inputs with NaN wherever nothing is valid; over the variants every option meets every other."""
+    """Inputs with NaN wherever nothing is valid; the variants are all pairs of options."""
     offset = {torch.float64: 1e5, torch.float32: 1e3}.get(dtype, 3.0) * (variant % 2)
     kept = masked(axes, shape, mask)
 
@@ -371,7 +354,8 @@ def assert_made(axes: Axes, i: Inputs, y: Tensor, record: Tensor, found: Any, ex
     assert of_weight.dtype == of_bias.dtype == expected
     if i.mask is not None:
         outside = exact.y == PADDING
-        assert bool((of_x[outside] == 0).all()) and bool((of_residual[outside] == 0).all())
+        assert bool((of_x[outside] == 0).all())
+        assert bool((of_residual[outside] == 0).all())
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -487,7 +471,7 @@ def test_statistics_alone(axes: Axes, shape: tuple[int, ...], mask: str) -> None
 
 @EVERY
 def test_a_mask_of_ones_is_none(axes: Axes, shape: tuple[int, ...]) -> None:
-    per_row = axes.features or len(shape) == 2 and axes.groups
+    per_row = axes.features or (len(shape) == 2 and axes.groups)
     if not per_row and not axes.flags & PER_CHANNEL:
         pytest.skip("summed in other pieces")
     for dtype in DTYPES:
@@ -577,7 +561,8 @@ def test_running_statistics(momentum: float | None, dtype: torch.dtype) -> None:
         some = share.sum(0)
         factor = 0.2 if momentum is None else momentum
         expected = []
-        for before, new in zip(running, (mean, var * count / (count - 1).clamp(min=1)), strict=True):
+        unbiased = var * count / (count - 1).clamp(min=1)
+        for before, new in zip(running, (mean, unbiased), strict=True):
             average = (new * share).sum(0) / some.clamp(min=1)
             moved = (1 - factor) * before.double() + factor * average
             expected.append(torch.where(some > 0, moved, before.double()))
@@ -641,13 +626,17 @@ BAD_BACKWARD = [
 ]
 
 
+def named(each: Any) -> str:
+    return each[:40] if isinstance(each, str) else " ".join(each)
+
+
 def arguments(names: str, changed: dict[str, Any]) -> list[Any]:
     usual = {"x": X, "grad": torch.randn(4, 6, 5), "record": RECORD, "form": 0, "padding": 0.0}
     usual |= {"eps": EPS, "parameter": 0.0} | changed
     return [usual.get(name) for name in names.split()]
 
 
-@pytest.mark.parametrize(("changed", "words"), BAD_FORWARD, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(("changed", "words"), BAD_FORWARD, ids=named)
 def test_a_call_that_does_not_fit(changed: dict[str, Any], words: str) -> None:
     names = "x weight bias mask residual mean var form eps parameter padding"
     for operator in (ops.norm, ops.norm_):
@@ -655,7 +644,7 @@ def test_a_call_that_does_not_fit(changed: dict[str, Any], words: str) -> None:
             operator(*arguments(names, changed))
 
 
-@pytest.mark.parametrize(("changed", "words"), BAD_BACKWARD, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(("changed", "words"), BAD_BACKWARD, ids=named)
 def test_a_backward_that_does_not_fit(changed: dict[str, Any], words: str) -> None:
     tensors = "grad x record weight bias mask residual"
     if "x" in changed and changed["x"].dim() == 3:
@@ -668,12 +657,12 @@ def test_a_backward_that_does_not_fit(changed: dict[str, Any], words: str) -> No
 
 
 def test_other_calls_that_do_not_fit() -> None:
-    with pytest.raises(RuntimeError, match="`x` of shape .* is expanded"):
+    with pytest.raises(RuntimeError, match=r"`x` of shape .* is expanded"):
         ops.norm_(torch.ones(1, 6, 5).expand(4, 6, 5), *[None] * 6, 0, EPS, 0.0, 0.0)
     with pytest.raises(RuntimeError, match="`mask` must hold 20 values"):
         ops.statistics(X, torch.ones(4, dtype=torch.bool), 0)
+    features = torch.rand(3, 24, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="`feature_dims`, whose statistics lie in one process"):
-        features = torch.rand(3, 24, dtype=torch.float64)
         ops.gradient_sums(X, X, features, None, None, None, None, 1 << 24, EPS, 0.0)
     running = torch.zeros(6), torch.ones(6)
     with pytest.raises(RuntimeError, match="`record` must be a contiguous float64 tensor"):

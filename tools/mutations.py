@@ -219,7 +219,7 @@ MUTATIONS = [
     Mutation(
         "fused: ReLU's gradient everywhere",
         "kernel_activation.h",
-        "return z <= 0 ? below(grad) : high;",
+        "return low ? below(grad) : high;",
         "return z < 0 && z > 0 ? below(grad) : high;",
         "values",
         tests=FUSED,

@@ -113,7 +113,7 @@ class Configurable(torch.nn.Module):
     _options: ClassVar[dict[str, Option]] = {}
     # what differs stands in the instance's __dict__, and is replaced as a whole
     _truenorm_options: Chosen = DEFAULTS
-    # whether a plain call may go the short way (_core/eager.py), which asks for these options itself
+    # whether a plain call may go the short way (_core/eager.py), which asks for these itself
     _direct = False
     _asked_by_short_way = frozenset({"process_group"})
 

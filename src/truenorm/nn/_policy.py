@@ -104,7 +104,7 @@ class Policed(Direct, _NormBase):
         valid = masks.against(mask, x).expand(x.shape)
         dims = [d for d in range(x.dim()) if d != 1 and not (d == 0 and call.form.axes.num_groups)]
         alone = valid.sum(dims, keepdim=True) == 1
-        can_ask = route.way(call) == route.KERNEL
+        can_ask = route.way_of(call.x) == route.KERNEL
         if can_ask and not alone.any():
             return super()._normalized(call)
         # by the running statistics as they are before they move
