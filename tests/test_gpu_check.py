@@ -30,7 +30,8 @@ def test_all_of_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(file.read_text())
     assert list(found) == [
-        "ended", "machine", "compiling", "correctness", "speed", "host", "compiled", "sweep",
+        "ended", "machine", "compiling", "correctness", "extras", "speed", "host", "compiled",
+        "sweep",
     ]  # fmt: skip
     assert found["ended"] == "done"
     assert found["correctness"]["passed"] > 0

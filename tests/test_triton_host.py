@@ -138,7 +138,7 @@ def test_every_operator_has_a_kernel_and_a_plain_form() -> None:
     pytest.importorskip("triton")
     from truenorm._triton import host
 
-    assert set(host.KERNELS) == set(operators.PLAIN)
+    assert set(host.KERNELS) >= set(operators.PLAIN)
 
 
 # ---------------------------------------------------------------- parameters as they come
@@ -277,12 +277,32 @@ def resources(tmp_path: Path, *args: str) -> str:
 def test_every_kernel_compiles_without_spilling(tmp_path: Path) -> None:
     said = resources(tmp_path, "--dtype", "bfloat16")
     kernels = {"forward", "moments", "merge_moments", "normalize", "backward", "backward_sums"}
-    kernels |= {"merge_sums", "backward_apply", "update_running"}
+    kernels |= {"merge_sums", "backward_apply", "move"}
     kernels |= {"local_response", "local_response_backward"}
     assert kernels <= set(said.split())
     # 32 lanes along the channels
     line = next(x for x in said.splitlines() if "GroupNorm, channels_last small" in x)
     assert re.search(r"\(0 first\)$", line), line
+
+
+@needs_triton
+def test_masks_and_activations_spill_nothing(tmp_path: Path) -> None:
+    """Those that take the most: a tile under a mask, with a residual and an activation."""
+    code = """
+import torch, triton_compile, triton_resources as r
+for name in ("LayerNorm", "GroupNorm, channels_last small", "BatchNorm, small"):
+    case = next(case for case in r.CASES if case[0] == name)
+    launches = r._launches(*case[1:3], torch.bfloat16, case[3], r.Extra(6, True, True))
+    for launch in launches:
+        assert not triton_compile.compile_for(launch, 90).spills, (name, launch.kernel)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(ROOT / "tools"), environment.get("PYTHONPATH", "")]
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @needs_triton

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import itertools
 import os
 import re
 import signal
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 
+import truenorm
 from truenorm import info
 from truenorm._tools.bench import cuda
 from truenorm._tools.bench.cases import Case
@@ -157,7 +160,9 @@ def compiling(setup: Setup, found: dict[str, Any]) -> None:
 
 def correctness(setup: Setup, found: dict[str, Any]) -> None:
     """The suite's tests of the kernels."""
-    files = [f"tests/test_triton_{name}.py" for name in ("layers", "promises", "cuda", "tune")]
+    files = [
+        f"tests/test_triton_{name}.py" for name in ("layers", "calls", "promises", "cuda", "tune")
+    ]
     args = ["-m", "pytest", "-o", "addopts=-q", "-p", "no:cacheprovider", *files]
     if importlib.util.find_spec("xdist") is not None:
         args += ["-n", str(setup.workers)]
@@ -174,6 +179,46 @@ def correctness(setup: Setup, found: dict[str, Any]) -> None:
     if child.returncode or not counts.get("passed"):
         found["output"] = said[-40_000:]
         raise WrongError(found["said"] or said[-400:])
+
+
+# (layer, its arguments, shape, what else it is given)
+GIVEN: list[tuple[str, dict[str, Any], tuple[int, ...], str]] = [
+    (layer, {**kwargs, "activation": activation}, shape, more)
+    for layer, kwargs, shape in (
+        ("InstanceNorm2d", {"num_features": 3, **AFFINE}, (2, 3, 5, 7)),
+        ("BatchNorm2d", {"num_features": 5}, (3, 5, 4, 3)),
+        ("GroupNorm", {"num_groups": 2, "num_channels": 6}, (2, 6, 3, 5)),
+    )
+    for activation, more in (("gelu", "mask"), ("relu", "residual"), (None, ""))
+]
+
+
+def extras(setup: Setup, found: dict[str, Any]) -> None:
+    """Masks, activations and residuals of layers, against the same on a CPU in float64."""
+    wrong = []
+    for name, kwargs, shape, more in GIVEN[:3] if setup.tiny else GIVEN:
+        layer = getattr(truenorm, name)(**kwargs)
+        for dtype, last in itertools.product(DTYPES, (False, True)):
+            values = [torch.randn(shape).to(dtype) for _ in range(3)]
+            mask = torch.rand(shape[0], *shape[2:]) < 0.7
+            results = []
+            for device, kind in (("cpu", torch.float64), (setup.device, dtype)):
+                x, grad, residual = (t.to(device, kind) for t in values)
+                if last:
+                    x = x.contiguous(memory_format=torch.channels_last)
+                leaf = x.requires_grad_()
+                given = {"mask": mask.to(device), "residual": residual}.get(more)
+                placed = {more: given} if more else {}
+                y = copy.deepcopy(layer).to(device, kind)(leaf, **placed)
+                y.backward(grad)
+                results.append((y.detach(), leaf.grad))
+            for exact, got in zip(*results, strict=True):
+                error = ((got.cpu().double() - exact).norm() / exact.norm()).item()
+                if not error <= 4 * torch.finfo(dtype).eps:
+                    wrong.append(f"{name} {kwargs} {dtype}: off by {error:.1e}")
+    found["said"] = f"{len(wrong)} wrong"
+    if wrong:
+        raise WrongError("; ".join(wrong))
 
 
 def speed(setup: Setup, found: dict[str, Any]) -> None:
@@ -278,6 +323,7 @@ STAGES = (
     (machine, False),
     (compiling, False),
     (correctness, False),
+    (extras, True),
     (speed, True),
     (host, True),
     (compiled, True),

@@ -159,9 +159,10 @@ def _part_counts(
     """How many values a part has: stored, or told by its place."""
     if HAS_MASK:
         n = tl.load(p_count + q[:, None] * parts + p[None, :], mask=mask, other=0)
-        return n.to(tl.float64)
-    r0, r1, k0, k1 = chunk_bounds((p % chunks).to(tl.int64), K, R, k_chunks, k_chunk, r_chunk)
-    return ((r1 - r0) * (k1 - k0)).to(tl.float64)[None, :]
+    else:
+        r0, r1, k0, k1 = chunk_bounds((p % chunks).to(tl.int64), K, R, k_chunks, k_chunk, r_chunk)
+        n = ((r1 - r0) * (k1 - k0))[None, :]
+    return n.to(tl.float64)
 
 
 @triton.jit(
