@@ -11,8 +11,8 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
-from matrix import BATCH, INSTANCE, MASKS, VALUES, Case, Several, matches, nonsense
-from matrix_checks import ROUNDING_EACH, RoundedBetween
+from matrix import BATCH, INSTANCE, MASKS, Case, Several, matches, nonsense
+from matrix_checks import RoundedBetween
 
 
 class Refused(NamedTuple):
@@ -23,22 +23,10 @@ class Refused(NamedTuple):
     words: str
 
 
-_HALF = ("bfloat16", "float16")
-# for which rounding twice is not rounding once
-_BENT = ("gelu", "elu", "silu", "leaky_relu", "hardswish")
-_AFTER = (*_BENT, "residual")
-# outside of a graph and of a trace
-_OWN_WAYS = tuple(w for w in VALUES["way"] if w not in ROUNDING_EACH)
 _POLICIES = ("renorm", "ghost batches", "on_single", "accumulate", "skip_nonfinite")
-_TAKES_NO = "takes no `mask` or `lengths` together with"
-_UNITS = "units off"
 
-REFUSED = [
-    # a vector of lengths that vmap maps over is looked at
-    Refused((("lengths",), ("vmap",)), RuntimeError, "vmap over calling .item()"),
-    # r · weight and d · weight are rounded to the weight's dtype
-    Refused((_HALF, ("renorm",), _OWN_WAYS), RoundedBetween, _UNITS),
-]
+# nothing today; renorm with ghost batches, and on_single over processes, make no sense together
+REFUSED: list[Refused] = []
 
 
 def entry_of(case: Case) -> Refused | None:

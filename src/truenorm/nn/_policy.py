@@ -182,9 +182,11 @@ class SmallBatches(Policed):
         sigma = torch.sqrt(known_var.to(var.dtype) + form.eps)
         r = (torch.sqrt(var + form.eps) / sigma).clamp(1.0 / rmax, rmax)
         d = ((mean - known_mean.to(mean.dtype)) / sigma).clamp(-dmax, dmax)
-        narrow = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
-        scale = r.to(narrow) if weight is None else weight * r.to(narrow)
-        shift = d.to(narrow) if weight is None else weight * d.to(narrow)
+        # wider than half precision, so that the output alone is rounded to it
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if weight is not None:
+            wide = torch.promote_types(wide, weight.dtype)
+        scale, shift = (t.to(wide) if weight is None else weight * t.to(wide) for t in (r, d))
         return call._replace(weight=scale, bias=shift if bias is None else bias + shift)
 
 

@@ -69,8 +69,9 @@ def check_lengths(lengths: Any, input: Tensor, channel_axis: int) -> None:
             f"`lengths` is on {lengths.device} and `input` on {input.device}: move it with "
             "lengths.to(input.device)"
         )
-    # on a GPU, and in a graph, nobody waits for the values
-    if lengths.is_cpu and not torch.compiler.is_compiling() and lengths.numel():
+    # on a GPU, in a graph and in a map over them nobody looks at the values
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if lengths.is_cpu and not hidden and lengths.numel():
         most, least = int(lengths.max()), int(lengths.min())
         if most > positions[0] or least < 0:
             wrong = most if most > positions[0] else least
