@@ -29,17 +29,15 @@ from .call import KEEP, Call, Form
 from .geometry import BATCH
 
 
-def normalize(call: Call) -> Tensor:
+def normalize(call: Call, way: int) -> Tensor:
     """y; x's own statistics move `running`."""
-    way = route.way(call)
     if call.group is not None:
         return normalize_together([call], call.group)[0]
     if way == route.STANDARD:
         return standard.norm(call)
     y, record = _made(call, way, keep=call.running is not None)
     if call.running is not None:
-        with torch.no_grad():
-            _move(call, record)
+        _move(call, record)
     return y
 
 
@@ -63,9 +61,11 @@ def _made(call: Call, way: int, *, keep: bool) -> tuple[Tensor, Tensor]:
     mean, var = (None, None) if call.given is None else call.given
     if way == route.KERNEL and _wants_gradient(call):
         tensors = x, weight, bias, residual, mask, mean, var
-        y, record = gradients.Norm.apply([form], None, *tensors)  # type: ignore[no-untyped-call]
-        _remember(y, record, call)
-        return y, record
+        kept: list[Tensor] = []
+        y = gradients.Norm.apply(((form,), None, kept), *tensors)  # type: ignore[no-untyped-call]
+        if recomputed.asked():
+            _remember(y, kept[0], call)
+        return y, kept[0]
     bits, eps, parameter = form.numbers(x, KEEP if keep or way == route.GRAPH else 0)
     args = weight, bias, mask, residual, mean, var, bits, eps, parameter, form.padding
     if way == route.KERNEL and call.inplace and x is call.x:
@@ -78,19 +78,23 @@ def _made(call: Call, way: int, *, keep: bool) -> tuple[Tensor, Tensor]:
 
 
 def _wants_gradient(call: Call) -> bool:
-    return torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in call.differentiated()
+    # in one piece: small inputs notice each call
+    x, weight, bias, residual = call.differentiated()
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
     )
 
 
 def _remember(y: Tensor, record: Tensor, call: Call) -> None:
-    """How y is made, where that is asked for."""
-    if recomputed.asked():
-        # running statistics have moved when it is made again
-        mean, var = (None, None) if call.given is None else record[:2]
-        tensors = call.x, call.weight, call.bias, call.mask, call.residual, mean, var
-        rest = *call.form.numbers(call.x), call.form.padding
-        recomputed.remember(y, operators.norm, tensors, rest)
+    """How y is made."""
+    # running statistics have moved when it is made again
+    mean, var = (None, None) if call.given is None else record[:2]
+    tensors = call.x, call.weight, call.bias, call.mask, call.residual, mean, var
+    rest = *call.form.numbers(call.x), call.form.padding
+    recomputed.remember(y, operators.norm, tensors, rest)
 
 
 def _in_order_of_mask(call: Call) -> Call:
@@ -112,7 +116,8 @@ def _move(call: Call, record: Tensor) -> None:
         return
     elif moving.num_batches_tracked is not None:
         # as torch: an empty batch counts as a batch and leaves the statistics alone
-        moving.num_batches_tracked.add_(1)
+        with torch.no_grad():
+            moving.num_batches_tracked.add_(1)
 
 
 def normalize_together(calls: Sequence[Call], group: Any) -> list[Tensor]:
@@ -138,12 +143,11 @@ def spanning(calls: Sequence[Call], group: Any) -> list[Tensor]:
     forms = [c.form for c in calls]
     ordered = [_in_order_of_mask(c) for c in calls]
     tensors = [t for c in ordered for t in (*c[:3], c.residual, c.mask, None, None)]
-    made = gradients.Norm.apply(forms, group, *tensors)  # type: ignore[no-untyped-call]
+    made = gradients.Norm.apply((forms, group, None), *tensors)  # type: ignore[no-untyped-call]
     outputs, records = made[: len(calls)], made[len(calls) :]
     for call, record in zip(calls, records, strict=True):
         if call.running is not None:
-            with torch.no_grad():
-                running.move(call.running, record)
+            running.move(call.running, record)
     return list(outputs)
 
 

@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.jit._trace import TracerWarning
 
 _asked = False
+_is_exporting = torch.compiler.is_exporting  # looked up once: every call asks
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def standard_ops() -> Iterator[None]:
 
 def wanted() -> bool:
     """Whether the call is exported to such a file."""
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return _asked or torch.onnx.is_in_onnx_export()
     return _asked and not torch.compiler.is_compiling() and get_proxy_mode() is not None
 

@@ -30,6 +30,8 @@ from .operators import run, run_masked
 from .route import transformed
 
 Grads = tuple[Tensor | None, ...]
+_is_compiling = torch.compiler.is_compiling
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 _NEEDS = NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_RESIDUAL
 
 
@@ -159,53 +161,54 @@ def pull_back(
 
 
 class Norm(Function):
-    """Outputs of several calls, then their records.
+    """Outputs of several calls, then their records; of one call alone its output.
 
+    spec: forms, the group of processes, and a list that takes a lone call's record.
     tensors: for each call x, weight, bias, residual, mask, mean, var.
     """
 
     @staticmethod
-    def forward(ctx: Any, forms: Sequence[Form], group: Any, *tensors: Any) -> Any:
+    def forward(ctx: Any, spec: Any, *tensors: Any) -> Any:
+        forms, group, record = spec
+        if group is None:
+            return _forward_alone(ctx, *forms, record, *tensors)
         calls = list(_cut(tensors, 7))
-        outputs, records = [], []
+        across = spanning.statistics(forms, [c[0] for c in calls], [c[4] for c in calls], group)
+        outputs, by_output = [], []
         saved: list[Any] = []
-        by_output = []
-        across: Sequence[Any] = [None] * len(calls)
-        if group is not None:
-            xs, masks = [c[0] for c in calls], [c[4] for c in calls]
-            across = spanning.statistics(forms, xs, masks, group)
-        for form, (x, weight, bias, residual, mask, mean, var), record in zip(
+        for form, (x, weight, bias, residual, mask, *_), (mean, var, _) in zip(
             forms, calls, across, strict=True
         ):
-            if record is None:
-                y, record = norm(form, x, weight, bias, residual, mask, mean, var, KEEP)
-            else:
-                given = record[0], record[1]
-                y, _ = norm(form, x, weight, bias, residual, mask, *given, 0)
+            y, _ = norm(form, x, weight, bias, residual, mask, mean, var, 0)
             output = _saves_output(form, residual)
             saved += _saved(form, output, x, weight, bias, residual, mask, y)
             by_output.append(output)
             outputs.append(y)
-            records.append(record)
-        ctx.save_for_backward(*saved, *records)
+        ctx.save_for_backward(*saved, *across)
         ctx.made = _Made(forms, by_output, group)
         ctx.bias_dtypes = [None if c[2] is None else c[2].dtype for c in calls]
-        ctx.mark_non_differentiable(*records)
-        return (*outputs, *records)
+        ctx.mark_non_differentiable(*across)
+        return (*outputs, *across)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        calls = len(ctx.made.forms)
+        made: _Made = ctx.made
+        calls = len(made.forms)
         kept = ctx.saved_tensors  # once: checkpointing gives them out only once
+        wanted = ctx.needs_input_grad[1:]
+        if made.group is None:
+            (grad,), (x, *others) = grads, kept
+            if not (_is_compiling() or torch.is_grad_enabled() or transformed(grad, x, *others)):
+                return _backward_alone(ctx, grad, kept, wanted)
+            kept = *kept, ctx.record
         pulled = [
             _Pulled._make((grad, *saved, record))
             for grad, saved, record in zip(
                 grads[:calls], _cut(kept[: 5 * calls], 5), kept[5 * calls :], strict=True
             )
         ]
-        wanted = [needs[:4] for needs in _cut(ctx.needs_input_grad[2:], 7)]
-        found = _pull_back(ctx.made, pulled, wanted)
-        result: list[Any] = [None, None]
+        found = _pull_back(made, pulled, [needs[:4] for needs in _cut(wanted, 7)])
+        result: list[Any] = [None]
         for (of_x, of_weight, of_bias, of_residual), dtype in zip(
             _cut(found, 4), ctx.bias_dtypes, strict=True
         ):
@@ -213,6 +216,55 @@ class Norm(Function):
                 of_bias = of_bias.to(dtype)
             result += [of_x, of_weight, of_bias, of_residual, None, None, None]
         return tuple(result)
+
+
+# A small input's time is all Python: of the usual call, which stands alone, in as few steps as can be
+
+
+def _forward_alone(
+    ctx: Any, form: Form, keep: list[Tensor], x: Tensor, weight: Any, bias: Any, residual: Any,
+    mask: Any, mean: Any, var: Any,
+) -> Tensor:  # fmt: skip
+    bits, eps, parameter = form.numbers(x, KEEP)
+    with _below_autograd():
+        args = weight, bias, mask, residual, mean, var, bits, eps, parameter, form.padding
+        y, record = operators.norm._op(x, *args)
+    keep.append(record)
+    by_output = form.act > 0 and _saves_output(form, residual)
+    ctx.save_for_backward(*_saved(form, by_output, x, weight, bias, residual, mask, y))
+    # neither an input nor an output: as a saved tensor it would be copied twice
+    ctx.record = record
+    ctx.made = _Made((form,), (by_output,), None)
+    ctx.bias_dtypes = (None if bias is None else bias.dtype,)
+    return y  # type: ignore[no-any-return]
+
+
+def _backward_alone(ctx: Any, grad: Tensor, saved: Any, wanted: Any) -> Any:
+    x, weight, bias, residual, mask = saved
+    (form,), (by_output,), _ = ctx.made
+    as_it_is = wanted[3] and not form.act and mask is None
+    needs = (
+        NEEDS_INPUT * wanted[0]
+        | NEEDS_WEIGHT * wanted[1]
+        | NEEDS_BIAS * wanted[2]
+        | NEEDS_RESIDUAL * (wanted[3] and not as_it_is)
+        | BY_OUTPUT * by_output
+    )
+    numbers = form.numbers(x, needs)
+    with _below_autograd():
+        tensors = x, ctx.record, weight, bias, mask, residual, None
+        of_x, of_weight, of_bias, of_residual = operators.norm_backward._op(grad, *tensors, *numbers)
+    dtype = ctx.bias_dtypes[0]
+    return (
+        None,
+        of_x if wanted[0] else None,
+        of_weight if wanted[1] else None,
+        (of_bias if of_bias.dtype == dtype else of_bias.to(dtype)) if wanted[2] else None,
+        grad if as_it_is else of_residual if wanted[3] else None,
+        None,
+        None,
+        None,
+    )
 
 
 def norm(

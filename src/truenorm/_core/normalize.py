@@ -19,9 +19,8 @@ def normalize(call: Call) -> Tensor:
         # a subclass has a say, as in torch's own functions
         given = tuple(t for t in inputs if t is not None)
         return handle_torch_function(normalize, given, call)
-    if route.way(call) == route.SHARDED:
-        return sharded.normalize(call)
-    return dense.normalize(call)
+    way = route.way(call)
+    return sharded.normalize(call) if way == route.SHARDED else dense.normalize(call, way)
 
 
 def normalize_with_statistics(call: Call) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,10 @@ from .call import Call
 
 KERNEL, GRAPH, PLAIN, STANDARD, SHARDED = range(5)
 
+# looked up once: every call asks
+_is_compiling = torch.compiler.is_compiling
+_transforms_active = torch._C._are_functorch_transforms_active
+_MKLDNN = torch._mkldnn  # type: ignore[attr-defined]
 # what torch.jit.trace, and all that is built on it, records into; None elsewhere
 _tracing_state = torch._C._get_tracing_state
 
@@ -33,12 +37,12 @@ def tracing() -> bool:
 
 def standard() -> bool:
     """Whether the call is recorded for a file that runs without truenorm."""
-    return (not torch.compiler.is_compiling() and tracing()) or exporting.wanted()
+    return (not _is_compiling() and tracing()) or exporting.wanted()
 
 
 def transformed(*tensors: Tensor | None) -> bool:
     """Whether a function transform or forward-mode AD is at work: the plain formulas serve both."""
-    return torch._C._are_functorch_transforms_active() or has_tangent(*tensors)
+    return _transforms_active() or (forward_ad._current_level >= 0 and has_tangent(*tensors))
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
@@ -50,7 +54,7 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 
 def way_of(x: Tensor, *others: Tensor | None) -> int:
     """One of the five above, for this input; others: what else of the call is differentiated."""
-    if x.layout is torch._mkldnn:  # type: ignore[attr-defined]
+    if x.layout is _MKLDNN:
         return STANDARD
     if sharding.wanted(x, *others):
         return SHARDED
@@ -59,14 +63,14 @@ def way_of(x: Tensor, *others: Tensor | None) -> int:
     # empty inputs have no moments, and complex RMSNorm has no kernel
     if x.numel() == 0 or x.is_complex() or transformed(x, *others):
         return PLAIN
-    return GRAPH if torch.compiler.is_compiling() else KERNEL
+    return GRAPH if _is_compiling() else KERNEL
 
 
 def way(call: Call) -> int:
     """One of the five above, for a whole call."""
     if call.given is not None:
         sharding.wanted(call.x, *call.given)  # which refuses what is sharded beside a plain x
-    found = way_of(*call.differentiated())
-    if found in (KERNEL, GRAPH) and call.own_mask():
+    found = way_of(call.x, call.weight, call.bias, call.residual)
+    if call.mask is not None and found in (KERNEL, GRAPH) and call.own_mask():
         return PLAIN
     return found

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, dense, exchange, geometry, running, sharding
+from . import checks, dense, exchange, geometry, route, running, sharding
 from .call import Call, Running
 from .geometry import BATCH
 from .merging import add_pairs
@@ -109,7 +109,7 @@ def normalize(call: Call) -> Tensor:
         y, record = dense.normalize_with_statistics(own._replace(running=None))
         _move_by_samples(moving, own, record, samples)
     else:
-        y = dense.normalize(own)
+        y = dense.normalize(own, route.way(own))
     take_back()
     return plan.joined(y, call.x, axes)
 
