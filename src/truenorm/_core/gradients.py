@@ -171,7 +171,7 @@ class Norm(Function):
     def forward(ctx: Any, spec: Any, *tensors: Any) -> Any:
         forms, group, record = spec
         if group is None:
-            return _forward_alone(ctx, *forms, record, *tensors)
+            return _forward_alone(ctx, forms[0], record, *tensors)
         calls = list(_cut(tensors, 7))
         across = spanning.statistics(forms, [c[0] for c in calls], [c[4] for c in calls], group)
         outputs, by_output = [], []
@@ -218,7 +218,7 @@ class Norm(Function):
         return tuple(result)
 
 
-# A small input's time is all Python: of the usual call, which stands alone, in as few steps as can be
+# A small input's time is all Python: the usual call, which stands alone, takes few steps.
 
 
 def _forward_alone(
@@ -253,7 +253,9 @@ def _backward_alone(ctx: Any, grad: Tensor, saved: Any, wanted: Any) -> Any:
     numbers = form.numbers(x, needs)
     with _below_autograd():
         tensors = x, ctx.record, weight, bias, mask, residual, None
-        of_x, of_weight, of_bias, of_residual = operators.norm_backward._op(grad, *tensors, *numbers)
+        of_x, of_weight, of_bias, of_residual = operators.norm_backward._op(
+            grad, *tensors, *numbers
+        )
     dtype = ctx.bias_dtypes[0]
     return (
         None,
