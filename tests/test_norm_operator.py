@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from pooling import only_native
 from tolerances import FLOAT32_GRADIENT, FLOAT64, last_place
 from torch import Tensor
@@ -23,7 +22,9 @@ INPUT, WEIGHT, BIAS, RESIDUAL, BY_OUTPUT, CONSTANT, UNCENTRED, PER_CHANNEL, KEEP
 ALL = INPUT | WEIGHT | BIAS | RESIDUAL
 
 _TENSORS = "Tensor? weight, Tensor? bias, Tensor? mask, Tensor? residual"
-_NORM = f"{_TENSORS}, Tensor? mean, Tensor? var, int form, float eps, float parameter, float padding"
+_NORM = (
+    f"{_TENSORS}, Tensor? mean, Tensor? var, int form, float eps, float parameter, float padding"
+)
 _BACKWARD = f"Tensor grad, Tensor x, Tensor record, {_TENSORS}"
 _SCHEMAS = {
     "norm": f"(Tensor x, {_NORM}) -> (Tensor, Tensor)",
@@ -85,7 +86,8 @@ def activated(z: Tensor, act: int) -> Tensor:
         lambda: torch.where(z > 0, z, PARAMETER * torch.expm1(z.clamp(max=0))),
         lambda: z * torch.sigmoid(z),
         lambda: z * 0.5 * torch.erfc(-z * 0.5**0.5),
-        lambda: F.gelu(z, approximate="tanh"),
+        # 1 + tanh(u) = 2 / (1 + e^(−2 u)), in which nothing cancels
+        lambda: z * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)),
         lambda: z.clamp(0, 6),
     )[act]()
 
@@ -270,7 +272,7 @@ def drawn(
     axes: Axes, shape: tuple[int, ...], dtype: torch.dtype, layout: Any, mask: str, variant: int
 ) -> Inputs:
     """Inputs with NaN wherever nothing is valid; over the variants every option meets every other."""
-    offset = {torch.float64: 1e5, torch.float32: 1e3}.get(dtype, 3.0) * (variant % 2)
+    offset = (3.0 if dtype.itemsize == 2 else 1e3) * (variant % 2)
     kept = masked(axes, shape, mask)
 
     def tensor(scale: float = 1.0, offset: float = 0.0) -> Tensor:
@@ -354,9 +356,8 @@ def assert_norm(one: Tensor, exact: Tensor, dtype: torch.dtype, size: Tensor | f
 def assert_made(axes: Axes, i: Inputs, y: Tensor, record: Tensor, found: Any, exact: Made) -> None:
     dtype = i.x.dtype
     weights = 1.0 if i.weight is None else float(i.weight.abs().max())
-    deviations = float((exact.record[0].abs() * 1e-10 + 1).max())
     assert y.dtype == dtype
-    assert_forward(y, exact.y, (1 + weights) * 4 * deviations)
+    assert_forward(y, exact.y, (1 + weights) * 4)
     # float64 sums of about a thousand deviations from zero
     near = exact.record[0].abs() + exact.record[1].sqrt()
     assert bool(((record[0] - exact.record[0]).abs() <= 1e-11 * near).all())
@@ -385,7 +386,7 @@ def test_values_and_gradients(
         i = drawn(axes, shape, dtype, layout, mask, next(VARIANTS))
         y, record = run(axes, i)
         assert_made(axes, i, y, record, back(axes, i, record, ALL), i.exact(axes))
-        if layout is not sliced:
+        if layout is contiguous or (layout is channels_last and not axes.features):
             assert y.stride() == i.x.stride()
 
 
@@ -420,7 +421,9 @@ def test_only_what_is_wanted_is_made(axes: Axes, shape: tuple[int, ...], mask: s
 @pytest.mark.parametrize("act", [1, 2, 8])
 @EVERY
 def test_by_the_output(axes: Axes, shape: tuple[int, ...], act: int, mask: str) -> None:
-    for layout, dtype in ((contiguous, torch.float32), (channels_last, torch.bfloat16)):
+    # what is a little less than 6 is 6 in half precision
+    half = torch.bfloat16 if act < 8 else torch.float64
+    for layout, dtype in ((contiguous, torch.float32), (channels_last, half)):
         i = drawn(axes, shape, dtype, layout, mask, next(VARIANTS))._replace(act=act)
         y, record = run(axes, i)
         by_input = back(axes, i, record, ALL)
@@ -577,7 +580,9 @@ def test_running_statistics(momentum: float | None, dtype: torch.dtype) -> None:
         some = share.sum(0)
         factor = 0.2 if momentum is None else momentum
         expected = []
-        for before, new in zip(running, (mean, var * count / (count - 1).clamp(min=1)), strict=True):
+        for before, new in zip(
+            running, (mean, var * count / (count - 1).clamp(min=1)), strict=True
+        ):
             average = (new * share).sum(0) / some.clamp(min=1)
             moved = (1 - factor) * before.double() + factor * average
             expected.append(torch.where(some > 0, moved, before.double()))
