@@ -5,7 +5,7 @@
 
 namespace truenorm {
 
-// _ops/activation.py has the same numbers.
+// _core/activation.py has the same numbers.
 enum class Act : int64_t { none, relu, leaky_relu, hardswish, elu, silu, gelu, gelu_tanh, relu6 };
 
 struct Activation {

@@ -6,8 +6,6 @@
 
 namespace truenorm {
 
-const MaskedSet& masked_set() { return *kernels().masked; }
-
 namespace {
 
 template <class T>
@@ -97,8 +95,8 @@ void forward_as(const Call& c, const Tensor& x, const Maybe& residual, const Ten
   with_type(x, [&]<class T>(T) {
     const Values<compute_t<T>> weight(c.weight), bias(c.bias);
     run(Forward<T>{c.g, table<T>(kernels()), c.eps, values<T>(x), target<T>(y), weight.get(),
-                   bias.get(), mean, var, fixed, streams<T>(c.g), values<T>(residual), c.act,
-                   valid ? &*valid : nullptr, rows_of(c), element<T>(c.padding)});
+                   bias.get(), mean, var, fixed, !valid && streams<T>(c.g), values<T>(residual),
+                   c.act, valid ? &*valid : nullptr, rows_of(c), element<T>(c.padding)});
   });
 }
 

@@ -101,33 +101,91 @@ struct Arrays {
   A* operator[](int64_t i) const { return memory.get() + i * size; }
 };
 
-// The coefficients of y, per matrix and column.
+// The coefficients of y by column, of some matrices from `first` on, a row of `fold` positions
+// each.
 template <class T>
 struct ForwardCoefficients {
   Arrays<compute_t<T>> values;
 
   // of a Forward or a Backward
   template <class Of>
-  ForwardCoefficients(const Of& f, const Cut& cut)
-      : values(Affines<T>::kArrays, cut.matrices * cut.cols) {
-    const int64_t per_group = f.geometry.channels_per_group(), groups = f.geometry.groups();
+  ForwardCoefficients(const Of& f, int64_t first, int64_t matrices, int64_t fold)
+      : values(Affines<T>::kArrays, matrices * fold * f.geometry.c) {
+    const int64_t channels = f.geometry.c, groups = f.geometry.groups();
+    const int64_t per_group = channels / groups, cols = fold * channels;
     const Affines<T> all = (*this)(0);
-    parallel(cut.matrices, 8 * cut.channels, [&](int64_t m) {
-      for (int64_t c = 0; c < cut.channels; ++c) {
-        const int64_t i = m * groups + c / per_group;
+    parallel(matrices, 8 * channels, [&](int64_t m) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t i = (first + m) * groups + c / per_group;
         const Affine<T> a(f.mean[i], f.rstd(i), f.weight, f.bias, c);
-        for (int64_t to = m * cut.cols + c; to < (m + 1) * cut.cols; to += cut.channels)
-          all.set(to, a);
+        for (int64_t to = m * cols + c; to < (m + 1) * cols; to += channels) all.set(to, a);
       }
     });
   }
 
-  Affines<T> operator()(int64_t first) const {
+  Affines<T> operator()(int64_t column) const {
     Affines<T> all;
     for (int64_t i = 0; i < Affines<T>::kArrays; ++i) all.of[i] = values[i];
-    return all.from(first);
+    return all.from(column);
   }
 };
+
+// The same of grad_x, from the sums per channel over `count` values of a statistic.
+template <class T>
+struct BackwardCoefficients {
+  using A = compute_t<T>;
+  Arrays<A> values;
+
+  BackwardCoefficients(const Backward<T>& b, int64_t first, int64_t matrices, int64_t fold,
+                       const GradSums* sums, double count)
+      : values(5, matrices * fold * b.geometry.c) {
+    const int64_t channels = b.geometry.c, groups = b.geometry.groups();
+    const int64_t per_group = channels / groups, cols = fold * channels;
+    const GradAffines<A> all = (*this)(0);
+    parallel(matrices * groups, 16 * per_group, [&](int64_t i) {
+      const int64_t m = i / groups, begin = i % groups * per_group, end = begin + per_group;
+      GradSums mean;
+      for (int64_t c = begin; c < end && b.by_sums(); ++c) {
+        const GradSums& s = sums[m * channels + c];
+        mean.add({b.weight_of(c) * s.grad / count, b.weight_of(c) * s.grad_x_hat / count});
+      }
+      const int64_t statistic = first * groups + i;
+      mean = b.mean_grads(statistic, mean, 1.0);
+      for (int64_t c = begin; c < end; ++c) {
+        const GradAffine<A> a = b.affine(statistic, b.weight_of(c), mean);
+        for (int64_t to = m * cols + c; to < (m + 1) * cols; to += channels) all.set(to, a);
+      }
+    });
+  }
+
+  GradAffines<A> operator()(int64_t column) const {
+    return GradAffines<A>{values[0], values[1], values[2], values[3], values[4]}.from(column);
+  }
+};
+
+// y, its inner gradient and grad_x of rows that follow one another.
+template <class T>
+void apply_rows(const Forward<T>& f, int64_t offset, int64_t rows, int64_t len,
+                const Affines<T>& by) {
+  if (f.acts())
+    f.kernels.act_each(f.inputs(offset), f.y + offset, rows, len, len, by, f.act, f.stream);
+  else
+    f.kernels.apply_each(f.x + offset, f.y + offset, rows, len, by, f.stream);
+}
+template <class T>
+void inner_rows(const Backward<T>& b, int64_t offset, int64_t rows, int64_t cols, int64_t ld,
+                const Affines<T>& by) {
+  b.kernels.act_each(b.inputs(offset), b.inner + offset, rows, cols, ld, by, b.act, false);
+}
+template <class T>
+void grad_rows(const Backward<T>& b, int64_t offset, int64_t rows, int64_t len,
+               const GradAffines<compute_t<T>>& by) {
+  const T* const grads = b.norm_grad() + offset;
+  if (b.fixed)
+    b.kernels.grad_scale_each(grads, b.grad_x + offset, rows, len, by.scale, b.stream);
+  else
+    b.kernels.grad_apply_each(grads, b.x + offset, b.grad_x + offset, rows, len, by, b.stream);
+}
 
 // A sample whose values are read twice from cache is one task, if there are enough of them: then
 // `one_sample` is its geometry. Its pieces are the same, and so are the bits.

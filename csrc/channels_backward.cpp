@@ -9,12 +9,12 @@ template <class T>
 class Inner {
  public:
   Inner(const Backward<T>& b, const Cut& cut) : b_(b), cut_(cut) {
-    if (b.inner) coefficients_ = std::make_unique<ForwardCoefficients<T>>(b, cut);
+    if (b.inner)
+      coefficients_ = std::make_unique<ForwardCoefficients<T>>(b, 0, cut.matrices, cut.fold);
   }
   void make(int64_t m, int64_t offset, int64_t rows, int64_t col, int64_t cols) const {
     if (coefficients_)
-      b_.kernels.act_each(b_.inputs(offset), b_.inner + offset, rows, cols, cut_.cols,
-                          (*coefficients_)(m * cut_.cols + col), b_.act, false);
+      inner_rows(b_, offset, rows, cols, cut_.cols, (*coefficients_)(m * cut_.cols + col));
   }
 
  private:
@@ -77,36 +77,6 @@ void channel_sums(const Backward<T>& b, const Cut& cut, const Inner<T>& inner, G
   });
 }
 
-// The coefficients of grad_x, per matrix and column.
-template <class T>
-Arrays<compute_t<T>> grad_coefficients(const Backward<T>& b, const Cut& cut, const GradSums* sums) {
-  using A = compute_t<T>;
-  const Geometry& g = b.geometry;
-  const int64_t per_group = g.channels_per_group(), groups = g.groups();
-  const double count = double(g.values_per_statistic());
-  Arrays<A> arrays(5, cut.matrices * cut.cols);
-  parallel(cut.matrices * groups, 16 * per_group, [&](int64_t i) {
-    const int64_t m = i / groups, first = i % groups * per_group;
-    GradSums mean;
-    for (int64_t c = first; c < first + per_group && b.by_sums(); ++c) {
-      const GradSums& s = sums[m * cut.channels + c];
-      mean.add({b.weight_of(c) * s.grad / count, b.weight_of(c) * s.grad_x_hat / count});
-    }
-    mean = b.mean_grads(i, mean, 1.0);
-    for (int64_t c = first; c < first + per_group; ++c) {
-      const GradAffine<A> a = b.affine(i, b.weight_of(c), mean);
-      for (int64_t to = m * cut.cols + c; to < (m + 1) * cut.cols; to += cut.channels) {
-        arrays[0][to] = a.scale;
-        arrays[1][to] = a.hi;
-        arrays[2][to] = a.rstd;
-        arrays[3][to] = a.slope;
-        arrays[4][to] = a.shift;
-      }
-    }
-  });
-  return arrays;
-}
-
 template <class T>
 void backward_samples(const Backward<T>& b) {
   const Geometry& g = b.geometry;
@@ -128,11 +98,9 @@ void backward_samples(const Backward<T>& b) {
 
 template <class T>
 void backward_channels(const Backward<T>& b) {
-  using A = compute_t<T>;
   if (by_sample<T>(b.geometry, 2)) return backward_samples(b);
   const Cut cut(b.geometry);
   const Inner<T> inner(b, cut);
-  const T* const grads = b.norm_grad();
   const bool summing = b.summing();
   const auto own = scratch<GradSums>(b.sums || !summing ? 0 : cut.matrices * cut.channels);
   GradSums* const sums = b.sums ? b.sums : own.get();
@@ -144,30 +112,14 @@ void backward_channels(const Backward<T>& b) {
       });
     return;
   }
-  if (b.fixed) {
-    const int64_t per_group = b.geometry.channels_per_group(), groups = b.geometry.groups();
-    const auto scale = spread<A>(cut, [&](int64_t m, int64_t c) {
-      return A(b.rstd(m * groups + c / per_group) * b.weight_of(c));
-    });
-    over_rows(cut, b.stream, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
-      if (!summing) inner.make(m, offset, rows, 0, len);
-      b.kernels.grad_scale_each(grads + offset, b.grad_x + offset, rows, len,
-                                scale.get() + m * cut.cols, b.stream);
-    });
-    return;
-  }
-  const Arrays<A> of = grad_coefficients(b, cut, sums);
-  const GradAffines<A> all = {of[0], of[1], of[2], of[3], of[4]};
+  const double count = double(b.geometry.values_per_statistic());
+  const BackwardCoefficients<T> by(b, 0, cut.matrices, cut.fold, sums, count);
   over_rows(cut, b.stream, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
     if (!summing) inner.make(m, offset, rows, 0, len);
-    b.kernels.grad_apply_each(grads + offset, b.x + offset, b.grad_x + offset, rows, len,
-                              all.from(m * cut.cols), b.stream);
+    grad_rows(b, offset, rows, len, by(m * cut.cols));
   });
 }
 
-template void backward_channels<double>(const Backward<double>&);
-template void backward_channels<float>(const Backward<float>&);
-template void backward_channels<bf16>(const Backward<bf16>&);
-template void backward_channels<f16>(const Backward<f16>&);
+TN_EVERY_TYPE(backward_channels, Backward)
 
 }  // namespace truenorm

@@ -72,19 +72,12 @@ void forward_channels(const Forward<T>& f) {
   const Cut cut(f.geometry);
   if (!f.fixed) statistics(f, cut);
   if (!f.y) return;
-  const ForwardCoefficients<T> coefficients(f, cut);
+  const ForwardCoefficients<T> by(f, 0, cut.matrices, cut.fold);
   over_rows(cut, f.stream, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
-    const Affines<T> by = coefficients(m * cut.cols);
-    if (f.acts())
-      f.kernels.act_each(f.inputs(offset), f.y + offset, rows, len, len, by, f.act, f.stream);
-    else
-      f.kernels.apply_each(f.x + offset, f.y + offset, rows, len, by, f.stream);
+    apply_rows(f, offset, rows, len, by(m * cut.cols));
   });
 }
 
-template void forward_channels<double>(const Forward<double>&);
-template void forward_channels<float>(const Forward<float>&);
-template void forward_channels<bf16>(const Forward<bf16>&);
-template void forward_channels<f16>(const Forward<f16>&);
+TN_EVERY_TYPE(forward_channels, Forward)
 
 }  // namespace truenorm

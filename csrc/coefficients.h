@@ -133,6 +133,13 @@ template <class A>
 struct GradAffines {
   A *scale, *hi, *rstd, *slope, *shift;
 
+  void set(int64_t i, const GradAffine<A>& a) const {
+    scale[i] = a.scale;
+    hi[i] = a.hi;
+    rstd[i] = a.rstd;
+    slope[i] = a.slope;
+    shift[i] = a.shift;
+  }
   GradAffines from(int64_t i) const { return {scale + i, hi + i, rstd + i, slope + i, shift + i}; }
 };
 

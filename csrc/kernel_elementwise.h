@@ -185,11 +185,11 @@ void grad_apply_row(const T* grad, const T* x, T* grad_x, int64_t len, const com
 }
 
 template <class T>
-void grad_scale(const T* grad, T* grad_x, int64_t runs, int64_t len, const compute_t<T>* scale,
-                bool stream) {
+void grad_scale(const T* grad, T* grad_x, int64_t runs, int64_t len,
+                const GradAffine<compute_t<T>>* of_runs, bool stream) {
   using P = AnyOrder<T>;
   for (int64_t r = 0; r < runs; ++r) {
-    const auto by = splat<typename P::V>(scale[r]);
+    const auto by = splat<typename P::V>(of_runs[r].scale);
     map<P, 1>({grad + r * len}, grad_x + r * len, len, stream,
               [&](const P* v, int64_t) TN_FLAT { return P{v->v[0] * by, v->v[1] * by}; });
   }

@@ -1,8 +1,6 @@
 // What one instruction set offers: the tables that kernels_*.cpp fill.
 #include "kernels.h"
 
-#include "masked_kernels.h"
-
 #if !defined(TRUENORM_ISA)
 #error "compile once per instruction set, with TRUENORM_ISA naming it"
 #endif
@@ -16,9 +14,8 @@ extern const Kernels<double> f64;
 extern const Kernels<float> f32;
 extern const Kernels<bf16> bf;
 extern const Kernels<f16> hf;
-extern const MaskedSet masked_set;
 
 extern const InstructionSet instruction_set;
-const InstructionSet instruction_set = {TN_STRING(TRUENORM_ISA), &f64, &f32, &bf, &hf, &masked_set};
+const InstructionSet instruction_set = {TN_STRING(TRUENORM_ISA), &f64, &f32, &bf, &hf};
 
 }  // namespace truenorm::TRUENORM_ISA

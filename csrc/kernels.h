@@ -40,6 +40,8 @@ struct ResponseTile {
 };
 constexpr int64_t kResponseSizes = 8;  // the largest window that is summed in float
 
+constexpr int64_t kPastPacked = 16;
+
 template <class T>
 struct Kernels {
   using A = compute_t<T>;
@@ -90,10 +92,27 @@ struct Kernels {
   void (*grad_apply_row)(const T* grad, const T* x, T* grad_x, int64_t len, const A* weight,
                          const GradAffine<A>& by, bool stream);
   // grad_x = grad · scale: the statistics do not depend on x
-  void (*grad_scale)(const T* grad, T* grad_x, int64_t runs, int64_t len, const A* scale,
+  void (*grad_scale)(const T* grad, T* grad_x, int64_t runs, int64_t len, const GradAffine<A>* by,
                      bool stream);
   void (*grad_scale_each)(const T* grad, T* grad_x, int64_t rows, int64_t len, const A* scale,
                           bool stream);
+
+  // Where `valid` says so. What counts, side by side; up to kPastPacked more may be written.
+  // Returns how many.
+  int64_t (*pack)(const T* from, const bool* valid, int64_t len, T* to);
+  // `apply` and `grad_apply` on runs that follow one another and share a mask; `fill`, or zero, for
+  // what is not valid. `clear`: that alone.
+  void (*apply_valid)(const T* x, T* y, const bool* valid, int64_t runs, int64_t len,
+                      const Affine<T>* by, T fill);
+  void (*grad_apply_valid)(const T* grad, const T* x, T* grad_x, const bool* valid, int64_t runs,
+                           int64_t len, const GradAffine<A>* by);
+  void (*clear)(T* values, const bool* valid, int64_t runs, int64_t len, T fill);
+  // Mean and m2 of what is valid of `runs` runs, whose masks follow one another, of which count is
+  // known. False where sums about zero do not serve: then they are to be packed.
+  bool (*moments_of_valid)(const T* x, const bool* valid, int64_t runs, int64_t len, int64_t stride,
+                           Moments* found);
+  GradSums (*grad_sums_of_valid)(const T* grad, const T* x, const bool* valid, int64_t runs,
+                                 int64_t len, int64_t stride, double mean, double rstd);
 
   // out = double(in) and in = T(out), for what is computed value by value in float64
   void (*widen)(const T* in, double* out, int64_t len);
@@ -107,15 +126,12 @@ struct Kernels {
                          double* scratch, bool repairing);
 };
 
-struct MaskedSet;  // masked_kernels.h
-
 struct InstructionSet {
   const char* name;
   const Kernels<double>* f64;
   const Kernels<float>* f32;
   const Kernels<bf16>* bf;
   const Kernels<f16>* hf;
-  const MaskedSet* masked;
 };
 
 template <class T>

@@ -7,6 +7,7 @@
 #include "kernel_gradients.h"
 #include "kernel_local_response.h"
 #include "kernel_local_response_exact.h"
+#include "kernel_masked.h"
 #include "kernel_moments.h"
 #include "kernels.h"
 #include "simd.h"
@@ -20,12 +21,33 @@ namespace {
 
 template <class T>
 constexpr Kernels<T> kernels_of() {
-  return {
-      moments<T>,       column_moments<T>,  apply<T>,      apply_each<T>,      apply_row<T>,
-      act<T>,           act_each<T>,        act_row<T>,    grad_sums<T>,       column_grad_sums<T>,
-      row_grad_sums<T>, row_param_sums<T>,  grad_apply<T>, grad_apply_each<T>, grad_apply_row<T>,
-      grad_scale<T>,    grad_scale_each<T>, widen<T>,      narrow<T>,          response<T>,
-      response_exact<T>};
+  return {moments<T>,
+          column_moments<T>,
+          apply<T>,
+          apply_each<T>,
+          apply_row<T>,
+          act<T>,
+          act_each<T>,
+          act_row<T>,
+          grad_sums<T>,
+          column_grad_sums<T>,
+          row_grad_sums<T>,
+          row_param_sums<T>,
+          grad_apply<T>,
+          grad_apply_each<T>,
+          grad_apply_row<T>,
+          grad_scale<T>,
+          grad_scale_each<T>,
+          pack<T>,
+          apply_valid<T>,
+          grad_apply_valid<T>,
+          clear_runs<T>,
+          moments_of_valid<T>,
+          grad_sums_of_valid<T>,
+          widen<T>,
+          narrow<T>,
+          response<T>,
+          response_exact<T>};
 }
 
 }  // namespace

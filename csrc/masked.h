@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "layers.h"
-#include "masked_kernels.h"
 #include "parallel.h"
 
 namespace truenorm {

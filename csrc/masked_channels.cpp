@@ -13,7 +13,7 @@ namespace {
 using Runs = std::vector<Valid::Run>;
 
 // Batch statistics see one matrix of all samples' positions, the others one matrix per sample; so
-// does the mask, see masked.cpp.
+// does the mask, see call.cpp.
 struct Matrices {
   int64_t count, positions, channels;
 
@@ -94,124 +94,71 @@ void side_by_side(const std::array<const T*, In>& from, const Runs& unit, int64_
   body(values, rows);
 }
 
-// Writes one matrix: apply(offset, rows, values of a row) where rows are valid, `fill` elsewhere.
-// Rows of few values are folded, and all of them written, if runs are short.
+// Writes rows [begin, end) of a matrix: apply(offset, rows, values of a row) where they are valid,
+// `fill` elsewhere. Rows of few values are folded, and all of them written, if runs are short.
 template <class T, class Apply>
-void write(const Matrices& of, const Runs& runs, int64_t m, int64_t fold, T* to, T fill,
-           const Apply& apply) {
+void write_rows(const Matrices& of, const Runs& runs, int64_t m, int64_t begin, int64_t end,
+                int64_t fold, T* to, T fill, const Apply& apply) {
   const int64_t channels = of.channels, offset = m * of.values();
-  const int64_t per_task = std::max<int64_t>(1, kPiece / (fold * channels)) * fold;
-  const int64_t tasks = ceil_div(of.positions, per_task);
-  const auto rows = [&](int64_t begin, int64_t count) {
-    const int64_t at = offset + begin * channels, whole = count / fold;
+  const auto rows = [&](int64_t first, int64_t count) {
+    const int64_t at = offset + first * channels, whole = count / fold;
     if (whole > 0) apply(at, whole, fold * channels);
     if (count % fold > 0) apply(at + whole * fold * channels, 1, count % fold * channels);
   };
+  const Runs here = within(runs, begin, end);
+  if (rows_of(here) < 2 * fold * int64_t(here.size())) {
+    rows(begin, end - begin);
+  } else {
+    for (const Valid::Run& run : here) rows(run.begin, run.count);
+  }
+  int64_t at = begin;
+  const auto gap = [&](int64_t first, int64_t last) {
+    if (last > first) fill_values(to + offset + first * channels, (last - first) * channels, fill);
+  };
+  for (const Valid::Run& run : here) {
+    gap(at, run.begin);
+    at = run.begin + run.count;
+  }
+  gap(at, end);
+}
+
+// A whole matrix.
+template <class T, class Apply>
+void write(const Matrices& of, const Runs& runs, int64_t m, int64_t fold, T* to, T fill,
+           const Apply& apply) {
+  const int64_t per_task = std::max<int64_t>(1, kPiece / (fold * of.channels)) * fold;
   // what was read last is still nearest
-  parallel<true>(tasks, per_task * channels, [&](int64_t i) {
+  parallel<true>(ceil_div(of.positions, per_task), per_task * of.channels, [&](int64_t i) {
     const int64_t begin = i * per_task, end = std::min(of.positions, begin + per_task);
-    const Runs here = within(runs, begin, end);
-    const bool all = rows_of(here) < 2 * fold * int64_t(here.size());
-    if (all) {
-      rows(begin, end - begin);
-    } else {
-      for (const Valid::Run& run : here) rows(run.begin, run.count);
-    }
-    int64_t at = begin;
-    const auto gap = [&](int64_t first, int64_t last) {
-      if (last > first)
-        fill_values(to + offset + first * channels, (last - first) * channels, fill);
-    };
-    for (const Valid::Run& run : here) {
-      gap(at, run.begin);
-      at = run.begin + run.count;
-    }
-    gap(at, end);
+    write_rows(of, runs, m, begin, end, fold, to, fill, apply);
   });
 }
 
-// Coefficients of one row, or of `fold` of them; first: of the matrix's statistics.
-template <class T>
-struct ForwardRow {
-  Arrays<compute_t<T>> values;
-  Affines<T> all;
-
-  // of a Forward or a Backward
-  template <class Of>
-  ForwardRow(const Of& f, int64_t fold, int64_t first)
-      : values(Affines<T>::kArrays, fold * f.geometry.c) {
-    const int64_t channels = f.geometry.c, per_group = f.geometry.channels_per_group();
-    for (int64_t i = 0; i < Affines<T>::kArrays; ++i) all.of[i] = values[i];
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t i = first + c / per_group;
-      const Affine<T> a(f.mean[i], f.rstd(i), f.weight, f.bias, c);
-      for (int64_t to = c; to < fold * channels; to += channels) all.set(to, a);
-    }
-  }
-};
-
-template <class A>
-struct BackwardRow {
-  Arrays<A> values;
-  GradAffines<A> all;
-
-  BackwardRow(int64_t fold, int64_t channels)
-      : values(5, fold * channels),
-        all{values[0], values[1], values[2], values[3], values[4]},
-        size_(fold * channels),
-        channels_(channels) {}
-  void set(int64_t c, const GradAffine<A>& a) {
-    for (int64_t to = c; to < size_; to += channels_) {
-      all.scale[to] = a.scale;
-      all.hi[to] = a.hi;
-      all.rstd[to] = a.rstd;
-      all.slope[to] = a.slope;
-      all.shift[to] = a.shift;
-    }
-  }
-
- private:
-  int64_t size_, channels_;
-};
-
 template <class T>
 void write_outputs(const Forward<T>& f, const Matrices& of, int64_t m, int64_t fold) {
-  const ForwardRow<T> row(f, fold, m * f.geometry.groups());
-  write(of, f.valid->runs(m), m, fold, f.y, f.padding,
-        [&](int64_t offset, int64_t rows, int64_t len) {
-          if (f.acts())
-            f.kernels.act_each(f.inputs(offset), f.y + offset, rows, len, len, row.all, f.act,
-                               false);
-          else
-            f.kernels.apply_each(f.x + offset, f.y + offset, rows, len, row.all, false);
-        });
+  const ForwardCoefficients<T> by(f, m, 1, fold);
+  write(
+      of, f.valid->runs(m), m, fold, f.y, f.padding,
+      [&](int64_t offset, int64_t rows, int64_t len) { apply_rows(f, offset, rows, len, by(0)); });
 }
 
 // The gradient of what the activation is applied to, before it is first read.
 template <class T>
 void make_inner(const Backward<T>& b, const Matrices& of, int64_t m, int64_t fold) {
   if (!b.inner) return;
-  const ForwardRow<T> row(b, fold, m * b.geometry.groups());
+  const ForwardCoefficients<T> by(b, m, 1, fold);
   write(of, b.valid->runs(m), m, fold, b.inner, T{},
         [&](int64_t offset, int64_t rows, int64_t len) {
-          b.kernels.act_each(b.inputs(offset), b.inner + offset, rows, len, len, row.all, b.act,
-                             false);
+          inner_rows(b, offset, rows, len, len, by(0));
         });
 }
 
 template <class T>
 void write_gradients(const Backward<T>& b, const Matrices& of, int64_t m, int64_t fold,
-                     const BackwardRow<compute_t<T>>& row) {
-  const T* const grads = b.norm_grad();
+                     const GradSums* sums, double count) {
+  const BackwardCoefficients<T> by(b, m, 1, fold, sums, count);
   write(of, b.valid->runs(m), m, fold, b.grad_x, T{},
-        [&](int64_t offset, int64_t rows, int64_t len) {
-          if (b.fixed)
-            b.kernels.grad_scale_each(grads + offset, b.grad_x + offset, rows, len, row.all.scale,
-                                      false);
-          else
-            b.kernels.grad_apply_each(grads + offset, b.x + offset, b.grad_x + offset, rows, len,
-                                      row.all, false);
-        });
+        [&](int64_t offset, int64_t rows, int64_t len) { grad_rows(b, offset, rows, len, by(0)); });
 }
 
 // body(sample), shortest and longest in turn, where samples are sorted by length
@@ -246,12 +193,11 @@ template <class T>
 void backward_samples(const Backward<T>& b) {
   const Geometry& g = b.geometry;
   const Matrices of(g);
-  const int64_t per_group = g.channels_per_group();
   const auto own = scratch<GradSums>(b.sums ? 0 : g.n * g.c);
   over_samples(g, [&](int64_t n) {
     const int64_t first = n * g.groups(), rows = b.valid->count(n);
     GradSums* const sums = (b.sums ? b.sums : own.get()) + n * g.c;
-    const double count = double(rows * per_group);
+    const double count = double(rows * g.channels_per_group());
     const auto zeros = [&](T* to) {
       if (to) fill_values(to + n * of.values(), of.values(), T{});
     };
@@ -266,18 +212,7 @@ void backward_samples(const Backward<T>& b) {
                                       nullptr, b.mean + first, b.var + first, false, false, sums});
       });
     if (b.alone(count)) return zeros(b.grad_x);
-    if (!b.grad_x) return;
-    BackwardRow<compute_t<T>> row(fold, g.c);
-    for (int64_t i = 0; i < g.groups(); ++i) {
-      GradSums mean;
-      for (int64_t c = i * per_group; c < (i + 1) * per_group; ++c)
-        mean.add(
-            {b.weight_of(c) * sums[c].grad / count, b.weight_of(c) * sums[c].grad_x_hat / count});
-      mean = b.mean_grads(first + i, mean, 1.0);
-      for (int64_t c = i * per_group; c < (i + 1) * per_group; ++c)
-        row.set(c, b.affine(first + i, b.weight_of(c), mean));
-    }
-    write_gradients(b, of, n, fold, row);
+    if (b.grad_x) write_gradients(b, of, n, fold, sums, count);
   });
 }
 
@@ -323,13 +258,24 @@ void forward_batch(const Forward<T>& f) {
   write_outputs(f, of, 0, whole.fold);
 }
 
+// The sums of every unit, and before them, with the gaps behind it, its inner gradient.
 template <class T>
-void batch_sums(const Backward<T>& b, const Cut& whole, GradSums* sums) {
+void batch_sums(const Backward<T>& b, const Matrices& of, const Cut& whole, GradSums* sums) {
   const Geometry& g = b.geometry;
-  const std::vector<Runs> units = units_of(b.valid->runs(0), whole);
+  const Runs& runs = b.valid->runs(0);
+  const std::vector<Runs> units = units_of(runs, whole);
   const int64_t count = int64_t(units.size());
   const auto of_unit = scratch<GradSums>(count * g.c);
+  const ForwardCoefficients<T> by(b, 0, b.inner ? 1 : 0, whole.fold);
   parallel(count, 2 * whole.rows_per_piece * whole.cols, [&](int64_t u) {
+    if (b.inner) {
+      const int64_t begin = u ? units[u][0].begin : 0;
+      const int64_t end = u + 1 < count ? units[u + 1][0].begin : of.positions;
+      write_rows(of, runs, 0, begin, end, whole.fold, b.inner, T{},
+                 [&](int64_t offset, int64_t rows, int64_t len) {
+                   inner_rows(b, offset, rows, len, len, by(0));
+                 });
+    }
     side_by_side<T, 2>({b.norm_grad(), b.x}, units[u], g.c, [&](const auto& values, int64_t rows) {
       const Geometry packed = of_rows(g, rows);
       backward_channels(Backward<T>{packed, b.kernels, b.eps, values[0], values[1], nullptr,
@@ -347,18 +293,14 @@ void backward_batch(const Backward<T>& b) {
   const Cut whole(g);
   const auto own = scratch<GradSums>(b.sums ? 0 : g.c);
   GradSums* const sums = b.sums ? b.sums : own.get();
-  make_inner(b, of, 0, whole.fold);
-  if (b.summing()) batch_sums(b, whole, sums);
-  if (!b.grad_x) return;
   const double rows = double(b.valid->count(0));
+  if (b.summing() && rows > 0.0)
+    batch_sums(b, of, whole, sums);
+  else
+    make_inner(b, of, 0, whole.fold);
+  if (!b.grad_x) return;
   if (rows == 0.0 || b.alone(rows)) return fill_values(b.grad_x, of.values(), T{});
-  BackwardRow<compute_t<T>> row(whole.fold, g.c);
-  for (int64_t c = 0; c < g.c; ++c) {
-    const double weight = b.weight_of(c);
-    const GradSums weighted{weight * sums[c].grad, weight * sums[c].grad_x_hat};
-    row.set(c, b.affine(c, weight, b.mean_grads(c, weighted, rows)));
-  }
-  write_gradients(b, of, 0, whole.fold, row);
+  write_gradients(b, of, 0, whole.fold, sums, rows);
 }
 
 }  // namespace
@@ -373,13 +315,7 @@ void masked_backward_channels(const Backward<T>& b) {
   b.geometry.over_batch() ? backward_batch(b) : backward_samples(b);
 }
 
-template void masked_forward_channels<double>(const Forward<double>&);
-template void masked_forward_channels<float>(const Forward<float>&);
-template void masked_forward_channels<bf16>(const Forward<bf16>&);
-template void masked_forward_channels<f16>(const Forward<f16>&);
-template void masked_backward_channels<double>(const Backward<double>&);
-template void masked_backward_channels<float>(const Backward<float>&);
-template void masked_backward_channels<bf16>(const Backward<bf16>&);
-template void masked_backward_channels<f16>(const Backward<f16>&);
+TN_EVERY_TYPE(masked_forward_channels, Forward)
+TN_EVERY_TYPE(masked_backward_channels, Backward)
 
 }  // namespace truenorm

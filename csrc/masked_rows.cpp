@@ -1,157 +1,24 @@
 // Memory [N, C, S]: each channel of a sample is one run of S values, of which those count that lie
 // at valid positions. Where these are one run its moments are taken where it lies, else from a
 // packed copy; outputs go from the input to their place.
-#include <array>
-
-#include "masked.h"
+#include "masked_gather.h"
 #include "rows.h"
 #include "tensors.h"
 
 namespace truenorm {
 namespace {
 
-constexpr int64_t kShortRow = 256;  // of positions: it costs less to compute all of them
-constexpr int64_t kLongRun = 64;    // of valid values: it costs less not to pack them
-constexpr int64_t kInL1 = 4096;     // values
-constexpr int64_t kTask = 1024;     // values: reading and writing take turns that often
-
-// The valid values of one channel of one sample, side by side.
-template <class T>
-void pack_row(const MaskedKernels<T>& masked, const Valid& valid, int64_t n, const T* row, T* to) {
-  if (valid.scattered(n) || valid.positions() < kShortRow) {
-    masked.pack(row, valid.mask(n), valid.positions(), to);
-    return;
-  }
-  for (const Valid::Run& run : valid.runs(n)) {
-    std::memcpy(to, row + run.begin, size_t(run.count) * sizeof(T));
-    to += run.count;
-  }
-}
-
-// Some tensors' values of one channel, or of a group's, that are summed together.
-template <class T, size_t In>
-class Gathered {
- public:
-  Gathered(const Geometry& g, const Valid& valid, const std::array<const T*, In>& from,
-           int64_t capacity)
-      : g_(g),
-        valid_(valid),
-        masked_(masked_table<T>()),
-        from_(from),
-        capacity_(capacity + kPastPacked),
-        memory_(int64_t(In) * capacity_) {}
-
-  // body(values of each tensor, count) for what neighbouring channels of a sample hold: one channel
-  // as if it had no padding, several in as many parts as are read fast.
-  template <class Body>
-  void of_sample(int64_t n, int64_t first, int64_t channels, const Body& body) const {
-    const Valid::Run* const run = valid_.only_run(n);
-    if (run && (channels == 1 || run->count >= kLongRun)) {
-      for (int64_t c = first; c < first + channels; ++c) {
-        // the next channel's run: what lies apart is no stream that the processor foresees
-        if (c + 1 < g_.c) foresee((n * g_.c + c + 1) * g_.s + run->begin, run->count);
-        pieces(at((n * g_.c + c) * g_.s + run->begin), run->count, body);
-      }
-      return;
-    }
-    for (int64_t c = 0; c < channels; ++c) pack(n, first + c, c * valid_.count(n));
-    pieces(packed(), channels * valid_.count(n), body);
-  }
-
-  // The same of a channel over some samples, in as many parts as are read fast. Samples in a row
-  // without long runs go to masked(values of each tensor, mask, samples, count) first, and are
-  // packed where that is false.
-  template <class Body, class Masked>
-  void of_batch(int64_t begin, int64_t end, int64_t channel, const Body& body,
-                const Masked& masked) const {
-    for (int64_t n = begin; n < end;) {
-      if (has_long_runs(n)) {
-        of_runs(n, channel, n + 1 < end, body);
-        ++n;
-        continue;
-      }
-      const int64_t first = n;
-      int64_t count = 0;
-      for (; n < end && !has_long_runs(n); ++n) count += valid_.count(n);
-      const Values rows = at((first * g_.c + channel) * g_.s);
-      if (masked(rows, valid_.mask(first), n - first, count)) continue;
-      for (int64_t k = first, to = 0; k < n; to += valid_.count(k++)) pack(k, channel, to);
-      pieces(packed(), count, body);
-    }
-  }
-
- private:
-  using Values = std::array<const T*, In>;
-
-  bool has_long_runs(int64_t n) const {
-    return !valid_.scattered(n) && valid_.count(n) >= kLongRun * int64_t(valid_.runs(n).size());
-  }
-  template <class Body>
-  void of_runs(int64_t n, int64_t channel, bool foreseeing, const Body& body) const {
-    if (foreseeing && !valid_.runs(n + 1).empty()) {
-      const Valid::Run& next = valid_.runs(n + 1)[0];
-      foresee(((n + 1) * g_.c + channel) * g_.s + next.begin, next.count);
-    }
-    for (const Valid::Run& run : valid_.runs(n))
-      pieces(at((n * g_.c + channel) * g_.s + run.begin), run.count, body);
-  }
-  Values at(int64_t offset) const {
-    Values values = from_;
-    for (auto& each : values) each += offset;
-    return values;
-  }
-  Values packed() const {
-    Values values;
-    for (size_t k = 0; k < In; ++k) values[k] = memory_.get() + int64_t(k) * capacity_;
-    return values;
-  }
-  void pack(int64_t n, int64_t channel, int64_t to) const {
-    const Values rows = at((n * g_.c + channel) * g_.s);
-    for (size_t k = 0; k < In; ++k)
-      pack_row(masked_, valid_, n, rows[k], memory_.get() + int64_t(k) * capacity_ + to);
-  }
-  void foresee(int64_t offset, int64_t count) const {
-    constexpr int64_t kMost = 1024 / int64_t(sizeof(T)), kLine = 64 / int64_t(sizeof(T));
-    for (const T* each : from_)
-      for (int64_t i = 0; i < std::min(count, kMost); i += kLine)
-        __builtin_prefetch(each + offset + i);
-  }
-  template <class Body>
-  static void pieces(Values values, int64_t count, const Body& body) {
-    for (int64_t left = count; left > 0; left -= kPiece) {
-      body(values, std::min(kPiece, left));
-      for (auto& each : values) each += kPiece;
-    }
-  }
-
-  const Geometry& g_;
-  const Valid& valid_;
-  const MaskedKernels<T>& masked_;
-  Values from_;
-  int64_t capacity_;
-  PackedMemory<T> memory_;
-};
-
-template <class T>
-auto moments_into(const Kernels<T>& kernels, Moments& m, bool centred) {
-  return [&, centred](const std::array<const T*, 1>& x, int64_t count) {
-    m.merge(kernels.moments(x[0], 1, count, 0, centred));
-  };
-}
-
-template <class T>
-auto sums_into(const Kernels<T>& kernels, GradSums& sums, double mean, double rstd) {
-  return [&, mean, rstd](const std::array<const T*, 2>& of, int64_t count) {
-    sums.add(kernels.grad_sums(of[0], of[1], 1, count, 0, mean, rstd));
-  };
-}
+constexpr int64_t kInL1 = 4096;  // values
+constexpr int64_t kTask = 1024;  // values: reading and writing take turns that often
 
 // Writes neighbouring channels of a sample, each by coefficients of its own: run(channel, offset,
 // runs, len) where all is valid, masked(channel, offset, mask, runs, len) where not, `fill` in
 // gaps.
-template <class T, class Run, class Masked>
-void write(const Geometry& g, const Valid& valid, int64_t n, int64_t first, int64_t channels, T* to,
-           T fill, const Run& run, const Masked& masked) {
+template <class T, class Of, class Run, class Masked>
+void write(const Of& of, int64_t n, int64_t first, int64_t channels, T* to, T fill, const Run& run,
+           const Masked& masked) {
+  const Geometry& g = of.geometry;
+  const Valid& valid = *of.valid;
   const auto offset = [&](int64_t c) { return (n * g.c + c) * g.s; };
   if (valid.count(n) == 0) return fill_values(to + offset(first), channels * g.s, fill);
   if (valid.count(n) == g.s) return run(first, offset(first), channels, g.s);
@@ -172,21 +39,18 @@ void write(const Geometry& g, const Valid& valid, int64_t n, int64_t first, int6
 template <class T>
 void write_outputs(const Forward<T>& f, int64_t n, int64_t first, int64_t channels,
                    const Affine<T>* affine) {
-  const auto run = [&](int64_t c, int64_t offset, int64_t runs, int64_t len) {
-    if (f.acts())
-      f.kernels.act(f.inputs(offset), f.y + offset, runs, len, affine + c - first, f.act, false);
-    else
-      f.kernels.apply(f.x + offset, f.y + offset, runs, len, affine + c - first, false);
-  };
-  const MaskedKernels<T>& masked = masked_table<T>();
-  write(f.geometry, *f.valid, n, first, channels, f.y, f.padding, run,
-        [&](int64_t c, int64_t offset, const bool* mask, int64_t runs, int64_t len) {
-          if (!f.acts())
-            return masked.apply(f.x + offset, f.y + offset, mask, runs, len, affine + c - first,
-                                f.padding);
-          run(c, offset, runs, len);
-          masked.clear(f.y + offset, mask, runs, len, f.padding);
-        });
+  write(
+      f, n, first, channels, f.y, f.padding,
+      [&](int64_t c, int64_t offset, int64_t runs, int64_t len) {
+        apply_runs(f, offset, runs, len, affine + c - first);
+      },
+      [&](int64_t c, int64_t offset, const bool* mask, int64_t runs, int64_t len) {
+        const Affine<T>* const by = affine + c - first;
+        if (!f.acts())
+          return f.kernels.apply_valid(f.x + offset, f.y + offset, mask, runs, len, by, f.padding);
+        apply_runs(f, offset, runs, len, by);
+        f.kernels.clear(f.y + offset, mask, runs, len, f.padding);
+      });
 }
 
 // The gradient of what the activation is applied to, before it is first read.
@@ -203,34 +67,27 @@ void make_inner(const Backward<T>& b, int64_t n, int64_t first, int64_t channels
   const auto run = [&](int64_t c, int64_t offset, int64_t runs, int64_t len) {
     b.kernels.act(b.inputs(offset), b.inner + offset, runs, len, affine + c - first, b.act, false);
   };
-  write(g, *b.valid, n, first, channels, b.inner, T{}, run,
+  write(b, n, first, channels, b.inner, T{}, run,
         [&](int64_t c, int64_t offset, const bool* mask, int64_t runs, int64_t len) {
           run(c, offset, runs, len);
-          masked_table<T>().clear(b.inner + offset, mask, runs, len, T{});
+          b.kernels.clear(b.inner + offset, mask, runs, len, T{});
         });
 }
 
 template <class T>
 void write_gradients(const Backward<T>& b, int64_t n, int64_t first, int64_t channels,
                      const GradAffine<compute_t<T>>* affine) {
-  const T* const grads = b.norm_grad();
   const auto run = [&](int64_t c, int64_t offset, int64_t runs, int64_t len) {
-    const auto* const by = affine + c - first;
-    if (!b.fixed)
-      return b.kernels.grad_apply(grads + offset, b.x + offset, b.grad_x + offset, runs, len, by,
-                                  false);
-    for (int64_t r = 0; r < runs; ++r)
-      b.kernels.grad_scale(grads + offset + r * len, b.grad_x + offset + r * len, 1, len,
-                           &by[r].scale, false);
+    grad_runs(b, offset, runs, len, affine + c - first);
   };
-  const MaskedKernels<T>& masked = masked_table<T>();
-  write(b.geometry, *b.valid, n, first, channels, b.grad_x, T{}, run,
+  write(b, n, first, channels, b.grad_x, T{}, run,
         [&](int64_t c, int64_t offset, const bool* mask, int64_t runs, int64_t len) {
           if (!b.fixed)
-            return masked.grad_apply(grads + offset, b.x + offset, b.grad_x + offset, mask, runs,
-                                     len, affine + c - first);
+            return b.kernels.grad_apply_valid(b.norm_grad() + offset, b.x + offset,
+                                              b.grad_x + offset, mask, runs, len,
+                                              affine + c - first);
           run(c, offset, runs, len);
-          masked.clear(b.grad_x + offset, mask, runs, len, T{});
+          b.kernels.clear(b.grad_x + offset, mask, runs, len, T{});
         });
 }
 
@@ -254,7 +111,7 @@ void forward_groups(const Forward<T>& f) {
   over_groups(g, [&](int64_t n, int64_t first, int64_t groups) {
     const int64_t begin = first * per_group, end = begin + groups * per_group;
     if (!f.fixed) {
-      const Gathered<T, 1> gathered(g, *f.valid, {f.x}, per_group * f.valid->count(n));
+      const Gathered<T, 1> gathered(f, {f.x}, per_group * f.valid->count(n));
       for (int64_t channel = begin; channel < end; channel += per_group) {
         Moments m;
         gathered.of_sample(n, channel, per_group, moments_into(f.kernels, m, g.centred));
@@ -280,7 +137,7 @@ void backward_groups(const Backward<T>& b) {
   const auto own = scratch<GradSums>(b.sums ? 0 : g.n * g.c);
   GradSums* const sums = b.sums ? b.sums : own.get();
   over_groups(g, [&](int64_t n, int64_t first, int64_t groups) {
-    const Gathered<T, 2> gathered(g, *b.valid, {b.norm_grad(), b.x}, b.valid->count(n));
+    const Gathered<T, 2> gathered(b, {b.norm_grad(), b.x}, b.valid->count(n));
     Room<GradAffine<A>> room;
     GradAffine<A>* const affine = room.of(groups * per_group);
     const int64_t first_channel = first * per_group;
@@ -359,12 +216,12 @@ void forward_batch(const Forward<T>& f) {
   const auto of_unit = [&](int64_t channel, int64_t begin, int64_t end) {
     Moments m;
     if (f.fixed) return m;
-    const Gathered<T, 1> gathered(g, *f.valid, {f.x}, unit_capacity(g));
+    const Gathered<T, 1> gathered(f, {f.x}, unit_capacity(g));
     gathered.of_batch(begin, end, channel, moments_into(f.kernels, m, true),
                       [&](const auto& x, const bool* mask, int64_t samples, int64_t count) {
                         Moments some{double(count), 0.0, 0.0};
                         const bool found =
-                            masked_table<T>().moments(x[0], mask, samples, g.s, g.c * g.s, &some);
+                            f.kernels.moments_of_valid(x[0], mask, samples, g.s, g.c * g.s, &some);
                         if (found) m.merge(some);
                         return found;
                       });
@@ -392,12 +249,12 @@ void backward_batch(const Backward<T>& b) {
     for (int64_t n = begin; n < end; ++n) make_inner(b, n, channel, 1);
     GradSums sums;
     if (!b.summing()) return sums;
-    const Gathered<T, 2> gathered(g, *b.valid, {b.norm_grad(), b.x}, unit_capacity(g));
+    const Gathered<T, 2> gathered(b, {b.norm_grad(), b.x}, unit_capacity(g));
     const double mean = b.mean[channel], rstd = b.rstd(channel);
     gathered.of_batch(begin, end, channel, sums_into(b.kernels, sums, mean, rstd),
                       [&](const auto& of, const bool* mask, int64_t samples, int64_t) {
-                        sums.add(masked_table<T>().grad_sums(of[0], of[1], mask, samples, g.s,
-                                                             g.c * g.s, mean, rstd));
+                        sums.add(b.kernels.grad_sums_of_valid(of[0], of[1], mask, samples, g.s,
+                                                              g.c * g.s, mean, rstd));
                         return true;
                       });
     return sums;
@@ -431,13 +288,7 @@ void masked_backward_rows(const Backward<T>& b) {
   b.geometry.over_batch() ? backward_batch(b) : backward_groups(b);
 }
 
-template void masked_forward_rows<double>(const Forward<double>&);
-template void masked_forward_rows<float>(const Forward<float>&);
-template void masked_forward_rows<bf16>(const Forward<bf16>&);
-template void masked_forward_rows<f16>(const Forward<f16>&);
-template void masked_backward_rows<double>(const Backward<double>&);
-template void masked_backward_rows<float>(const Backward<float>&);
-template void masked_backward_rows<bf16>(const Backward<bf16>&);
-template void masked_backward_rows<f16>(const Backward<f16>&);
+TN_EVERY_TYPE(masked_forward_rows, Forward)
+TN_EVERY_TYPE(masked_backward_rows, Backward)
 
 }  // namespace truenorm

@@ -147,10 +147,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, con
 Tensor sums_of(const Tensor& grad, const Tensor& x, const Tensor& record, Maybe weight, Maybe bias,
                Maybe mask, Maybe residual, int64_t bits, double eps, double parameter) {
   const Form form{bits};
-  if (form.feature_dims() > 0)
-    check::wrong_form(bits, "has `feature_dims`, whose statistics lie in one process: pass 0");
   const Call call =
       backward_call(grad, x, record, weight, bias, mask, residual, nullptr, form, eps, parameter);
+  if (form.feature_dims() > 0)
+    check::wrong_form(bits, "has `feature_dims`, whose statistics lie in one process: pass 0");
   const double* const mean = doubles(record);
   return gradient_sums(call, mean, mean + call.g.num_statistics());
 }

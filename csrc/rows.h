@@ -73,6 +73,28 @@ void over_runs(const Geometry& g, const Body& body) {
   });
 }
 
+// y of `runs` of neighbouring channels' values that follow one another.
+template <class T>
+void apply_runs(const Forward<T>& f, int64_t offset, int64_t runs, int64_t len,
+                const Affine<T>* by) {
+  if (f.acts())
+    f.kernels.act(f.inputs(offset), f.y + offset, runs, len, by, f.act, f.stream);
+  else
+    f.kernels.apply(f.x + offset, f.y + offset, runs, len, by, f.stream);
+}
+
+// grad_x of the same.
+template <class T>
+void grad_runs(const Backward<T>& b, int64_t offset, int64_t runs, int64_t len,
+               const GradAffine<compute_t<T>>* by) {
+  const T* const grads = b.norm_grad() + offset;
+  if (b.fixed)
+    b.kernels.grad_scale(grads, b.grad_x + offset, runs, len, by, b.stream);
+  else
+    b.kernels.grad_apply(grads, b.x + offset, b.grad_x + offset, runs, len, by, b.stream);
+  fence(b.stream);
+}
+
 template <class T>
 void backward_elementwise(const Backward<T>& b);
 

@@ -5,18 +5,6 @@
 namespace truenorm {
 namespace {
 
-// grad_x of neighbouring channels by `runs` of their values that follow one another.
-template <class T>
-void grad_runs(const Backward<T>& b, int64_t offset, int64_t runs, int64_t len,
-               const GradAffine<compute_t<T>>* by, const compute_t<T>* scale) {
-  const T* const grads = b.norm_grad() + offset;
-  if (b.fixed)
-    b.kernels.grad_scale(grads, b.grad_x + offset, runs, len, scale, b.stream);
-  else
-    b.kernels.grad_apply(grads, b.x + offset, b.grad_x + offset, runs, len, by, b.stream);
-  fence(b.stream);
-}
-
 // The gradient of what the activation is applied to, before it is first read.
 template <class T>
 void make_inner(const Backward<T>& b, int64_t statistic, int64_t channel, int64_t offset,
@@ -55,7 +43,7 @@ void backward_groups(const Backward<T>& b) {
   };
   const auto write = [&](int64_t run, int64_t p, const GradSums& means) {
     const GradAffine<A> by = b.affine(run / per_group, b.weight_of(run % g.c), means);
-    grad_runs(b, run * g.s + begin(p), 1, count(p), &by, &by.scale);
+    grad_runs(b, run * g.s + begin(p), 1, count(p), &by);
   };
   const bool in_cache = 2 * len * int64_t(sizeof(T)) <= kInCache;
   if (len <= kPiece || (in_cache && busy(statistics))) {
@@ -87,7 +75,6 @@ void backward_batch(const Backward<T>& b) {
   using A = compute_t<T>;
   const Geometry& g = b.geometry;
   const auto affine = scratch<GradAffine<A>>(g.c);
-  const auto scale = scratch<A>(g.c);  // all that is left of it where the statistics are fixed
   const BatchCut cut(g);
   const auto sums = [&](int64_t channel, int64_t part) {
     return of_part(g, cut, channel, part, [&](int64_t offset, int64_t runs, int64_t len) {
@@ -101,7 +88,6 @@ void backward_batch(const Backward<T>& b) {
     const GradSums weighted{w * total.grad, w * total.grad_x_hat};
     affine[channel] =
         b.affine(channel, w, b.mean_grads(channel, weighted, double(g.values_per_statistic())));
-    scale[channel] = affine[channel].scale;
   };
   const auto add = [&](int64_t channel, const auto& of_part) {
     GradSums total;
@@ -114,7 +100,7 @@ void backward_batch(const Backward<T>& b) {
     if (!summing)
       for (int64_t run = 0; run < runs; ++run)
         make_inner(b, channel + run, channel + run, offset + run * len, 1, len, 0);
-    if (b.grad_x) grad_runs(b, offset, runs, len, affine.get() + channel, scale.get() + channel);
+    if (b.grad_x) grad_runs(b, offset, runs, len, affine.get() + channel);
   };
   if (const int64_t channels = summing && b.grad_x ? channels_in_cache<T>(g, 2) : 0) {
     over_channels(g, channels, [&](int64_t first, int64_t count) {
@@ -143,9 +129,6 @@ void backward_rows(const Backward<T>& b) {
     backward_groups(b);
 }
 
-template void backward_rows<double>(const Backward<double>&);
-template void backward_rows<float>(const Backward<float>&);
-template void backward_rows<bf16>(const Backward<bf16>&);
-template void backward_rows<f16>(const Backward<f16>&);
+TN_EVERY_TYPE(backward_rows, Backward)
 
 }  // namespace truenorm

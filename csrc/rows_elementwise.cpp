@@ -194,9 +194,6 @@ void backward_elementwise(const Backward<T>& b) {
   columns.store();
 }
 
-template void backward_elementwise<double>(const Backward<double>&);
-template void backward_elementwise<float>(const Backward<float>&);
-template void backward_elementwise<bf16>(const Backward<bf16>&);
-template void backward_elementwise<f16>(const Backward<f16>&);
+TN_EVERY_TYPE(backward_elementwise, Backward)
 
 }  // namespace truenorm

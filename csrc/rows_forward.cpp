@@ -18,15 +18,6 @@ void by_channel(int64_t s, int64_t begin, int64_t end, const Body& body) {
 }
 
 template <class T>
-void apply_runs(const Forward<T>& f, int64_t offset, int64_t runs, int64_t len,
-                const Affine<T>* by) {
-  if (f.acts())
-    f.kernels.act(f.inputs(offset), f.y + offset, runs, len, by, f.act, f.stream);
-  else
-    f.kernels.apply(f.x + offset, f.y + offset, runs, len, by, f.stream);
-}
-
-template <class T>
 void apply_group(const Forward<T>& f, int64_t statistic, int64_t begin, int64_t end) {
   const Geometry& g = f.geometry;
   const int64_t per_group = g.channels_per_group();
@@ -144,9 +135,6 @@ void forward_rows(const Forward<T>& f) {
     forward_groups(f);
 }
 
-template void forward_rows<double>(const Forward<double>&);
-template void forward_rows<float>(const Forward<float>&);
-template void forward_rows<bf16>(const Forward<bf16>&);
-template void forward_rows<f16>(const Forward<f16>&);
+TN_EVERY_TYPE(forward_rows, Forward)
 
 }  // namespace truenorm

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from pooling import only_native
 from tolerances import FLOAT32_GRADIENT, FLOAT64, last_place
 from torch import Tensor
@@ -68,7 +67,8 @@ def activated(z: Tensor, act: int) -> Tensor:
         lambda: torch.where(z > 0, z, PARAMETER * torch.expm1(z.clamp(max=0))),
         lambda: z * torch.sigmoid(z),
         lambda: z * 0.5 * torch.erfc(-z * 0.5**0.5),
-        lambda: F.gelu(z, approximate="tanh"),
+        # 1 + tanh(u) = 2 / (1 + e^(−2 u)), in which nothing cancels
+        lambda: z * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)),
         lambda: z.clamp(0, 6),
     )[act]()
 
@@ -252,8 +252,8 @@ class Inputs(NamedTuple):
 def drawn(
     axes: Axes, shape: tuple[int, ...], dtype: torch.dtype, layout: Any, mask: str, variant: int
 ) -> Inputs:
-    """Inputs with NaN wherever nothing is valid; the variants are all pairs of options."""
-    offset = {torch.float64: 1e5, torch.float32: 1e3}.get(dtype, 3.0) * (variant % 2)
+    """Inputs with NaN wherever nothing is valid; over the variants every option meets every other."""
+    offset = (3.0 if dtype.itemsize == 2 else 1e3) * (variant % 2)
     kept = masked(axes, shape, mask)
 
     def tensor(scale: float = 1.0, offset: float = 0.0) -> Tensor:
@@ -337,9 +337,8 @@ def assert_norm(one: Tensor, exact: Tensor, dtype: torch.dtype, size: Tensor | f
 def assert_made(axes: Axes, i: Inputs, y: Tensor, record: Tensor, found: Any, exact: Made) -> None:
     dtype = i.x.dtype
     weights = 1.0 if i.weight is None else float(i.weight.abs().max())
-    deviations = float((exact.record[0].abs() * 1e-10 + 1).max())
     assert y.dtype == dtype
-    assert_forward(y, exact.y, (1 + weights) * 4 * deviations)
+    assert_forward(y, exact.y, (1 + weights) * 4)
     # float64 sums of about a thousand deviations from zero
     near = exact.record[0].abs() + exact.record[1].sqrt()
     assert bool(((record[0] - exact.record[0]).abs() <= 1e-11 * near).all())
@@ -354,8 +353,7 @@ def assert_made(axes: Axes, i: Inputs, y: Tensor, record: Tensor, found: Any, ex
     assert of_weight.dtype == of_bias.dtype == expected
     if i.mask is not None:
         outside = exact.y == PADDING
-        assert bool((of_x[outside] == 0).all())
-        assert bool((of_residual[outside] == 0).all())
+        assert bool((of_x[outside] == 0).all()) and bool((of_residual[outside] == 0).all())
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -369,7 +367,7 @@ def test_values_and_gradients(
         i = drawn(axes, shape, dtype, layout, mask, next(VARIANTS))
         y, record = run(axes, i)
         assert_made(axes, i, y, record, back(axes, i, record, ALL), i.exact(axes))
-        if layout is not sliced:
+        if layout is contiguous or (layout is channels_last and not axes.features):
             assert y.stride() == i.x.stride()
 
 
@@ -404,7 +402,9 @@ def test_only_what_is_wanted_is_made(axes: Axes, shape: tuple[int, ...], mask: s
 @pytest.mark.parametrize("act", [1, 2, 8])
 @EVERY
 def test_by_the_output(axes: Axes, shape: tuple[int, ...], act: int, mask: str) -> None:
-    for layout, dtype in ((contiguous, torch.float32), (channels_last, torch.bfloat16)):
+    # what is a little less than 6 is 6 in half precision
+    half = torch.bfloat16 if act < 8 else torch.float64
+    for layout, dtype in ((contiguous, torch.float32), (channels_last, half)):
         i = drawn(axes, shape, dtype, layout, mask, next(VARIANTS))._replace(act=act)
         y, record = run(axes, i)
         by_input = back(axes, i, record, ALL)
@@ -471,7 +471,7 @@ def test_statistics_alone(axes: Axes, shape: tuple[int, ...], mask: str) -> None
 
 @EVERY
 def test_a_mask_of_ones_is_none(axes: Axes, shape: tuple[int, ...]) -> None:
-    per_row = axes.features or (len(shape) == 2 and axes.groups)
+    per_row = axes.features or len(shape) == 2 and axes.groups
     if not per_row and not axes.flags & PER_CHANNEL:
         pytest.skip("summed in other pieces")
     for dtype in DTYPES:
@@ -561,8 +561,9 @@ def test_running_statistics(momentum: float | None, dtype: torch.dtype) -> None:
         some = share.sum(0)
         factor = 0.2 if momentum is None else momentum
         expected = []
-        unbiased = var * count / (count - 1).clamp(min=1)
-        for before, new in zip(running, (mean, unbiased), strict=True):
+        for before, new in zip(
+            running, (mean, var * count / (count - 1).clamp(min=1)), strict=True
+        ):
             average = (new * share).sum(0) / some.clamp(min=1)
             moved = (1 - factor) * before.double() + factor * average
             expected.append(torch.where(some > 0, moved, before.double()))
@@ -657,12 +658,12 @@ def test_a_backward_that_does_not_fit(changed: dict[str, Any], words: str) -> No
 
 
 def test_other_calls_that_do_not_fit() -> None:
-    with pytest.raises(RuntimeError, match=r"`x` of shape .* is expanded"):
+    with pytest.raises(RuntimeError, match="`x` of shape .* is expanded"):
         ops.norm_(torch.ones(1, 6, 5).expand(4, 6, 5), *[None] * 6, 0, EPS, 0.0, 0.0)
     with pytest.raises(RuntimeError, match="`mask` must hold 20 values"):
         ops.statistics(X, torch.ones(4, dtype=torch.bool), 0)
-    features = torch.rand(3, 24, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="`feature_dims`, whose statistics lie in one process"):
+        features = torch.rand(3, 24, dtype=torch.float64)
         ops.gradient_sums(X, X, features, None, None, None, None, 1 << 24, EPS, 0.0)
     running = torch.zeros(6), torch.ones(6)
     with pytest.raises(RuntimeError, match="`record` must be a contiguous float64 tensor"):

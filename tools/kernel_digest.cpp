@@ -89,6 +89,8 @@ void run(const Kernels<T>& k, Digest& digest) {
                                {mean[1], rstd[1], nullptr, nullptr, 0}};
       const GradAffine<A> grad_by[2] = {{mean[0], rstd[0], 0.7, 0.2, -0.3},
                                         {mean[1], rstd[1], 1.0, 0.0, 0.1}};
+      GradAffine<A> scales[2];
+      scales[0].scale = a[0], scales[1].scale = a[1];
       Affines<T> each;
       A* const arrays[] = {c.data(), a.data(), b.data(), d.data(), e.data()};
       for (int64_t i = 0; i < Affines<T>::kArrays; ++i) each.of[i] = arrays[i];
@@ -105,7 +107,7 @@ void run(const Kernels<T>& k, Digest& digest) {
         add_out(3 * len);
         k.grad_apply_row(grad.data(), x.data(), out.data(), len, a.data(), grad_by[0], stream);
         add_out(len);
-        k.grad_scale(grad.data(), out.data(), 2, len, a.data(), stream), add_out(2 * len);
+        k.grad_scale(grad.data(), out.data(), 2, len, scales, stream), add_out(2 * len);
         k.grad_scale_each(grad.data(), out.data(), 3, len, a.data(), stream), add_out(3 * len);
       }
     }

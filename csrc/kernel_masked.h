@@ -1,13 +1,9 @@
-// The table of masked_kernels.h, for one instruction set.
+// What goes by a mask: packing, outputs, and sums.
+#pragma once
+
 #include "kernel_elementwise.h"
 #include "kernel_gradients.h"
 #include "kernel_moments.h"
-#include "masked_kernels.h"
-#include "simd.h"
-
-#if !defined(TRUENORM_ISA)
-#error "compile once per instruction set, with TRUENORM_ISA naming it"
-#endif
 
 namespace truenorm {
 namespace {
@@ -326,18 +322,5 @@ void clear_runs(T* values, const bool* valid, int64_t runs, int64_t len, T fill)
   for (int64_t r = 0; r < runs; ++r) clear(values + r * len, valid, len, fill);
 }
 
-template <class T>
-constexpr MaskedKernels<T> masked_kernels_of() {
-  return {pack<T>,       apply_valid<T>,      grad_apply_valid<T>,
-          clear_runs<T>, moments_of_valid<T>, grad_sums_of_valid<T>};
-}
-
 }  // namespace
-
-namespace TRUENORM_ISA {
-extern const MaskedSet masked_set;
-const MaskedSet masked_set = {masked_kernels_of<double>(), masked_kernels_of<float>(),
-                              masked_kernels_of<bf16>(), masked_kernels_of<f16>()};
-}  // namespace TRUENORM_ISA
-
 }  // namespace truenorm
