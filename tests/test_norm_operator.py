@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -190,6 +191,9 @@ def test_the_formula_is_what_autograd_differentiates(act: int) -> None:
 # ---------------------------------------------------------------- inputs
 
 
+Layout = Callable[[Tensor], Tensor]
+
+
 def contiguous(t: Tensor) -> Tensor:
     return t.contiguous()
 
@@ -260,7 +264,7 @@ class Inputs(NamedTuple):
     constant: bool
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         return self.weight, self.bias, self.mask, self.residual
 
     def exact(self, axes: Axes, sums: Tensor | None = None) -> Made:
@@ -269,9 +273,9 @@ class Inputs(NamedTuple):
 
 
 def drawn(
-    axes: Axes, shape: tuple[int, ...], dtype: torch.dtype, layout: Any, mask: str, variant: int
+    axes: Axes, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout, mask: str, variant: int
 ) -> Inputs:
-    """Inputs with NaN wherever nothing is valid; over the variants every option meets every other."""
+    """Inputs with NaN wherever nothing is valid; every option meets every other."""
     offset = (3.0 if dtype.itemsize == 2 else 1e3) * (variant % 2)
     kept = masked(axes, shape, mask)
 
@@ -372,7 +376,8 @@ def assert_made(axes: Axes, i: Inputs, y: Tensor, record: Tensor, found: Any, ex
     assert of_weight.dtype == of_bias.dtype == expected
     if i.mask is not None:
         outside = exact.y == PADDING
-        assert bool((of_x[outside] == 0).all()) and bool((of_residual[outside] == 0).all())
+        assert not of_x[outside].any()
+        assert not of_residual[outside].any()
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -490,7 +495,7 @@ def test_statistics_alone(axes: Axes, shape: tuple[int, ...], mask: str) -> None
 
 @EVERY
 def test_a_mask_of_ones_is_none(axes: Axes, shape: tuple[int, ...]) -> None:
-    per_row = axes.features or len(shape) == 2 and axes.groups
+    per_row = axes.features or (len(shape) == 2 and axes.groups)
     if not per_row and not axes.flags & PER_CHANNEL:
         pytest.skip("summed in other pieces")
     for dtype in DTYPES:
@@ -588,8 +593,9 @@ def test_running_statistics(momentum: float | None, dtype: torch.dtype) -> None:
             expected.append(torch.where(some > 0, moved, before.double()))
         ops.move_(*running, seen, record, momentum, False)
         for one, exact in zip(running, expected, strict=True):
-            # rounded once to the dtype
-            torch.testing.assert_close(one.double(), exact, rtol=torch.finfo(dtype).eps, atol=0)
+            # rounded once to the dtype, of a sum in float64 whose parts may cancel
+            rtol = torch.finfo(dtype).eps
+            torch.testing.assert_close(one.double(), exact, rtol=rtol, atol=1e-14)
         assert seen == 5
 
 
@@ -673,12 +679,12 @@ def test_a_backward_that_does_not_fit(changed: dict[str, Any], words: str) -> No
 
 
 def test_other_calls_that_do_not_fit() -> None:
-    with pytest.raises(RuntimeError, match="`x` of shape .* is expanded"):
+    with pytest.raises(RuntimeError, match=r"`x` of shape .* is expanded"):
         ops.norm_(torch.ones(1, 6, 5).expand(4, 6, 5), *[None] * 6, 0, EPS, 0.0, 0.0)
     with pytest.raises(RuntimeError, match="`mask` must hold 20 values"):
         ops.statistics(X, torch.ones(4, dtype=torch.bool), 0)
+    features = torch.rand(3, 24, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="`feature_dims`, whose statistics lie in one process"):
-        features = torch.rand(3, 24, dtype=torch.float64)
         ops.gradient_sums(X, X, features, None, None, None, None, 1 << 24, EPS, 0.0)
     running = torch.zeros(6), torch.ones(6)
     with pytest.raises(RuntimeError, match="`record` must be a contiguous float64 tensor"):
