@@ -93,12 +93,20 @@ def _warps(size: int) -> int:
 
 
 def whole(
-    values: int, units: int, *, columns: bool, grouped: bool, width: int, backward: bool
+    values: int,
+    units: int,
+    *,
+    columns: bool,
+    grouped: bool,
+    width: int,
+    backward: bool,
+    crowded: bool = False,
 ) -> Launch | None:
     """A tile of whole statistics, or None where they do not fit.
 
     values: of a unit. units: that share a statistic if grouped, else neighbours in memory.
-    width: bytes of the compute type.
+    width: bytes of the compute type. crowded: whether more is made of a tile than the norm, which
+    takes registers: where channels are inside, addresses have taken most of them.
     """
     wide = power_of_two(values)
     if grouped:
@@ -108,6 +116,8 @@ def whole(
         if columns:
             tall = min(max(tall, LIMITS.columns), power_of_two(units))
     limit = LIMITS.backward if backward else LIMITS.forward
+    if crowded and columns:
+        limit //= 2
     if tall * wide * width > limit:
         return None
     key = Key(True, values, units, columns, grouped, width, backward)

@@ -108,5 +108,10 @@ class Inputs:
         return self.mask.sum(dtype=torch.float64)
 
     @property
+    def crowded(self) -> bool:
+        """Whether a kernel makes more than a norm."""
+        return self.mask is not None or self.residual is not None or self.form.act > 0
+
+    @property
     def constants(self) -> dict[str, Any]:
         return {"MASK": self.mask_kind, "ACT": self.form.act}

@@ -129,7 +129,7 @@ class Units:
     def statistics(self) -> int:
         return self.U // self.D
 
-    def whole(self, width: int, *, backward: bool) -> Launch | None:
+    def whole(self, width: int, *, backward: bool, crowded: bool = False) -> Launch | None:
         grouped = self.D > 1
         return config.whole(
             self.R * self.K,
@@ -138,6 +138,7 @@ class Units:
             grouped=grouped,
             width=width,
             backward=backward,
+            crowded=crowded,
         )
 
     def tiles(self, launch: Launch) -> dict[str, Any]:
