@@ -29,11 +29,17 @@ PLACES = {
     "csrc": ("../../csrc",),
 }
 SOURCES = {".py", ".cpp", ".h"}
+# what stood elsewhere before there was a `_core`, and is no part of the way
+BESIDE = {"checks", "library.py", "pool.py", "imports.py", "merging.py"}
 
 
 def files_of(place: Path) -> list[Path]:
     found = place.rglob("*") if place.is_dir() else [place] if place.exists() else []
-    return sorted(path for path in found if path.suffix in SOURCES)
+    return sorted(
+        path
+        for path in found
+        if path.suffix in SOURCES and not BESIDE & set(path.relative_to(place.parent).parts)
+    )
 
 
 def lines_of(path: Path) -> int:
@@ -44,7 +50,7 @@ def operators_of(texts: list[str]) -> set[str]:
     """Names in `torch.ops.truenorm`: those of schemas, in Python or in C++."""
     schema = re.compile(r"""["']([a-z]\w*)\(Tensor""")
     # a table of Python's: the name, and its schema after it
-    row = re.compile(r"""["']([a-z]\w*)["']: \(?\s*f?["']\(Tensor""")
+    row = re.compile(r"""["']([a-z]\w*)["']: \(?\s*f?["']\((?:Tensor|\{_)""")
     return {name for text in texts for each in (schema, row) for name in each.findall(text)}
 
 
