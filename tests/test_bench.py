@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from truenorm import functional
 from truenorm._core import eager
 from truenorm._tools.bench import cases, command
 from truenorm._tools.bench.cases import CASES, FAMILIES, Case
@@ -23,6 +22,7 @@ from truenorm._tools.bench.results import Result, families
 from truenorm._tools.bench.subject import Subject, validate
 from truenorm._tools.bench.timing import BOTH, DIRECTIONS, FORWARD, Plan, Quartiles, Timing, in_turn
 from truenorm._tools.cli import main
+from truenorm.nn import _base
 
 TINY = Plan(minimum=2, maximum=2, seconds=0.0, round_seconds=1e-6)
 SMALL = (
@@ -123,7 +123,7 @@ def test_a_wrong_result_is_not_timed(
 ) -> None:
     square = Case("RMSNorm", {"normalized_shape": 8}, (8, 8), "")
     _times(monkeypatch, SMALL[4], square)
-    monkeypatch.setattr(functional, "rms_norm", breakage(functional.rms_norm))
+    monkeypatch.setattr(_base, "normalize", breakage(_base.normalize))
     # the layers then go through what is broken
     monkeypatch.setattr(eager, "call", lambda *_: None)
     path = tmp_path / "bench.json"

@@ -17,7 +17,7 @@ import torch
 
 import truenorm
 from truenorm import distributed, functional, nn, reference
-from truenorm.nn._options import More
+from truenorm.nn._base import BESIDE
 
 _INTRODUCTION = {
     "layers": (
@@ -157,8 +157,8 @@ def _beyond_torch(layers: list[tuple[str, Any]]) -> str:
         keywords = inspect.signature(layer.forward).parameters.values()
         called = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY}
         if any(p.kind is p.VAR_KEYWORD for p in keywords):  # RMSNorm hands all of them on
-            called |= More._field_defaults
-        called = {n: d for n, d in called.items() if n not in ("then", "after", "_then")}
+            called |= BESIDE
+        called = {n: d for n, d in called.items() if n != "_then"}
         options = {option: held.default for option, held in layer._options.items()}
         for table, having in (("built", options), ("called", called)):
             for option, default in having.items():

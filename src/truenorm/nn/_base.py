@@ -94,8 +94,8 @@ class Direct(Traceable, Configurable):
                 return direct
         beside = mask, lengths, padding_value, residual, _then
         if self._is_traced(input):
-            named = zip(_BESIDE, beside, _WITHOUT, strict=True)
-            return self._as_leaf(input, **{n: v for n, v, not_given in named if v is not not_given})
+            named = zip(BESIDE, beside, strict=True)
+            return self._as_leaf(input, **{n: v for n, v in named if v is not BESIDE[n]})
         return self._long_way(input, *beside)  # type: ignore[no-any-return]
 
     def _slow_forward(self, *input: Any, **beside: Any) -> Any:
@@ -105,16 +105,21 @@ class Direct(Traceable, Configurable):
         of those that are taken by name alone too.
         """
         if len(input) > 1 and torch.onnx.is_in_onnx_export():
-            beside = dict(zip(_BESIDE, input[1:], strict=False), **beside)
+            beside = dict(zip(BESIDE, input[1:], strict=False), **beside)
             input = input[:1]
             if isinstance(beside.get("padding_value"), Tensor):
                 beside["padding_value"] = float(beside["padding_value"])
         return super()._slow_forward(*input, **beside)  # type: ignore[no-untyped-call]
 
 
-# what a layer is called with besides its input
-_BESIDE = "mask", "lengths", "padding_value", "residual", "_then"
-_WITHOUT = None, None, 0.0, None, None
+# what a layer is called with besides its input, and where it is not
+BESIDE: dict[str, Any] = {
+    "mask": None,
+    "lengths": None,
+    "padding_value": 0.0,
+    "residual": None,
+    "_then": None,
+}
 
 
 class FixedRank(Direct):
