@@ -105,8 +105,8 @@ def whole(
     """A tile of whole statistics, or None where they do not fit.
 
     values: of a unit. units: that share a statistic if grouped, else neighbours in memory.
-    width: bytes of the compute type. crowded: whether more is made of a tile than the norm, which
-    takes registers: where channels are inside, addresses have taken most of them.
+    width: bytes of the compute type. crowded: whether what else is made of a tile than the norm
+    takes registers that a large one does not leave.
     """
     wide = power_of_two(values)
     if grouped:
@@ -116,7 +116,7 @@ def whole(
         if columns:
             tall = min(max(tall, LIMITS.columns), power_of_two(units))
     limit = LIMITS.backward if backward else LIMITS.forward
-    if crowded and columns:
+    if crowded:
         limit //= 2
     if tall * wide * width > limit:
         return None

@@ -89,7 +89,8 @@ class _Backward(Inputs):
         sizes = shape if self.needs_parameters else (0,)
         self.grad_weight = torch.empty(sizes, dtype=dtype, device=x.device)
         self.grad_bias = torch.empty(sizes, dtype=dtype, device=x.device)
-        launch = self.units.whole(self.kept.itemsize, backward=True)
+        crowded = self.crowded(backward=True)
+        launch = self.units.whole(self.kept.itemsize, backward=True, crowded=crowded)
         if launch is not None and given is None:
             self._whole(launch)
         elif self.units.by_value:

@@ -76,7 +76,8 @@ def _whole(
     x, units, centred = call.x, call.units, call.form.axes.centred
     cancels = centred or call.bias is not None or call.residual is not None
     acc, width = view.compute(x, cancels=cancels)
-    launch = units.whole(width.itemsize, backward=False, crowded=call.crowded)
+    crowded = call.crowded(backward=False)
+    launch = units.whole(width.itemsize, backward=False, crowded=crowded)
     if launch is None:
         return False, None
     record = call.record() if keep else None

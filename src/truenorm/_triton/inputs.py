@@ -12,8 +12,8 @@ from .._core import geometry
 from . import view
 from .form import Form, unpack
 
-# as in activation.py; the others have no parameter
-_LEAKY_RELU, _ELU = 2, 4
+# as in activation.py: the first two alone have a parameter
+_LEAKY_RELU, _ELU, _GELU_TANH = 2, 4, 7
 # as in tiles.py
 _BY_UNIT, _SHARED, _BY_SAMPLE = 1, 2, 3
 
@@ -107,10 +107,14 @@ class Inputs:
             return valid.repeat_interleave(axes.num_groups)
         return self.mask.sum(dtype=torch.float64)
 
-    @property
-    def crowded(self) -> bool:
-        """Whether a kernel makes more than a norm."""
-        return self.mask is not None or self.residual is not None or self.form.act > 0
+    def crowded(self, *, backward: bool) -> bool:
+        """Whether a large tile would spill, as tools/triton_resources.py --extras has it: where
+        channels are inside, addresses take most registers; in the backward, an exponential.
+        """
+        act, masked = self.form.act, self.mask is not None
+        if backward:
+            return _ELU <= act <= _GELU_TANH or (act > 0 and masked)
+        return self.units.columns and (masked or act > 0 or self.residual is not None)
 
     @property
     def constants(self) -> dict[str, Any]:
