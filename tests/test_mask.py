@@ -208,6 +208,23 @@ def test_second_derivatives(name: str) -> None:
     assert torch.autograd.gradgradcheck(call, (x, weight))
 
 
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_rows_that_lie_in_another_order(name: str) -> None:
+    layer = getattr(truenorm, name)(7)
+    torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+    x = torch.randn(5, 3, 7).transpose(0, 1).requires_grad_()
+    mask = torch.rand(3, 5) < 0.5
+    y = layer(x, mask=mask, residual=torch.ones(3, 5, 7))
+    whole = layer(x.detach().contiguous()) + 1.0
+    expected = torch.where(mask[..., None], whole, 0.0)
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn(3, 5, 7)
+    (of_x,) = torch.autograd.grad(y, x, grad)
+    leaf = x.detach().contiguous().requires_grad_()
+    (exact,) = torch.autograd.grad(layer(leaf), leaf, torch.where(mask[..., None], grad, 0.0))
+    torch.testing.assert_close(of_x, exact)
+
+
 @pytest.mark.parametrize("groups", [0, 2, 4])
 def test_kernels_and_plain_formulas_agree(groups: int) -> None:
     ops: Any = torch.ops.truenorm

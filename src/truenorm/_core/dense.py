@@ -98,11 +98,13 @@ def _remember(y: Tensor, record: Tensor, call: Call) -> None:
 
 
 def _in_order_of_mask(call: Call) -> Call:
-    """With positions that lie in memory as the dimensions say, as those of a mask do."""
-    x = call.x
-    if call.mask is None or x.dim() < 4:
+    """With positions, or rows, that lie in memory as the dimensions say, as those of a mask do."""
+    x, features = call.x, call.form.axes.feature_dims
+    first, last = (0, x.dim() - features) if features else (2, x.dim())
+    if call.mask is None or last - first < 2:
         return call
-    steps = [stride for stride, size in zip(x.stride()[2:], x.shape[2:], strict=True) if size != 1]
+    sizes = zip(x.stride()[first:last], x.shape[first:last], strict=True)
+    steps = [stride for stride, size in sizes if size != 1]
     in_order = all(steps[d] >= steps[d + 1] for d in range(len(steps) - 1))
     return call if in_order else call._replace(x=x.contiguous())
 

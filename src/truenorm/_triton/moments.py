@@ -95,7 +95,7 @@ def moments(
 ):  # fmt: skip
     """Mean and M2 of one chunk of some units, in float64, to be merged; under a mask the count."""
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, False)
-    u, in_unit, _, sample, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
+    u, in_unit, _channel, sample, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
     if CENTRED:
         # about the mean of the first tile, which one outlier cannot carry far
@@ -137,7 +137,7 @@ def moments(
                 wide_pivot = mean
             else:
                 wide_pivot = pivot.to(tl.float64)
-            t1, t2, _ = _sums(
+            t1, t2, _again = _sums(
                 p_x, p_mask, u, in_unit, sample, base, wide_pivot, r0, r1, k0, k1, C, K,
                 run_stride, COLUMNS, MASK, BU, NARROW, tl.float64,
             )  # fmt: skip
