@@ -275,7 +275,7 @@ MUTATIONS = [
     Mutation(
         "call: what an activation makes of what is not valid",
         "masked_rows.cpp",
-        "masked.clear(f.y + offset, mask, runs, len, f.padding);",
+        "f.kernels.clear(f.y + offset, mask, runs, len, f.padding);",
         "",
         "values",
         tests=CALLS,
