@@ -5,7 +5,6 @@
 #include "pool.h"
 
 namespace truenorm {
-
 namespace {
 
 template <class T>
