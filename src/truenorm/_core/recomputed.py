@@ -90,7 +90,7 @@ def recompute_outputs() -> Iterator[None]:
 
     A layer's backward needs its input, and the layers after it save its output as their own input:
     twice the memory for what one pass over the input makes again. Within this context they save how
-    the output is made instead, where the layer runs in one pass (not with masks, policies or across
+    the output is made instead, where a kernel makes it (not with a mask per channel, nor across
     processes). The results and the gradients are the same to the bit.
 
         with truenorm.recompute_outputs():
