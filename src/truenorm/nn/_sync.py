@@ -77,8 +77,8 @@ class SyncBatchNorm(BatchForward, torch.nn.SyncBatchNorm):
         stays: frozen statistics, activation, channel axis, a process group where none is given.
         `truenorm.convert(module, sync=True)` changes the layers in place instead.
 
-        Errors: ValueError for a lazy layer that has not seen an input, and for one with `on_single`,
-        which asks how many values this process has. Nothing is changed then.
+        Errors: ValueError for a lazy layer that has not seen an input, and for one with
+        `on_single`, which asks how many values this process has. Nothing is changed then.
         """
         before = _layers(module)
         checks.check_no_lazy("module", [n for n, m in before.items() if _is_lazy(m)])
