@@ -14,7 +14,9 @@ from truenorm._core.call import BY_OUTPUT, KEEP, Form
 from truenorm._core.geometry import BATCH, Axes, group, instance, layer, rms
 
 # opcheck of torch 2.14 looks at the .grad of its own copies
-pytestmark = pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf")
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:The \.grad attribute of a Tensor that is not a leaf"
+)
 
 OPS = torch.ops.truenorm
 # which values share a statistic, the shape, the shape of weight and bias
