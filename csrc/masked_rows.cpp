@@ -246,7 +246,7 @@ void backward_batch(const Backward<T>& b) {
   int64_t count = 0;
   for (int64_t n = 0; n < g.n; ++n) count += b.valid->count(n);
   const auto of_unit = [&](int64_t channel, int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) make_inner(b, n, channel, 1);
+    for (int64_t n = begin; n < end && b.inner; ++n) make_inner(b, n, channel, 1);
     GradSums sums;
     if (!b.summing()) return sums;
     const Gathered<T, 2> gathered(b, {b.norm_grad(), b.x}, unit_capacity(g));

@@ -84,6 +84,21 @@ def raised(rank: int, shapes: list[tuple[int, ...]], features: list[int]) -> Non
         assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
+def ghosts(rank: int, shapes: list[tuple[int, ...]]) -> list[int]:
+    """Two batches by ghosts of two samples; the second one of this rank's shape."""
+    layer = truenorm.SyncBatchNorm(5, virtual_batch_size=2)
+    seen = []
+    for shape in (shapes[0], shapes[rank]):
+        before = {k: v.clone() for k, v in layer.state_dict().items()}
+        try:
+            layer(torch.randn(shape))
+        except ValueError:
+            assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+            raise
+        seen.append(int(layer.num_batches_tracked.item()))
+    return seen
+
+
 def leave(rank: int, leaving: int, how: str) -> None:
     """A step in which one rank dies before its forward, before its backward, or never comes."""
     layer = truenorm.SyncBatchNorm(3)

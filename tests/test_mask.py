@@ -225,6 +225,13 @@ def test_rows_that_lie_in_another_order(name: str) -> None:
     torch.testing.assert_close(of_x, exact)
 
 
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_elements_of_a_single_row(name: str) -> None:
+    layer = getattr(truenorm, name)(7)
+    x, mask = torch.randn(7), torch.tensor([True, False, True, True, False, True, True])
+    assert torch.equal(layer(x, mask=mask), layer(x[None], mask=mask[None])[0])
+
+
 @pytest.mark.parametrize("groups", [0, 2, 4])
 def test_kernels_and_plain_formulas_agree(groups: int) -> None:
     ops: Any = torch.ops.truenorm

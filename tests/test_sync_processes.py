@@ -130,6 +130,34 @@ def test_one_value_in_all_processes_is_an_error_on_every_rank() -> None:
     processes(3).run(ranks.raised_nothing, [(0, 5), (0, 5), (0, 5)])
 
 
+@pytest.mark.parametrize("sizes", [[3, 2], [0, 5], [1, 4]], ids=str)
+def test_renorm(sizes: list[int]) -> None:
+    layer = randomize(truenorm.BatchNorm1d(5, renorm=True))
+    x, grad = torch.randn(5, 5, 7) * 1.7 + 3.0, torch.randn(5, 5, 7)
+    parts = list(zip(ranks.cut(x, sizes), ranks.cut(grad, sizes), strict=True))
+    spec = "SyncBatchNorm", (5,), {"renorm": True}, layer.state_dict()
+    found = processes(2).run(ranks.step, *spec, each=parts)
+    alone, state = ranks.step(0, x, grad, "BatchNorm1d", *spec[1:])
+    check(whole([result for result, _ in found]), alone)
+    for _, after in found:
+        assert_output(after["running_mean"], state["running_mean"])
+        assert_output(after["running_var"], state["running_var"])
+
+
+def test_another_number_of_ghost_batches_is_an_error_on_every_rank() -> None:
+    """Once all have agreed upon a number, too: a data set's last batch is shorter on some."""
+    sizes = [[(6, 5), (6, 5)], [(6, 5), (4, 5)], [(6, 5), (0, 5)]]
+    for shapes in sizes:
+        found = processes(2).outcomes(ranks.ghosts, shapes)
+        if shapes[0] == shapes[1]:
+            assert found == [[3, 6], [3, 6]]
+            continue
+        for failed in found:
+            assert failed.kind == "ValueError"
+            assert "`virtual_batch_size` cuts the batch into other numbers of" in failed.text
+            assert f"3 on rank 0, {max(shapes[1][0] // 2, 1)} on rank 1" in failed.text
+
+
 @pytest.mark.parametrize("how", ["forward", "backward", "late"])
 def test_a_rank_that_does_not_come(how: str) -> None:
     own = Processes(3, datetime.timedelta(seconds=4))

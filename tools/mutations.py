@@ -268,7 +268,7 @@ MUTATIONS = [
         "call: runs of valid rows cut by what fits in cache",
         "rows_elementwise.cpp",
         "past ? std::min(to, n + 8 - past) : to;",
-        "to;",
+        "past ? to : to;",
         "threads",
         tests=CALLS,
     ),

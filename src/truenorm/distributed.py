@@ -35,4 +35,4 @@ def call_together(layers: Sequence[Any], inputs: Sequence[Tensor]) -> list[Tenso
         return [layer.forward(x) for layer, x in zip(layers, inputs, strict=True)]
     prepared = [layer._prepared(x) for layer, x in zip(layers, inputs, strict=True)]
     outputs = normalize_together([call for call, _ in prepared], groups[0])
-    return [back(y) for (_, back), y in zip(prepared, outputs, strict=True)]
+    return [at.back(y) for (_, at), y in zip(prepared, outputs, strict=True)]

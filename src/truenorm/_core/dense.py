@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_exporting
 
 from . import (
     checks,
@@ -66,7 +67,9 @@ def _made(call: Call, way: int, *, keep: bool) -> tuple[Tensor, Tensor]:
         if recomputed.asked():
             _remember(y, kept[0], call)
         return y, kept[0]
-    bits, eps, parameter = form.numbers(x, KEEP if keep or way == route.GRAPH else 0)
+    # what is exported without gradients may be trained all the same
+    keep = keep or (way == route.GRAPH and (is_exporting() or _wants_gradient(call)))
+    bits, eps, parameter = form.numbers(x, KEEP if keep else 0)
     args = weight, bias, mask, residual, mean, var, bits, eps, parameter, form.padding
     if way == route.KERNEL and call.inplace and x is call.x:
         record = operators.run(operators.norm_, x, *args)

@@ -117,6 +117,16 @@ def agree(layer: Any, statistics: int, device: torch.device, group: Any) -> None
     _AGREED[layer] = key, {statistics} | (numbers if known == key else set())
 
 
+def check_as_many_parts(parts: int, device: torch.device, group: Any) -> None:
+    """That a batch is cut into as many parts on every rank, which exchange them together.
+
+    At every call, since one rank's batch may be the shorter one. Not in a graph, as in `agree`.
+    """
+    if not torch.compiler.is_compiling():
+        found = gather(torch.tensor([parts], device=device), group)[:, 0].tolist()
+        checks.check_same_parts(found)
+
+
 def _is_readable(values: Tensor) -> bool:
     """Whether values can be looked at without waiting for a device."""
     return values.is_cpu and not torch.compiler.is_compiling()

@@ -43,7 +43,7 @@ def normalize_together(calls: Sequence[Call], group: Any) -> list[Tensor]:
 def statistics(call: Call) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of a call's own, over all processes of its group; constants."""
     if route.way(call) == route.SHARDED:
-        return sharded.channel_moments(call.x.detach())
+        return sharded.statistics(call)
     return dense.statistics(call)
 
 

@@ -70,8 +70,8 @@ def _view(x: Tensor, mask: Tensor | None, axes: Axes) -> _View:
     v, dims = geometry.grouped_view(x, axes)
     valid = None
     if mask is not None:
-        n, c, s = geometry.ncs(x.shape, axes)
-        if mask.numel() == n * c * s and mask.shape == x.shape and mask.dim() > 1:
+        n, _, s = geometry.ncs(x.shape, axes)
+        if mask.shape == x.shape:
             valid = geometry.grouped_view(mask, axes)[0]
         else:
             valid = mask.reshape(n, 1, 1, s)
@@ -165,6 +165,7 @@ class _Pulled(NamedTuple):
     rstd: Tensor
     x_hat: Tensor
     inner: Tensor  # the gradient of what the activation takes
+    values: Tensor | None  # that a statistic spans, where these are own
 
 
 def _pull(
@@ -196,7 +197,7 @@ def _pull(
             z = z if bias is None else z + view.parameter(bias)
             z = z if residual is None else z + view.like_x(residual)
         inner = act_backward(inner, z, form.act, form.parameter)
-    return _Pulled(view, rstd, x_hat, inner)
+    return _Pulled(view, rstd, x_hat, inner, count)
 
 
 def norm_backward(
@@ -221,7 +222,7 @@ def norm_backward(
         what they span.
     total: a sum over the processes whose parts of x share statistics.
     """
-    view, rstd, x_hat, inner = _pull(
+    view, rstd, x_hat, inner, count = _pull(
         grad, x, weight, bias, mask, residual, given, form, by_output, total
     )
     of_weight, of_bias = ((inner * x_hat).sum([0, 3]).reshape(-1), inner.sum([0, 3]).reshape(-1))
@@ -230,7 +231,7 @@ def norm_backward(
         if sums is not None:
             along, mean_grad = (view.against(s) for s in sums)
         else:
-            some = total(_count(view)).clamp(min=1.0)
+            some = (total(_count(view)) if count is None else count).clamp(min=1.0)
             along, mean_grad = (total(view.sum(t)) / some for t in (g * x_hat, g))
         g = g - x_hat * along
         if form.axes.centred:

@@ -121,6 +121,13 @@ def normalize_with_statistics(call: Call) -> tuple[Tensor, Tensor]:
     return plan.joined(y, call.x, call.form.axes), record
 
 
+def statistics(call: Call) -> tuple[Tensor, Tensor]:
+    """As DTensors, for the arithmetic that follows."""
+    plan = sharding.plan(call.x, call.form.axes, never=tuple(Role))
+    mean, var = dense.statistics(_part(call._replace(group=None), plan))
+    return plan.statistic_joined(mean, mean), plan.statistic_joined(var, var)
+
+
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """As DTensors, for the arithmetic that follows."""
     plan = sharding.plan(x, BATCH, never=tuple(Role))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from .._core import activation, checks
 from .._core.call import Call
-from ._base import Direct
+from ._base import Arranged, Direct
 from ._options import Activation, Option
 
 
@@ -55,8 +54,8 @@ class Activated(Direct):
         if residual is not None and not _fits(residual, input):
             return self._composed(input, (mask, lengths, padding_value), residual, act)
         beside = mask, lengths, padding_value, residual, act, overwrite
-        call, back = self._prepared(input, *beside)
-        return back(self._normalized(call))
+        call, at = self._prepared(input, *beside)
+        return at.back(self._normalized(call))
 
     def _prepared(
         self,
@@ -67,22 +66,15 @@ class Activated(Direct):
         residual: Tensor | None = None,
         act: tuple[int, float] | None = None,
         inplace: bool = False,
-    ) -> tuple[Call, Callable[[Tensor], Tensor]]:
-        """The whole call, checked, and what lays its output out as the input is."""
-        layer: Any = self
-        at = layer._arranged(input, mask, lengths, padding_value)
+    ) -> tuple[Call, Arranged]:
+        """The whole call, checked, and how its output comes back to lie as the input does."""
+        at = self._arranged(input, mask, lengths, padding_value)
         call = self._call(at.x, at.mask)
         if residual is not None:
             residual = at.move(residual).reshape(call.x.shape)
         number, parameter = self._act() if act is None else act
         form = call.form._replace(act=number, parameter=parameter, padding=padding_value)
-        call = call._replace(form=form, mask=at.mask, residual=residual, inplace=inplace)
-
-        def back(y: Tensor) -> Tensor:
-            y = at.back(y)
-            return y if y.dim() == input.dim() else y.squeeze(0)
-
-        return call, back
+        return call._replace(form=form, mask=at.mask, residual=residual, inplace=inplace), at
 
     def _composed(
         self, input: Tensor, padded: tuple[Any, ...], residual: Tensor, act: tuple[int, float]
@@ -90,20 +82,17 @@ class Activated(Direct):
         """The residual and the activation after y, as torch adds what is not like it."""
         mask, lengths, padding_value = padded
         nothing = None, (activation.NONE, 0.0)
-        call, back = self._prepared(input, mask, lengths, 0.0, *nothing)
-        y = back(self._normalized(call))
-        if call.mask is None:
+        call, at = self._prepared(input, mask, lengths, 0.0, *nothing)
+        y = at.back(self._normalized(call))
+        if at.valid is None:
             return activation.act(y + residual, *act)
-        layer: Any = self
-        at = layer._arranged(input, *padded)
         valid = at.back(at.valid)
         # what is padded may be NaN, whose gradient would be too
         z = y + torch.where(valid, residual, 0.0)
         return torch.where(valid, activation.act(z, *act), padding_value)
 
     def _nested(self, input: Any, masked: bool, residual: Any, act: tuple[int, float]) -> Tensor:
-        layer: Any = self
-        y = layer._of_nested(input, masked)
+        y: Any = self._of_nested(input, masked)
         z = y if residual is None else y + residual
         if not act[0] or not z.is_nested:
             return activation.act(z, *act)

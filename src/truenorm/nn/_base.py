@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,27 @@ class Traceable(torch.nn.Module):
         checks.fail_scripting(f"truenorm.{kind}", "truenorm.revert(copy.deepcopy(model))")
 
 
+class Arranged(NamedTuple):
+    """An input as a call takes it, and the way back."""
+
+    x: Tensor
+    mask: Tensor | None = None
+    axis: int = 1  # of the channels
+    unbatched: bool = False
+    valid: Tensor | None = None  # the mask against x
+
+    def move(self, t: Tensor) -> Tensor:
+        """What is of the input's shape, as x is."""
+        t = t.unsqueeze(0) if self.unbatched else t
+        # a view: channels_last memory, to the kernels
+        return t if self.axis == 1 else t.movedim(self.axis, 1)
+
+    def back(self, y: Tensor) -> Tensor:
+        """What is of x's shape, as the input is; a layer may have made a batch of x itself."""
+        y = y if self.axis == 1 else y.movedim(1, self.axis)
+        return y.squeeze(0) if self.unbatched or y.dim() > self.x.dim() else y
+
+
 class Direct(Traceable, Configurable):
     """A layer whose plain calls go the short way, with what it holds read from where it is held.
 
@@ -55,6 +76,16 @@ class Direct(Traceable, Configurable):
 
     def _long_way(self, input: Tensor, mask: Any, lengths: Any, padding: float, *after: Any) -> Any:
         """The long way, where every error is worded."""
+        raise NotImplementedError
+
+    def _arranged(
+        self, input: Tensor, mask: Tensor | None, lengths: Tensor | None, padding_value: float
+    ) -> Arranged:
+        """The input with its channels in dimension 1, and the mask against it, checked."""
+        raise NotImplementedError
+
+    def _of_nested(self, input: Any, masked: bool) -> Tensor:
+        """The output for a nested tensor."""
         raise NotImplementedError
 
     def _call(self, x: Tensor, mask: Tensor | None) -> Call:

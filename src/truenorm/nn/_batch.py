@@ -76,7 +76,7 @@ class BatchForward(Activated, Padded, FixedRank, Spanning, SmallBatches, Running
         call = functional.batch_call(*args, one_value=one_value)
         if not own:
             return call
-        return call._replace(running=self._running(True), group=group, layer=self)
+        return call._replace(running=self._running(), group=group, layer=self)
 
 
 @with_options

@@ -78,9 +78,9 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
         call = functional.instance_call(*args, one_value=one_value)
         if not own:
             return call
-        return call._replace(running=self._moving(), group=group, layer=self)
+        return call._replace(running=self._running(), group=group, layer=self)
 
-    def _moving(self) -> Running | None:
+    def _running(self) -> Running | None:
         """As torch: the running statistics that there are, whether they are tracked or not."""
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None:

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .._core import checks, masks
-from ._options import Configurable, Option
+from ._base import Arranged, Direct
+from ._options import Option
 
 
-class Arranged(NamedTuple):
-    """An input as a call takes it, and the way back."""
-
-    x: Tensor
-    mask: Tensor | None = None
-    axis: int = 1  # of the channels
-    unbatched: bool = False
-    valid: Tensor | None = None  # the mask against x
-
-    def move(self, t: Tensor) -> Tensor:
-        """What is of the input's shape, as x is."""
-        t = t.unsqueeze(0) if self.unbatched else t
-        # a view: channels_last memory, to the kernels
-        return t if self.axis == 1 else t.movedim(self.axis, 1)
-
-    def back(self, y: Tensor) -> Tensor:
-        y = y if self.axis == 1 else y.movedim(1, self.axis)
-        return y.squeeze(0) if self.unbatched else y
-
-
-class Padded(Configurable):
+class Padded(Direct):
     """A layer over (N, C, *positions) that takes a mask or lengths, and a channel axis."""
 
     channel_axis: int
@@ -61,18 +42,17 @@ class Padded(Configurable):
 
     def _of_nested(self, input: Any, masked: bool) -> Tensor:
         """A jagged tensor, padded and cut again: each component is a sample."""
-        layer: Any = self
         checks.check_nested(input, masked, self._truenorm_options.channel_axis)
         offsets: Any = input.offsets()
         lengths = offsets.diff()
         padded = torch.nested.to_padded_tensor(input, 0.0)
         at = self._arranged(padded, None, lengths, 0.0)
-        y = at.back(layer._normalized(layer._call(at.x, at.mask)._replace(mask=at.mask)))
+        y = at.back(self._normalized(self._call(at.x, at.mask)._replace(mask=at.mask)))
         inside = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
         return torch.nested.nested_tensor_from_jagged(y[inside], offsets)
 
 
-class PaddedRows(Configurable):
+class PaddedRows(Direct):
     """A layer over trailing dimensions, that takes a mask."""
 
     normalized_shape: tuple[int, ...]
@@ -103,7 +83,7 @@ class PaddedRows(Configurable):
             args = self.normalized_shape, layer.weight, layer.bias, layer.eps
             return torch.nn.functional.layer_norm(input, *args)
         checks.check_nested_rows(input, self.normalized_shape, masked)
-        y = layer._normalized(layer._call(input.values(), None))
+        y = self._normalized(self._call(input.values(), None))
         return torch.nested.nested_tensor_from_jagged(
             y, input.offsets(), input.lengths(), jagged_dim=input._ragged_idx
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from .._core import checks, masks, route
+from .._core import checks, exchange, masks, route
 from .._core.call import Call, Running
 from .._core.geometry import BATCH
 from .._core.normalize import normalize, normalize_together, statistics
@@ -57,15 +57,13 @@ class Policed(Direct, _NormBase):
     def _is_plain(self) -> bool:
         return super()._is_plain() and self._gathered is None
 
-    def _running(self, count_batches: bool) -> Running | None:
+    def _running(self) -> Running | None:
+        """The running statistics that this call's own move."""
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None or not self.track_running_stats:
             return None
-        batches = self.num_batches_tracked if count_batches else None
-        momentum = self.momentum if count_batches or self.momentum is not None else 0.0
-        return Running(
-            mean, var, batches, momentum, self._truenorm_options.skip_nonfinite, self._gathered
-        )
+        skip = self._truenorm_options.skip_nonfinite
+        return Running(mean, var, self.num_batches_tracked, self.momentum, skip, self._gathered)
 
     def _may_be_alone(self) -> bool:
         """Whether a statistic may span one value."""
@@ -156,14 +154,17 @@ class SmallBatches(Policed):
         if size is not None and route.tracing():
             asks, remedy = "how many samples there are", "set virtual_batch_size=None"
             checks.fail_untraceable("virtual_batch_size", size, asks, remedy)
-        alone = call.values_per_statistic() == 1 and call.group is None
-        if call.x.numel() == 0 or (alone and call.mask is None):
+        # over processes every one takes part, one without values too
+        lone = call.group is None
+        one_value = call.values_per_statistic() == 1 and call.mask is None
+        if lone and (call.x.numel() == 0 or one_value):
             return super()._normalized(call)
         if options.renorm:
             return super()._normalized(self._renormalized(call))
         assert size is not None
         parts = _ghosts(call, _chunks(call.x, size))
         if call.group is not None:
+            exchange.check_as_many_parts(len(parts), call.x.device, call.group)
             made = normalize_together(parts, call.group)
         else:
             made = [super(SmallBatches, self)._normalized(part) for part in parts]
@@ -205,7 +206,7 @@ def _ghosts(call: Call, sizes: list[int]) -> list[Call]:
 def _chunks(x: Tensor, size: int) -> list[int]:
     """Samples of each ghost batch; the last one is not left with one value per channel."""
     samples, rest = x.shape[0], x.shape[0] % size
-    sizes = [size] * (samples // size) + ([rest] if rest else [])
+    sizes = [size] * (samples // size) + ([rest] if rest else []) or [0]
     if len(sizes) > 1 and sizes[-1] * (x.numel() // (samples * x.shape[1])) == 1:
         last = sizes.pop()
         sizes[-1] += last

@@ -51,6 +51,16 @@ def check_same_statistics(layer: str, ranks: Sequence[float]) -> None:
         )
 
 
+def check_same_parts(ranks: Sequence[int]) -> None:
+    """Every rank of a group cuts its batch into as many ghost batches as the others."""
+    if any(n != ranks[0] for n in ranks):
+        by_rank = ", ".join(f"{n} on rank {rank}" for rank, n in enumerate(ranks))
+        raise ValueError(
+            f"`virtual_batch_size` cuts the batch into other numbers of parts in other processes: "
+            f"{by_rank}. Give every rank as many samples, or drop the last batch (drop_last=True)"
+        )
+
+
 def check_more_than_one_value_of_all(input: Tensor, count: float, *, per_sample: bool) -> None:
     """`count` values in all processes together, of which `input` is this one's part."""
     if count == 1:
