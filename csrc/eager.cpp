@@ -3,6 +3,7 @@
 // before anything is changed; _core/eager.py then goes the long way, where errors are worded.
 #include <torch/csrc/stable/library.h>
 
+#include <bit>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -14,41 +15,31 @@
 namespace truenorm {
 namespace {
 
-// Which values share a statistic, and what is wanted, in one number: each scalar's way through
-// the dispatcher takes time. _core/eager.py has the same bits, above those
-// of NEEDS_INPUT, NEEDS_WEIGHT and NEEDS_BIAS.
-struct Form {
-  int64_t bits;
+// What the backward needs besides tensors of the call's own, in one tensor: each scalar's way
+// through the dispatcher takes time. Per statistic the means, then the variances; then these.
+struct Kept {
+  Form form;
+  double eps, parameter;
 
-  bool saves() const { return bits & (kInput | kWeight | kBias); }
-  bool fixed() const { return bits & 8; }
-  bool centred() const { return !(bits & 16); }
-  bool group_per_channel() const { return bits & 32; }
-  int64_t feature_dims() const { return bits >> 8 & 0xff; }
-  int64_t num_groups() const { return bits >> 16; }
-};
+  static constexpr int64_t kValues = 3;
 
-// What the backward needs besides x and weight, in one tensor: per statistic the means, then the
-// variances, then eps and the form.
-struct Record {
-  static int64_t size(const Geometry& g) { return 2 * g.num_statistics() + 2; }
-  static Tensor of(const Geometry& g) { return empty(size(g), ScalarType::Double); }
-  static void close(double* values, const Geometry& g, double eps, Form form) {
-    values[size(g) - 2] = eps;
-    values[size(g) - 1] = double(form.bits);
+  static int64_t record_size(const Geometry& g) { return 2 * g.num_statistics() + kValues; }
+  Tensor record(const Geometry& g) const {
+    const Tensor made = empty(record_size(g), ScalarType::Double);
+    double* const end = doubles(made) + record_size(g);
+    end[-3] = std::bit_cast<double>(form.bits);
+    end[-2] = eps;
+    end[-1] = parameter;
+    return made;
   }
   // Read before what it says of x is known.
-  static Form form(const Tensor& record) {
-    const bool whole = check::type_of(record) == ScalarType::Double && record.numel() > 2 &&
+  static Kept of(const Tensor& record) {
+    const bool whole = check::type_of(record) == ScalarType::Double && record.numel() > kValues &&
                        record.is_contiguous();
-    if (whole) check::memory("record", record);
-    const double bits = whole ? doubles(record)[record.numel() - 1] : -1.0;
-    if (!(bits >= 0.0 && bits < 0x1p53))
-      check::wrong_record(record, "as eager_forward or eager_apply has made it");
-    return {int64_t(bits)};
-  }
-  static void expect_of(const Tensor& record, const Geometry& g) {
-    if (record.numel() != size(g)) check::wrong_record(record, "of an x of this shape");
+    if (!whole) check::wrong_record(record, "as eager_norm has made it");
+    check::memory("record", record);
+    const double* const end = doubles(record) + record.numel();
+    return {{std::bit_cast<int64_t>(end[-3])}, end[-2], end[-1]};
   }
 };
 
@@ -68,121 +59,121 @@ void expect(bool held, const char* words) {
 
 // The axes of x, which has values, and more than one to a statistic where one has no variance.
 Axes axes_of(const Tensor& x, Form form) {
-  expect(form.bits >= 0, "`form` must be a sum of the flags of _core/eager.py, and is negative");
   expect(x.numel() > 0, "`x` is empty: it has no moments; pass a tensor that holds values");
-  if (form.feature_dims() > 0) return {form.num_groups(), form.feature_dims(), form.centred()};
+  const Axes axes = form.axes(x);
+  if (axes.feature_dims > 0 || form.constant()) return axes;
   const auto sizes = x.sizes();
   const int64_t dim = int64_t(sizes.size());
-  if (dim < 2) return {0, 0, true};  // which geometry_of refuses
-  const int64_t groups = form.group_per_channel() ? sizes[1] : form.num_groups();
+  if (dim < 2) return axes;  // which geometry_of refuses
   int64_t values = 1;
   for (int64_t d = 2; d < dim; ++d) values *= sizes[d];
-  if (groups == 0)
+  if (axes.num_groups == 0)
     values *= sizes[0];
-  else if (!form.group_per_channel())  // as torch: fails only where the whole batch has one value
-    values *= sizes[0] * (sizes[1] / groups);
-  if (!form.fixed() && values == 1) check::one_value(x);
-  return {groups, 0, true};
+  else if (!form.per_channel())  // as torch: fails only where the whole batch has one value
+    values *= sizes[0] * (sizes[1] / axes.num_groups);
+  if (values == 1) check::one_value(x);
+  return axes;
 }
 
-std::tuple<Tensor, Tensor> normalize(const Tensor& x, const Maybe& weight, const Maybe& bias,
-                                     Form form, double eps, const Running* running) {
-  Call call{.x = x, .axes = {}, .eps = eps, .weight = given(weight), .bias = given(bias)};
-  const Geometry& g = call.g;
-  in_order([&] {
-    call.axes = axes_of(x, form);
-    call.read();
-    if (!running) return;
-    expect(g.num_statistics() % g.c == 0 && form.feature_dims() == 0 && g.groups() == g.c,
-           "`form` must be one value per channel, or per sample and channel, where there are "
-           "running statistics: BATCH or INSTANCE of _core/eager.py");
-    check::running(running->mean, running->var, running->num_batches_tracked,
-                   std::isnan(running->momentum), g.c);
-  });
-  const Tensor y = result_of(call, false);
-  const int64_t count = g.num_statistics();
-  const Tensor record = form.saves() ? Record::of(g) : Tensor();
-  Room<double> unsaved;
-  double* const mean = form.saves() ? doubles(record) : unsaved.of(2 * count);
-  if (form.saves()) Record::close(mean, g, eps, form);
-  forward_into(call, &y, mean, mean + count, false);
-  if (running)
-    move(*running, {mean, mean + count, count / g.c, nullptr, double(g.values_per_statistic())});
-  return {y, record};
-}
-
-std::tuple<Tensor, Tensor> forward(const Tensor& x, Maybe weight, Maybe bias, int64_t form,
-                                   double eps) {
-  return normalize(x, weight, bias, {form}, eps, nullptr);
-}
-
-std::tuple<Tensor, Tensor> forward_running(const Tensor& x, Maybe weight, Maybe bias,
-                                           const Tensor& running_mean, const Tensor& running_var,
-                                           Maybe num_batches_tracked, double momentum, int64_t form,
-                                           double eps) {
-  const Running running{running_mean, running_var, given(num_batches_tracked), momentum};
-  return normalize(x, weight, bias, {form}, eps, &running);
-}
-
-std::tuple<Tensor, Tensor> apply(const Tensor& x, Maybe weight, Maybe bias, const Tensor& mean,
-                                 const Tensor& var, int64_t bits, double eps) {
+// Given statistics that are not constant are the running ones, which move towards x's own.
+std::tuple<Tensor, Tensor> norm_more(const Tensor& x, Maybe weight, Maybe bias, int64_t bits,
+                                     double eps, Maybe mean, Maybe var, Maybe num_batches_tracked,
+                                     double momentum, Maybe residual, double parameter) {
   const Form form{bits};
+  const bool moves = mean && !form.constant();
   Call call{.x = x,
             .axes = {},
             .eps = eps,
             .weight = given(weight),
             .bias = given(bias),
-            .mean = &mean,
-            .var = &var};
+            .residual = given(residual),
+            .mean = moves ? nullptr : given(mean),
+            .var = moves ? nullptr : given(var),
+            .act = {form.act(), parameter}};
   const Geometry& g = call.g;
   in_order([&] {
     call.axes = axes_of(x, form);
-    expect(call.axes.num_groups == 0 && form.feature_dims() == 0,
-           "`form` must be one value per channel where the statistics are given: BATCH of "
-           "_core/eager.py");
     call.read();
+    if (!mean != !var)
+      check::one_of_two(mean ? "running_mean" : "running_var",
+                        mean ? "running_var" : "running_mean");
+    expect(mean || !form.constant(),
+           "`form` is CONSTANT, and `running_mean` is None: pass the statistics");
+    if (!mean) return;
+    expect(g.num_statistics() % g.c == 0 && form.feature_dims() == 0 &&
+               (form.constant() ? g.over_batch() : g.over_batch() || g.groups() == g.c),
+           "`form` must be one value per channel, or with running statistics that move one per "
+           "sample and channel, where statistics are given: 0, or PER_CHANNEL");
+    if (moves) check::running(*mean, *var, given(num_batches_tracked), std::isnan(momentum), g.c);
   });
   const Tensor y = result_of(call, false);
-  if (!form.saves()) {
+  if (form.constant() && !form.wants_gradient()) {
     apply_into(call, y);
     return {y, Tensor()};
   }
-  // running statistics change in place at the next training step: keep today's values
-  const Tensor record = Record::of(g);
-  double* const values = doubles(record);
-  const Values<double> m(mean), v(var);
-  std::copy_n(m.get(), g.c, values);
-  std::copy_n(v.get(), g.c, values + g.c);
-  Record::close(values, g, eps, form);
-  forward_into(call, &y, values, values + g.c, true);
+  const int64_t count = g.num_statistics();
+  const Tensor record = form.wants_gradient() ? Kept{form, eps, parameter}.record(g) : Tensor();
+  Room<double> unsaved;
+  double* const values = form.wants_gradient() ? doubles(record) : unsaved.of(2 * count);
+  if (form.constant()) {
+    // running statistics change in place at the next training step: keep today's values
+    const Values<double> of_mean(call.mean), of_var(call.var);
+    std::copy_n(of_mean.get(), count, values);
+    std::copy_n(of_var.get(), count, values + count);
+  }
+  forward_into(call, &y, values, values + count, form.constant());
+  if (moves)
+    move({*mean, *var, given(num_batches_tracked), momentum},
+         {values, values + count, count / g.c, nullptr, double(g.values_per_statistic())});
   return {y, record};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
-                                            const Tensor& record, Maybe weight) {
-  Call call{.x = x, .axes = {}, .weight = given(weight), .grad = &grad};
+// The same with few arguments, each of which takes time.
+std::tuple<Tensor, Tensor> norm(const Tensor& x, Maybe weight, Maybe bias, int64_t form,
+                                double eps) {
+  return norm_more(x, std::move(weight), std::move(bias), form, eps, std::nullopt, std::nullopt,
+                   std::nullopt, 0.0, std::nullopt, 0.0);
+}
+
+std::tuple<Tensor, Tensor> norm_given(const Tensor& x, Maybe weight, Maybe bias, int64_t form,
+                                      double eps, const Tensor& mean, const Tensor& var) {
+  return norm_more(x, std::move(weight), std::move(bias), form, eps, mean, var, std::nullopt, 0.0,
+                   std::nullopt, 0.0);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x,
+                                                         const Tensor& record, Maybe weight,
+                                                         Maybe bias, Maybe residual) {
+  Call call{.x = x,
+            .axes = {},
+            .weight = given(weight),
+            .bias = given(bias),
+            .residual = given(residual),
+            .grad = &grad};
   in_order([&] {
-    const Form kept = Record::form(record);
-    call.axes = axes_of(x, kept);
-    call.constant = kept.fixed();
+    const Kept kept = Kept::of(record);
+    call.axes = axes_of(x, kept.form);
+    call.eps = kept.eps;
+    call.act = {kept.form.act(), kept.parameter};
+    call.needs = kept.form.needs();
+    call.constant = kept.form.constant();
     call.read();
-    Record::expect_of(record, call.g);
-    call.needs = kept.bits & (kInput | kWeight | kBias);
+    if (record.numel() != Kept::record_size(call.g))
+      check::wrong_record(record, "of an x of this shape");
   });
   const double* const mean = doubles(record);
-  call.eps = mean[Record::size(call.g) - 2];
   const Gradients made(call);
   backward_into(call, mean, mean + call.g.num_statistics(), made);
   const auto found = [](const Maybe& t) { return t ? *t : Tensor(); };
-  return {found(made.x), found(made.weight), found(made.bias)};
+  return {found(made.x), found(made.weight), found(made.bias), found(made.residual)};
 }
 
 }  // namespace
 }  // namespace truenorm
 
 STABLE_TORCH_LIBRARY_IMPL(truenorm, CPU, m) {
-  m.impl("eager_forward", TORCH_BOX(&truenorm::forward));
-  m.impl("eager_forward_running", TORCH_BOX(&truenorm::forward_running));
-  m.impl("eager_apply", TORCH_BOX(&truenorm::apply));
-  m.impl("eager_backward", TORCH_BOX(&truenorm::backward));
+  m.impl("eager_norm", TORCH_BOX(&truenorm::norm));
+  m.impl("eager_norm_given", TORCH_BOX(&truenorm::norm_given));
+  m.impl("eager_norm_more", TORCH_BOX(&truenorm::norm_more));
+  m.impl("eager_norm_backward", TORCH_BOX(&truenorm::norm_backward));
 }

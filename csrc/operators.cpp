@@ -9,39 +9,6 @@
 namespace truenorm {
 namespace {
 
-// What a call is apart from its tensors and numbers, in one integer; Python packs the same bits.
-struct Form {
-  int64_t bits;
-
-  int64_t needs() const { return bits & 31; }
-  bool constant() const { return bits & 32; }
-  bool centred() const { return !(bits & 64); }
-  bool per_channel() const { return bits & 128; }
-  bool keeps() const { return bits & 256; }
-  Act act() const { return Act(bits >> 16 & 0xff); }
-  int64_t feature_dims() const { return bits >> 24 & 0xff; }
-  int64_t num_groups() const { return bits >> 32; }
-
-  void check() const {
-    if (bits < 0) check::wrong_form(bits, "is negative: pass a sum of its flags");
-    if (bits & 0xfe00)
-      check::wrong_form(bits,
-                        "has bits from 9 to 15, which mean nothing here: pass a sum of its "
-                        "flags");
-    if ((feature_dims() > 0 || per_channel()) && num_groups() > 0)
-      check::wrong_form(bits, "has a `num_groups` beside `feature_dims` or PER_CHANNEL: pass 0");
-    if (feature_dims() > 0 && per_channel())
-      check::wrong_form(bits, "has PER_CHANNEL and `feature_dims`: pass one of them");
-  }
-  Axes axes(const Tensor& x) const {
-    check();
-    const int64_t groups = feature_dims() > 0             ? 1
-                           : per_channel() && x.dim() > 1 ? x.size(1)
-                                                          : num_groups();
-    return {groups, feature_dims(), centred()};
-  }
-};
-
 // Mean, biased variance and count of every statistic.
 Tensor new_record(int64_t statistics) {
   const int64_t shape[] = {3, statistics};

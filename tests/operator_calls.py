@@ -25,17 +25,9 @@ import truenorm
 
 OPS = torch.ops.truenorm
 LIBRARY = truenorm._core.operators.defined
-# of the others' `form`: call.py
-CONSTANT, UNCENTRED, KEEP = 32, 64, 256
-# what the eager operators' `form` may be: csrc/eager.cpp
-BATCH, FIXED, INSTANCE, GROUP, LAYER, RMS = (
-    0,
-    8,
-    32,
-    2 << 16,
-    1 << 16 | 1 << 8,
-    1 << 16 | 1 << 8 | 16,
-)
+# of `form`: call.py
+CONSTANT, UNCENTRED, PER_CHANNEL, KEEP = 32, 64, 128, 256
+ACT, FEATURES, GROUPS = 16, 24, 32
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (-1, 0, 1, 2, 3, 5, 7, 9, 16, 99, 2**31, 2**40, -(2**40), 2**62, -(2**63))
 FLOATS = (0.0, -1.0, 1e-30, 1e30, math.inf, -math.inf, math.nan)
@@ -64,16 +56,17 @@ def _shapes(draw: random.Random, names: list[str]) -> tuple[tuple[int, ...], tup
 
 
 def _form(draw: random.Random, operator: str, axes: tuple[int, int, bool]) -> int:
+    groups, dims, centred = axes
+    if operator == "eager_norm_given":
+        return CONSTANT | 7
+    if operator == "eager_norm_more":
+        return draw.choice((0, PER_CHANNEL)) | draw.randint(0, 15) | draw.randint(0, 8) << ACT
+    flags = draw.randint(0, 15) | draw.choice((0, KEEP)) | (0 if centred else UNCENTRED)
+    if operator == "eager_norm_backward":
+        flags |= draw.randint(0, 8) << ACT
     if not operator.startswith("eager_"):
-        groups, dims, centred = axes
-        flags = draw.randint(0, 15) | draw.choice((0, CONSTANT)) | draw.choice((0, KEEP))
-        flags |= draw.randint(0, 8) << 16 | (0 if centred else UNCENTRED)
-        return flags | dims << 24 | (0 if dims else groups) << 32
-    if operator == "eager_forward_running":
-        return draw.choice((BATCH, INSTANCE)) | 7
-    if operator == "eager_apply":
-        return BATCH | FIXED | 7
-    return draw.choice((BATCH, INSTANCE, GROUP, LAYER, RMS)) | draw.randint(0, 7)
+        flags |= draw.choice((0, CONSTANT)) | draw.randint(0, 8) << ACT
+    return flags | dims << FEATURES | (0 if dims else groups) << GROUPS
 
 
 def valid(operator: str, draw: random.Random) -> dict[str, Any]:
@@ -86,9 +79,8 @@ def valid(operator: str, draw: random.Random) -> dict[str, Any]:
     if len(shape) == 4 and draw.random() < 0.3:
         x = x.contiguous(memory_format=torch.channels_last)
     form = _form(draw, operator, axes)
-    if operator.startswith("eager_"):
-        groups = shape[1] if form & INSTANCE else form >> 16
-        axes = groups, form >> 8 & 0xFF, not form & 16
+    if operator in ("eager_norm_given", "eager_norm_more"):
+        axes = shape[1] if form & PER_CHANNEL else 0, 0, True
     groups, dims, _ = axes
     features = shape[len(shape) - dims :] if dims else shape[1:2]
     samples = math.prod(shape[: len(shape) - dims]) if dims else shape[0]
@@ -129,9 +121,9 @@ def valid(operator: str, draw: random.Random) -> dict[str, Any]:
             made["mean"] = made["var"] = None
     if operator == "move_" or operator == "move_once_":
         made["record"] = per(3 * shape[1] * draw.choice((1, 4))).view(3, -1)
-    if operator == "eager_backward":
-        bits = form | 7
-        made["record"] = torch.cat([per(2 * statistics), torch.tensor([1e-5, bits]).double()])
+    if operator == "eager_norm_backward":
+        bits = torch.tensor([form]).view(torch.float64)
+        made["record"] = torch.cat([per(2 * statistics), bits, torch.tensor([1e-5, 0.3]).double()])
     return {name: made[name] for name in names}
 
 

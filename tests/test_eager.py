@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +16,11 @@ from torch.library import opcheck
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import truenorm
+from truenorm import functional
 from truenorm._core import eager, library, operators
+from truenorm._core.activation import LEAKY_RELU, RELU
+from truenorm._core.call import ACT, CONSTANT, GROUPS
+from truenorm.nn._options import Activation
 
 native = pytest.mark.skipif(library.NATIVE is None, reason="needs the native library")
 # the other two have no short way
@@ -81,6 +85,83 @@ def test_the_same_bits(
         assert_same(run(layer, x, grad), by_the_long_way(other, x, grad))
         assert_same(layer.state_dict().values(), other.state_dict().values())
     assert calls == [True] * len({torch.float32, dtype})
+
+
+def _with_beside(layer: Any, x: Tensor, residual: Tensor | None, grad: Tensor) -> list[Tensor]:
+    """Output and gradients, the residual's too."""
+    leaves = [x, residual] if residual is not None else [x]
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    y = layer(leaves[0], residual=leaves[1] if residual is not None else None)
+    wanted = [*leaves, *layer.parameters()]
+    return [y.detach(), *torch.autograd.grad(y, wanted, grad), *layer.state_dict().values()]
+
+
+@native
+@MODES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, *get_args(Activation)])
+@pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[10], PLAIN], ids=lambda case: case.id)
+def test_an_activation_and_a_residual(
+    case: Case, activation: Any, dtype: torch.dtype, training: bool, calls: list[bool]
+) -> None:
+    layer = case.build().train(training)
+    layer.activation = activation
+    x, residual, grad = (case.input(dtype) for _ in range(3))
+    for beside in (None, residual):
+        other = copy.deepcopy(layer)
+        found = _with_beside(layer, x, beside, grad)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(eager, "call", lambda *_: None)
+            assert_same(found, _with_beside(other, x, beside, grad))
+    assert calls == [True, True]
+
+
+@native
+def test_a_residual_that_does_not_fit_goes_the_long_way(calls: list[bool]) -> None:
+    layer, x = LAYER.build(), LAYER.input()
+    row = torch.randn(LAYER.shape[-1])
+    # as `fuse` calls it, which adds whatever torch adds
+    y = layer(x, residual=row, _then=(RELU, 0.0))
+    assert torch.equal(y, (layer(x) + row).relu())
+    assert calls == [False, True]
+    for wrong in (row, x.double()):
+        with pytest.raises(ValueError, match="residual"):
+            layer(x, residual=wrong)
+
+
+FUNCTIONS: list[tuple[str, Callable[..., Tensor]]] = [
+    ("batch_norm", lambda x, w, b, m, v: functional.batch_norm(x, m, v, w, b, True, 0.3)),
+    ("batch_norm, own", lambda x, w, b, m, v: functional.batch_norm(x, None, None, w, b, True)),
+    ("batch_norm, given", lambda x, w, b, m, v: functional.batch_norm(x, m, v, w, b)),
+    ("instance_norm", lambda x, w, b, m, v: functional.instance_norm(x, m, v, w, b)),
+    ("instance_norm, own", lambda x, w, b, m, v: functional.instance_norm(x, weight=w, bias=b)),
+    ("instance_norm, given", lambda x, w, b, m, v: functional.instance_norm(x, m, v, w, b, False)),
+    ("group_norm", lambda x, w, b, m, v: functional.group_norm(x, 3, w, b)),
+    ("layer_norm", lambda x, w, b, m, v: functional.layer_norm(x.mT, [6], w, b)),
+    ("rms_norm", lambda x, w, b, m, v: functional.rms_norm(x.mT, (6,), w) + b),
+]
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [f for _, f in FUNCTIONS], ids=[name for name, _ in FUNCTIONS])
+def test_functional(function: Callable[..., Tensor], dtype: torch.dtype, calls: list[bool]) -> None:
+    x, grad = torch.randn(4, 6, 5, dtype=dtype), torch.randn(4, 6, 5, dtype=dtype)
+    w, b = torch.randn(6), torch.randn(6)
+    mean, var = torch.randn(6), torch.rand(6) + 0.5
+
+    def found() -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        running = mean.clone(), var.clone()
+        y = function(*leaves, *running)
+        incoming = grad if y.shape == grad.shape else grad.mT
+        return [y.detach(), *torch.autograd.grad(y, leaves, incoming.to(y.dtype)), *running]
+
+    one = found()
+    assert calls == [True]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eager, "call", lambda *_: None)
+        assert_same(one, found())
 
 
 @native
@@ -221,29 +302,33 @@ def test_schemas(num_batches: Tensor | None) -> None:
     x, grad = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     weight, bias, mean, var = torch.randn(4), torch.randn(4), torch.randn(4), torch.rand(4) + 0.5
     check: dict[str, Any] = {"test_utils": "test_schema"}
-    opcheck(operators.eager_forward, (x, weight, bias, eager.BATCH | 7, 1e-5), **check)
+    call = x, weight, bias
+    opcheck(operators.eager_norm, (*call, eager.BATCH | 7, 1e-5), **check)
+    opcheck(operators.eager_norm_given, (*call, CONSTANT | 7, 1e-5, mean, var), **check)
     running = mean.clone(), var.clone(), num_batches
-    arguments = (x, weight, bias, *running, 0.1, eager.BATCH | 7, 1e-5)
-    opcheck(operators.eager_forward_running, arguments, **check)
-    opcheck(operators.eager_apply, (x, weight, bias, mean, var, 8 | 7, 1e-5), **check)
-    record = operators.eager_forward(x, weight, bias, eager.BATCH | 7, 1e-5)[1]
-    opcheck(operators.eager_backward, (grad, x, record, weight), **check)
+    more = *running, 0.1, grad, 0.3
+    acting = LEAKY_RELU << ACT | 15
+    opcheck(operators.eager_norm_more, (*call, acting, 1e-5, *more), **check)
+    record = operators.eager_norm(*call, eager.BATCH | 7, 1e-5)[1]
+    opcheck(operators.eager_norm_backward, (grad, x, record, weight), **check)
+    record = operators.eager_norm_more(*call, acting, 1e-5, *more)[1]
+    opcheck(operators.eager_norm_backward, (grad, x, record, weight, bias, grad), **check)
 
 
 @native
 def test_what_is_refused_changes_nothing() -> None:
     x, eight = torch.randn(3, 4, 5), torch.zeros(8)
     running = torch.zeros(4), torch.ones(4), torch.tensor(3)
-    for at, wrong in ((1, eight), (2, eight), (3, eight), (4, eight), (5, torch.tensor(1.0))):
-        arguments: list[Any] = [x, None, None, *running, 0.1, eager.BATCH, 1e-5]
-        arguments[at] = wrong
+    good = [x, None, None, eager.BATCH, 1e-5, *running, 0.1, x, 0.0]
+    wrong: list[tuple[int, Any]] = [(1, eight), (2, eight), (5, eight), (6, eight), (9, eight)]
+    wrong += [(7, torch.tensor(1.0)), (6, None), (9, x.double()), (3, 9 << ACT), (3, 1 << GROUPS)]
+    wrong += [(0, torch.randn(shape)) for shape in ((4,), (1, 4), (0, 4, 5))]
+    for at, value in wrong:
+        arguments = [*good[:at], value, *good[at + 1 :]]
         with pytest.raises(RuntimeError, match="no call for the short way"):
-            operators.eager_forward_running(*arguments)
-    for shape in ((4,), (1, 4), (0, 4, 5)):
-        with pytest.raises(RuntimeError, match="no call for the short way"):
-            operators.eager_forward_running(
-                torch.randn(shape), None, None, *running, 0.1, eager.BATCH, 1e-5
-            )
+            operators.eager_norm_more(*arguments)
+    with pytest.raises(RuntimeError, match="no call for the short way"):
+        operators.eager_norm_more(x, None, None, CONSTANT, 1e-5, None, None, None, 0.0)
     assert running[0].eq(0.0).all()
     assert running[1].eq(1.0).all()
     assert running[2] == 3

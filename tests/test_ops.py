@@ -229,7 +229,7 @@ def test_every_operator_is_here() -> None:
     tested = {"norm", "norm_", "norm_backward", "statistics", "gradient_sums"}
     tested |= {"move_", "move_once_", "response", "response_backward"}
     # by test_eager.py
-    tested |= {"eager_forward", "eager_forward_running", "eager_apply", "eager_backward"}
+    tested |= {"eager_norm", "eager_norm_given", "eager_norm_more", "eager_norm_backward"}
     registered = {
         name.removeprefix("truenorm::").split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()

@@ -26,7 +26,22 @@ import torch
 
 import truenorm
 
-Made = tuple[Callable[[], torch.nn.Module], tuple[int, ...], dict[str, torch.Tensor]]
+Made = tuple[Callable[[], Callable[..., torch.Tensor]], tuple[int, ...], dict[str, torch.Tensor]]
+
+
+def of_functional(name: str, *rest: Any) -> Callable[..., torch.Tensor]:
+    """A function of truenorm.functional, with a weight and a bias for 8 features."""
+    function = getattr(truenorm.functional, name)
+    weight, bias = (torch.ones(8, requires_grad=True) for _ in range(2))
+    return lambda x: function(x, *rest, weight, bias)  # type: ignore[no-any-return]
+
+
+def of_batch_norm() -> Callable[..., torch.Tensor]:
+    running, function = (torch.zeros(8), torch.ones(8)), truenorm.functional.batch_norm
+    weight, bias = (torch.ones(8, requires_grad=True) for _ in range(2))
+    return lambda x: function(x, *running, weight, bias, training=True)
+
+
 CASES: dict[str, Made] = {
     "BatchNorm1d": (lambda: truenorm.BatchNorm1d(8), (4, 8), {}),
     "BatchNorm1d, evaluation": (lambda: truenorm.BatchNorm1d(8).eval(), (4, 8), {}),
@@ -45,6 +60,9 @@ CASES: dict[str, Made] = {
     "RMSNorm": (lambda: truenorm.RMSNorm(8), (4, 8), {}),
     "InstanceNorm1d": (lambda: truenorm.InstanceNorm1d(8), (2, 8, 6), {}),
     "GroupNorm": (lambda: truenorm.GroupNorm(2, 8), (4, 8), {}),
+    "GroupNorm, SiLU": (lambda: truenorm.GroupNorm(2, 8, activation="silu"), (4, 8), {}),
+    "functional.batch_norm": (of_batch_norm, (4, 8), {}),
+    "functional.layer_norm": (lambda: of_functional("layer_norm", (8,)), (4, 8), {}),
 }
 OWN = Path(__file__).resolve().parents[1] / "src"
 

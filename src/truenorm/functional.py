@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._core import checks, geometry, masks
-from ._core.call import Call, Form, Running
+from ._core import checks, eager, geometry, masks, recomputed
+from ._core.call import CONSTANT, UNCENTRED, Call, Form, Running
+from ._core.geometry import RMS_EPS
 from ._core.normalize import local_response_norm as _response
 from ._core.normalize import normalize, normalize_with_statistics
 from .moments import Moments
@@ -82,6 +84,11 @@ def batch_norm(
     if isinstance(input, Tensor) and input.dim() < 2 and not input.numel() and not more:
         checks.check_floating(input)
         return input.clone()  # as torch, which looks for channels only where there are values
+    if not more:
+        form = eager.BATCH if training else CONSTANT
+        y = _shortly(input, weight, bias, form, eps, running_mean, running_var, momentum)
+        if y is not None:
+            return y
     running = _running(running_mean, running_var, momentum)
     args = input, running_mean, running_var, weight, bias, training, eps
     call = batch_call(*args, one_value=bool(more))
@@ -207,6 +214,11 @@ def instance_norm(
             eps=eps,
             **more,
         )
+    if not more:
+        form = eager.INSTANCE if use_input_stats else CONSTANT
+        y = _shortly(input, weight, bias, form, eps, running_mean, running_var, momentum)
+        if y is not None:
+            return y
     running = _running(running_mean, running_var, momentum)
     args = input, running_mean, running_var, weight, bias, use_input_stats, eps
     call = instance_call(*args, one_value=bool(more))
@@ -279,6 +291,10 @@ def group_norm(
             eps=eps,
             **more,
         )
+    if not more and type(num_groups) is int and num_groups > 0:
+        y = _shortly(input, weight, bias, eager.group(num_groups), eps)
+        if y is not None:
+            return y
     call = group_call(input, num_groups, weight, bias, eps, one_value=bool(more))
     return _made(call, None, more)
 
@@ -312,6 +328,38 @@ def _more(mask: Tensor | None, lengths: Tensor | None, padding_value: float) -> 
             checks.check_padding_value(padding_value)
         return {}
     return {"mask": mask, "lengths": lengths, "padding_value": padding_value}
+
+
+def _shortly(
+    input: Any, weight: Any, bias: Any, form: int, eps: Any, mean: Any = None, var: Any = None,
+    momentum: Any = None,
+) -> Tensor | None:  # fmt: skip
+    """The short way; None where it is not for this call, whose errors the long way words."""
+    if not (type(input) is Tensor and type(eps) is float and eps > 0.0):
+        return None
+    if (mean is None) != (var is None) or is_compiling() or recomputed.asked():
+        return None
+    if form & CONSTANT:
+        given = mean, var
+        return eager.call(eager.GIVEN, input, weight, bias, form, eps, given, None)
+    if mean is None or eager.graph_task() != -1:
+        return eager.call(eager.OWN, input, weight, bias, form, eps, (), None)
+    running = mean, var, None, momentum
+    return eager.call(eager.MOVING, input, weight, bias, form, eps, running, None)
+
+
+def _rows_shortly(
+    input: Any, normalized_shape: Any, weight: Any, bias: Any, flags: int, eps: Any
+) -> Tensor | None:
+    """The same over trailing dimensions."""
+    if type(input) is not Tensor or type(normalized_shape) not in (tuple, list, torch.Size):
+        return None
+    sizes = tuple(normalized_shape)
+    if not sizes or input.shape[-len(sizes) :] != sizes:
+        return None
+    if not all(type(size) is int for size in sizes):
+        return None
+    return _shortly(input, weight, bias, eager.layer(len(sizes)) | flags, eps)
 
 
 def _running(mean: Tensor | None, var: Tensor | None, momentum: float) -> Running | None:
@@ -358,6 +406,9 @@ def layer_norm(
             bias=bias,
             eps=eps,
         )
+    y = _rows_shortly(input, normalized_shape, weight, bias, 0, eps)
+    if y is not None:
+        return y
     return normalize(layer_call(input, normalized_shape, weight, bias, eps))
 
 
@@ -399,6 +450,12 @@ def rms_norm(
         return handle_torch_function(
             rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps
         )
+    # channels_last stays, which no kernel for trailing sizes writes
+    if type(input) is Tensor and (input.dim() < 4 or input.is_contiguous()):
+        short = RMS_EPS.get(input.dtype) if eps is None else eps
+        y = _rows_shortly(input, normalized_shape, weight, None, UNCENTRED, short)
+        if y is not None:
+            return y
     return in_torchs_memory_format(normalize(rms_call(input, normalized_shape, weight, eps)), input)
 
 

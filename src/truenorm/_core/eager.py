@@ -1,4 +1,4 @@
-"""The short way: a plain eager call on a CPU, in as few steps as can be.
+"""The short way: an eager call on a CPU without a mask, in as few steps as can be.
 
 A small input's time is all calls: of torch's dispatcher, of Python. So here a whole forward, the
 running statistics' update included, is one call of an operator, and so is a backward. What is not
@@ -18,51 +18,65 @@ from torch.jit import _trace
 from torch.overrides import has_torch_function_variadic
 
 from . import gradients, operators
-from .call import NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT, Form
-from .geometry import Axes
+from .call import (
+    ACT,
+    BY_OUTPUT,
+    FEATURES,
+    GROUPS,
+    NEEDS_BIAS,
+    NEEDS_INPUT,
+    NEEDS_RESIDUAL,
+    NEEDS_WEIGHT,
+    PER_CHANNEL,
+    UNCENTRED,
+    form_of,
+)
 from .library import NATIVE
 
-# what to call, with (), (running_mean, running_var, num_batches_tracked, momentum), (mean, var)
-OWN = operators.eager_forward._op
-TRACKED = operators.eager_forward_running._op
-GIVEN = operators.eager_apply._op
+# What comes after norm(x) · weight + bias: a residual, an activation's number and its parameter.
+After = tuple[Any, int, float]
 
-# Which values share a statistic, in one number (csrc/eager.cpp), because each scalar's way through
-# the dispatcher takes time; the low bits say which gradients are wanted.
-BATCH = 0
-_NEEDS = NEEDS_INPUT | NEEDS_WEIGHT | NEEDS_BIAS
-FIXED, _UNCENTRED = 8, 16
-INSTANCE = 32
-
-
-def group(num_groups: int) -> int:
-    return num_groups << 16
-
-
-def layer(normalized_dims: int) -> int:
-    return 1 << 16 | normalized_dims << 8
-
-
-def rms(normalized_dims: int) -> int:
-    return layer(normalized_dims) | _UNCENTRED
-
+# what to call, with (), (mean, var), (running_mean, running_var, num_batches_tracked, momentum)
+OWN = operators.eager_norm._op
+GIVEN = operators.eager_norm_given._op
+MOVING = operators.eager_norm_more._op
 
 # looked up once: every one of them is asked in every call
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_backward = operators.eager_backward._op
+_norm_backward = operators.eager_norm_backward._op
 _is_tracing = torch._C._is_tracing
 # other than -1 where a batch may be computed again, which moves no running statistics
 graph_task = torch._C._current_graph_task_id
 # what is refused here, the long way words
 _REFUSED = (RuntimeError, TypeError, AttributeError)
+_NEEDS = NEEDS_INPUT | NEEDS_WEIGHT | NEEDS_BIAS | NEEDS_RESIDUAL
+# statistics that are not given
+_UNGIVEN = None, None, None, 0.0
+
+# which values share a statistic, as `Form.bits`
+BATCH = 0
+INSTANCE = PER_CHANNEL
+
+
+def group(num_groups: int) -> int:
+    return num_groups << GROUPS
+
+
+def layer(feature_dims: int) -> int:
+    return feature_dims << FEATURES
+
+
+def rms(feature_dims: int) -> int:
+    return feature_dims << FEATURES | UNCENTRED
 
 
 def call(
-    op: Any, x: Tensor, weight: Any, bias: Any, statistics: tuple[Any, ...], form: int, eps: float
-) -> Tensor | None:
+    op: Any, x: Tensor, weight: Any, bias: Any, form: int, eps: float, statistics: tuple[Any, ...],
+    after: After | None,
+) -> Tensor | None:  # fmt: skip
     """One of the operators above on a plain tensor x, not compiling: both asked by the caller."""
     # in one piece: each call of Python's is noticed
     if (
@@ -84,42 +98,58 @@ def call(
                 form |= NEEDS_WEIGHT
             if bias is not None and bias.requires_grad:
                 form |= NEEDS_BIAS
-        made = op(x, weight, bias, *statistics, form, eps)
+        if after is not None and (after[1] or after[0] is not None):
+            return _with_more(x, weight, bias, form, eps, statistics, after)
+        y, record = op(x, weight, bias, form, eps, *statistics)
     except _REFUSED:
         return None
-    y, record = made
     if form & _NEEDS:
-        return _attach(x, weight, bias, (y, record, form, eps))  # type: ignore[no-any-return]
+        return _attach(x, weight, bias, (y, record, form, eps, 0.0))  # type: ignore[no-any-return]
     return y  # type: ignore[no-any-return]
 
 
-def _pull_back(x: Tensor, weight: Tensor | None, kept: Any, grad: Tensor) -> list[Any]:
-    """Gradients of (x, weight, bias), in a way that can itself be differentiated."""
-    record, form, eps = kept
-    moments = record[:-2].view(2, -1)
-    num_groups = x.shape[1] if form & INSTANCE else form >> 16
-    axes = Axes(num_groups, form >> 8 & 0xFF, not form & _UNCENTRED)
-    count = moments.new_full((1, moments.shape[1]), x.numel() // moments.shape[1])
-    whole = Form(axes, eps, bool(form & FIXED)), x, weight, torch.cat([moments, count])
-    return gradients.pull_back(*whole, grad, form & _NEEDS)
+def _with_more(
+    x: Tensor, weight: Any, bias: Any, form: int, eps: float, statistics: tuple[Any, ...],
+    after: After,
+) -> Tensor | None:  # fmt: skip
+    residual, act, parameter = after
+    if has_torch_function_variadic(residual):
+        return None
+    passes_on = False
+    if residual is not None and residual.requires_grad and _is_grad_enabled():
+        passes_on = not act
+        form |= NEEDS_RESIDUAL * (act > 0)
+    if act:
+        form |= act << ACT
+        if form & _NEEDS and gradients.saves_output(act, parameter, residual):
+            form |= BY_OUTPUT
+    given = *statistics, *_UNGIVEN[len(statistics) :]
+    y, record = MOVING(x, weight, bias, form, eps, *given, residual, parameter)
+    if form & _NEEDS or passes_on:
+        made = y, record, form, eps, parameter
+        return _attach(x, weight, bias, made, residual)  # type: ignore[no-any-return]
+    return y  # type: ignore[no-any-return]
 
 
 class Normalize(Function):
     """The graph's node for what an operator has made. In a tuple, or y would be an input."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Any, bias: Any, made: tuple[Tensor, Tensor, int, float]
-    ) -> Any:
-        ctx.save_for_backward(x, weight)
-        y, record, form, eps = made
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, made: Any, *residual: Any) -> Any:
+        y, record, form, eps, parameter = made
+        if not residual:
+            ctx.save_for_backward(x, weight)
+        elif form >> ACT & 0xFF:
+            ctx.save_for_backward(x, weight, bias, y if form & BY_OUTPUT else residual[0])
+        else:
+            ctx.save_for_backward(x, weight, None, None)
         # the record is neither input nor output: as a saved tensor it would be copied twice
-        ctx.kept = record, form, eps
+        ctx.kept = record, form, eps, parameter
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        x, weight = ctx.saved_tensors
+        saved = ctx.saved_tensors
         if (
             # first: the compiler looks no further
             _is_compiling()
@@ -129,10 +159,34 @@ class Normalize(Function):
             or forward_ad._current_level >= 0
             or _dispatch_modes()
         ):
-            grad_x, grad_weight, grad_bias = _pull_back(x, weight, ctx.kept, grad)
+            found = _pull_back(ctx.kept, grad, *saved)
+        elif len(saved) == 2:
+            x, weight = saved
+            of_x, of_weight, of_bias, _ = _norm_backward(grad, x, ctx.kept[0], weight)
+            return of_x, of_weight, of_bias, None
+        elif ctx.kept[1] & _NEEDS:
+            x, weight, bias, residual = saved
+            found = _norm_backward(grad, x, ctx.kept[0], weight, bias, residual)
         else:
-            grad_x, grad_weight, grad_bias = _backward(grad, x, ctx.kept[0], weight)
-        return grad_x, grad_weight, grad_bias, None
+            found = [None, None, None, None]
+        if len(saved) == 2:
+            return *found[:3], None
+        of_residual = found[3] if ctx.kept[1] >> ACT & 0xFF else grad
+        return *found[:3], None, of_residual
+
+
+def _pull_back(
+    kept: Any, grad: Tensor, x: Tensor, weight: Any, bias: Any = None, residual: Any = None
+) -> list[Any]:
+    """The gradients, in a way that can itself be differentiated."""
+    record, bits, eps, parameter = kept
+    if not bits & _NEEDS:
+        return [None, None, None, None]
+    moments = record[:-3].view(2, -1)
+    count = moments.new_full((1, moments.shape[1]), x.numel() // moments.shape[1])
+    form = form_of(bits, x, eps, parameter)
+    tensors = grad, x, weight, bias, residual, torch.cat([moments, count])
+    return gradients.pull_back(form, bits & (_NEEDS | BY_OUTPUT), *tensors)
 
 
 # Function.apply without what it does for function transforms, which are not for this way

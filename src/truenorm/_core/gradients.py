@@ -64,15 +64,15 @@ class _Pulled(NamedTuple):
     record: Tensor
 
 
-def _saves_output(form: Form, residual: Tensor | None) -> bool:
+def saves_output(act: int, parameter: float, residual: Tensor | None) -> bool:
     """Whether y is saved rather than the residual: the next layer saves it too."""
     if residual is None or recomputed.asked():
         return False
     # in half precision much of what is below 6 is rounded to 6
     return (
-        form.act == RELU
-        or (form.act == LEAKY_RELU and form.parameter > 0)
-        or (form.act == RELU6 and residual.element_size() > 2)
+        act == RELU
+        or (act == LEAKY_RELU and parameter > 0)
+        or (act == RELU6 and residual.element_size() > 2)
     )
 
 
@@ -149,12 +149,16 @@ def _pull_back(made: _Made, pulled: Sequence[_Pulled], wanted: Sequence[Any]) ->
 
 
 def pull_back(
-    form: Form, x: Tensor, weight: Tensor | None, record: Tensor, grad: Tensor, needs: int
-) -> list[Any]:
-    """Gradients of one call's x, weight and bias, in a way that can itself be differentiated."""
+    form: Form, needs: int, grad: Tensor, x: Tensor, weight: Any, bias: Any, residual: Any,
+    record: Tensor,
+) -> list[Any]:  # fmt: skip
+    """Gradients of one call's x, weight, bias and residual, which can themselves be differentiated.
+
+    needs: which, and whether residual is y.
+    """
     wanted = [[bool(needs & flag) for flag in _NEEDS]]
-    pulled = _Pulled(grad, x, weight, None, None, None, record)
-    return _pull_back(_Made([form], [False], None), [pulled], wanted)[:3]
+    pulled = _Pulled(grad, x, weight, bias, residual, None, record)
+    return _pull_back(_Made([form], [bool(needs & BY_OUTPUT)], None), [pulled], wanted)
 
 
 # ---------------------------------------------------------------- the nodes of a graph
@@ -180,7 +184,7 @@ class Norm(Function):
             forms, calls, across, strict=True
         ):
             y, _ = norm(form, x, weight, bias, residual, mask, mean, var, 0)
-            output = _saves_output(form, residual)
+            output = saves_output(form.act, form.parameter, residual)
             saved += _saved(form, output, x, weight, bias, residual, mask, y)
             by_output.append(output)
             outputs.append(y)
@@ -230,7 +234,7 @@ def _forward_alone(
         args = weight, bias, mask, residual, mean, var, bits, eps, parameter, form.padding
         y, record = operators.norm._op(x, *args)
     keep.append(record)
-    by_output = form.act > 0 and _saves_output(form, residual)
+    by_output = form.act > 0 and saves_output(form.act, form.parameter, residual)
     ctx.save_for_backward(*_saved(form, by_output, x, weight, bias, residual, mask, y))
     # neither an input nor an output: as a saved tensor it would be copied twice
     ctx.record = record
@@ -390,7 +394,7 @@ def _setup_norm(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, bias, mask, residual, _, _, bits, *numbers = inputs
     y, record = output
     form = form_of(bits, x, *numbers)
-    by_output = _saves_output(form, residual)
+    by_output = saves_output(form.act, form.parameter, residual)
     ctx.mark_non_differentiable(record)
     ctx.save_for_backward(*_saved(form, by_output, x, weight, bias, residual, mask, y), record)
     ctx.made = _Made([form], [by_output], None)

@@ -57,18 +57,19 @@ _SCHEMAS = {
 }
 
 # The short way's (eager.py): on a CPU alone and never compiled, so without plain kernel and shape
-# rule. The second output is what the backward needs; what is not asked for is an undefined tensor,
-# None in Python; momentum NaN averages over all batches.
+# rule. All three forwards are one function, for each argument takes time. Running statistics move
+# unless the form is CONSTANT; momentum NaN averages over all batches. The second output is what the
+# backward needs; what is not asked for is undefined, None in Python.
 _EAGER = {
-    "eager_forward": "(Tensor x, Tensor? weight, Tensor? bias, int form, float eps)"
+    "eager_norm": "(Tensor x, Tensor? weight, Tensor? bias, int form, float eps)"
     " -> (Tensor, Tensor)",
-    "eager_forward_running": "(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean,"
-    " Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, float momentum, int form, float eps)"
-    " -> (Tensor, Tensor)",
-    "eager_apply": "(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, int form,"
-    " float eps) -> (Tensor, Tensor)",
-    "eager_backward": "(Tensor grad, Tensor x, Tensor record, Tensor? weight)"
-    " -> (Tensor, Tensor, Tensor)",
+    "eager_norm_given": "(Tensor x, Tensor? weight, Tensor? bias, int form, float eps, Tensor mean,"
+    " Tensor var) -> (Tensor, Tensor)",
+    "eager_norm_more": "(Tensor x, Tensor? weight, Tensor? bias, int form, float eps,"
+    " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
+    " float momentum, Tensor? residual=None, float parameter=0.0) -> (Tensor, Tensor)",
+    "eager_norm_backward": "(Tensor grad, Tensor x, Tensor record, Tensor? weight,"
+    " Tensor? bias=None, Tensor? residual=None) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 defined = arguments.Library("truenorm")
@@ -282,7 +283,7 @@ move = _operators.move_.default
 move_in_graph = _operators.move_once_.default
 response = _operators.response.default
 response_backward = _operators.response_backward.default
-eager_forward = _operators.eager_forward.default
-eager_forward_running = _operators.eager_forward_running.default
-eager_apply = _operators.eager_apply.default
-eager_backward = _operators.eager_backward.default
+eager_norm = _operators.eager_norm.default
+eager_norm_given = _operators.eager_norm_given.default
+eager_norm_more = _operators.eager_norm_more.default
+eager_norm_backward = _operators.eager_norm_backward.default

@@ -30,6 +30,7 @@ class Activated(Direct):
         "gelu_approximate": Option("none", checks.check_gelu_approximate),
         "overwrite_input": Option(False, checks.check_flag("overwrite_input")),
     }
+    _asked_by_short_way = Direct._asked_by_short_way | (_own_options.keys() - {"overwrite_input"})
 
     def _long_way(
         self,
@@ -102,18 +103,17 @@ class Activated(Direct):
         )
 
     def _act(self) -> tuple[int, float]:
-        """The activation's number, and its parameter."""
         options = self._truenorm_options
+        # small inputs notice each comparison
+        if (found := _BY_NAME.get(options.activation)) is not None:
+            return found
         match options.activation:
             case "leaky_relu":
                 return activation.LEAKY_RELU, options.leaky_relu_slope
             case "elu":
                 return activation.ELU, options.elu_alpha
-            case "gelu" if options.gelu_approximate == "tanh":
-                return activation.GELU_TANH, 0.0
-            case None:
-                return activation.NONE, 0.0
-        return _NUMBERS[options.activation], 0.0
+        by_tanh = options.gelu_approximate == "tanh"
+        return (activation.GELU_TANH if by_tanh else activation.GELU), 0.0
 
 
 def _fits(residual: Any, input: Tensor) -> bool:
@@ -126,10 +126,11 @@ def _fits(residual: Any, input: Tensor) -> bool:
     )
 
 
-_NUMBERS = {
-    "relu": activation.RELU,
-    "relu6": activation.RELU6,
-    "hardswish": activation.HARDSWISH,
-    "silu": activation.SILU,
-    "gelu": activation.GELU,
+# those that no other option has a say in
+_BY_NAME: dict[str | None, tuple[int, float]] = {
+    None: (activation.NONE, 0.0),
+    "relu": (activation.RELU, 0.0),
+    "relu6": (activation.RELU6, 0.0),
+    "hardswish": (activation.HARDSWISH, 0.0),
+    "silu": (activation.SILU, 0.0),
 }

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from .._core import checks, exchange, recomputed
 from .._core.call import Call
+from .._core.eager import After
 from .._core.normalize import normalize
 from ._options import Configurable, Option, options_of
 
@@ -70,8 +71,12 @@ class Direct(Traceable, Configurable):
         held = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         cls._direct = not any(hasattr(cls, name) for name in held)
 
-    def _directly(self, input: Tensor) -> Tensor | None:
+    def _directly(self, input: Tensor, after: After | None) -> Tensor | None:
         """The short way; None where it is not for this call."""
+        raise NotImplementedError
+
+    def _act(self) -> tuple[int, float]:
+        """The activation's number, and its parameter."""
         raise NotImplementedError
 
     def _long_way(self, input: Tensor, mask: Any, lengths: Any, padding: float, *after: Any) -> Any:
@@ -110,19 +115,23 @@ class Direct(Traceable, Configurable):
         residual: Tensor | None = None,
         _then: tuple[int, float] | None = None,
     ) -> Tensor:
-        plain = mask is None and lengths is None and residual is None and _then is None
-        if plain and type(padding_value) is not float:
-            checks.check_padding_value(padding_value)
-        if (
-            plain
-            and self._direct
-            and type(input) is Tensor
-            and not is_compiling()
-            and not recomputed.asked()
-        ):
-            direct = self._directly(input)
-            if direct is not None:
-                return direct
+        if mask is None and lengths is None:
+            alone = residual is None and _then is None
+            if alone and type(padding_value) is not float:
+                checks.check_padding_value(padding_value)
+            if (
+                self._direct
+                and type(input) is Tensor
+                and not is_compiling()
+                and not recomputed.asked()
+                and (alone or type(padding_value) is float)
+            ):
+                after = None
+                if not (alone and self._truenorm_options.activation is None):
+                    after = residual, *(self._act() if _then is None else _then)
+                direct = self._directly(input, after)
+                if direct is not None:
+                    return direct
         beside = mask, lengths, padding_value, residual, _then
         if self._is_traced(input):
             named = zip(BESIDE, beside, strict=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import functional
 from .._core import checks, eager
-from .._core.call import Call
+from .._core.call import CONSTANT, Call
 from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
 from ._options import DEFAULTS, with_options
@@ -21,7 +21,7 @@ from ._policy import SmallBatches
 class BatchForward(Activated, Padded, FixedRank, Spanning, SmallBatches, RunningStatistics):
     """forward() of every layer with batch statistics; mixed in before torch's class."""
 
-    def _directly(self, input: Tensor) -> Tensor | None:
+    def _directly(self, input: Tensor, after: eager.After | None) -> Tensor | None:
         parameters, buffers = self._parameters, self._buffers
         try:
             weight, bias = parameters["weight"], parameters["bias"]
@@ -41,16 +41,16 @@ class BatchForward(Activated, Padded, FixedRank, Spanning, SmallBatches, Running
         ):
             if not eps >= 0:
                 return None
-            return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
+            return eager.call(eager.GIVEN, input, weight, bias, CONSTANT, eps, (mean, var), after)
         if not (eps > 0 and (momentum is None or 0 <= momentum <= 1)):
             return None
         if options is not DEFAULTS and options.process_group is not None:
             return None
         # a batch that is computed again in the backward pass moves nothing
         if mean is None or not self.track_running_stats or eager.graph_task() != -1:
-            return eager.call(eager.OWN, input, weight, bias, (), eager.BATCH, eps)
+            return eager.call(eager.OWN, input, weight, bias, eager.BATCH, eps, (), after)
         running = mean, var, count, nan if momentum is None else momentum
-        return eager.call(eager.TRACKED, input, weight, bias, running, eager.BATCH, eps)
+        return eager.call(eager.MOVING, input, weight, bias, eager.BATCH, eps, running, after)
 
     def _statistics_group(self) -> Any:
         # in evaluation the ranks need not be in step, even without running statistics

@@ -13,7 +13,7 @@ from .._core import checks, eager
 from .._core.call import Call
 from ._activation import Activated
 from ._base import Spanning
-from ._options import DEFAULTS, with_options
+from ._options import with_options
 from ._padded import Padded
 
 
@@ -43,7 +43,7 @@ class GroupNorm(Activated, Padded, Spanning, torch.nn.GroupNorm):
         checks.check_num_groups_divide(num_groups, num_channels)
         super().__init__(num_groups, num_channels, *args, **kwargs)
 
-    def _directly(self, input: Tensor) -> Tensor | None:
+    def _directly(self, input: Tensor, after: eager.After | None) -> Tensor | None:
         parameters, eps = self._parameters, self.eps
         try:
             weight, bias = parameters["weight"], parameters["bias"]
@@ -51,9 +51,10 @@ class GroupNorm(Activated, Padded, Spanning, torch.nn.GroupNorm):
             return None
         if not (eps >= 0 and self.num_groups > 0):
             return None
-        if self._truenorm_options is not DEFAULTS:  # a process group: others are kept from here
+        if self._truenorm_options.process_group is not None:
             return None
-        return eager.call(eager.OWN, input, weight, bias, (), eager.group(self.num_groups), eps)
+        form = eager.group(self.num_groups)
+        return eager.call(eager.OWN, input, weight, bias, form, eps, (), after)
 
     def _call(self, x: Tensor, mask: Tensor | None) -> Call:
         checks.check_eps(self.eps, "GroupNorm")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import functional
 from .._core import checks, eager
-from .._core.call import Call, Running
+from .._core.call import CONSTANT, Call, Running
 from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
 from ._options import DEFAULTS, with_options
@@ -20,7 +20,7 @@ from ._policy import Policed
 class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningStatistics):
     """forward() of the InstanceNorm layers; mixed in before torch's class."""
 
-    def _directly(self, input: Tensor) -> Tensor | None:
+    def _directly(self, input: Tensor, after: eager.After | None) -> Tensor | None:
         parameters, buffers = self._parameters, self._buffers
         try:
             weight, bias = parameters["weight"], parameters["bias"]
@@ -37,14 +37,14 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
         if given and self.track_running_stats:
             if mean is None or var is None:
                 return None
-            return eager.call(eager.GIVEN, input, weight, bias, (mean, var), eager.FIXED, eps)
+            return eager.call(eager.GIVEN, input, weight, bias, CONSTANT, eps, (mean, var), after)
         if options is not DEFAULTS and options.process_group is not None:
             return None
         # a batch that is computed again in the backward pass moves nothing
         if mean is None or var is None or eager.graph_task() != -1:
-            return eager.call(eager.OWN, input, weight, bias, (), eager.INSTANCE, eps)
+            return eager.call(eager.OWN, input, weight, bias, eager.INSTANCE, eps, (), after)
         running = mean, var, None, momentum or 0.0
-        return eager.call(eager.TRACKED, input, weight, bias, running, eager.INSTANCE, eps)
+        return eager.call(eager.MOVING, input, weight, bias, eager.INSTANCE, eps, running, after)
 
     def _statistics_group(self) -> Any:
         own = self._statistics_are_own() or not self.track_running_stats

@@ -29,7 +29,7 @@ class LayerNorm(Activated, PaddedRows, torch.nn.LayerNorm):
     Source: Ba et al. 2016, https://arxiv.org/abs/1607.06450. Arguments as in torch.nn.LayerNorm.
     """
 
-    def _directly(self, input: Tensor) -> Tensor | None:
+    def _directly(self, input: Tensor, after: eager.After | None) -> Tensor | None:
         parameters, eps, shape = self._parameters, self.eps, self.normalized_shape
         try:
             weight, bias = parameters["weight"], parameters["bias"]
@@ -40,7 +40,8 @@ class LayerNorm(Activated, PaddedRows, torch.nn.LayerNorm):
             return None
         if not eps >= 0:
             return None
-        return eager.call(eager.OWN, input, weight, bias, (), eager.layer(len(shape)), eps)
+        form = eager.layer(len(shape))
+        return eager.call(eager.OWN, input, weight, bias, form, eps, (), after)
 
     def _call(self, x: Tensor, mask: Tensor | None) -> Call:
         checks.check_eps(self.eps, "LayerNorm")

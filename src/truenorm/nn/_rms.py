@@ -34,7 +34,7 @@ class RMSNorm(Activated, PaddedRows, torch.nn.RMSNorm):
     torch.nn.RMSNorm.
     """
 
-    def _directly(self, input: Tensor) -> Tensor | None:
+    def _directly(self, input: Tensor, after: eager.After | None) -> Tensor | None:
         parameters, eps, shape = self._parameters, self.eps, self.normalized_shape
         try:
             weight = parameters["weight"]
@@ -49,7 +49,8 @@ class RMSNorm(Activated, PaddedRows, torch.nn.RMSNorm):
             return None  # channels_last stays, which no kernel for trailing sizes writes
         if not eps >= 0:
             return None
-        return eager.call(eager.OWN, input, weight, None, (), eager.rms(len(shape)), eps)
+        form = eager.rms(len(shape))
+        return eager.call(eager.OWN, input, weight, None, form, eps, (), after)
 
     # named as torch names it
     def forward(self, x: Tensor, **more: Any) -> Tensor:  # type: ignore[override]
