@@ -92,10 +92,10 @@ void forward_as(const Call& c, const Tensor& x, const Maybe& residual, const Ten
                 double* mean, double* var, bool fixed) {
   const std::optional<Valid> valid = valid_of(c);
   with_type(x, [&]<class T>(T) {
-    const Values<compute_t<T>> weight(c.weight), bias(c.bias);
+    const Values<compute_t<T>> weight(c.weight, c.one_plus), bias(c.bias);
     run(Forward<T>{c.g, table<T>(kernels()), c.eps, values<T>(x), target<T>(y), weight.get(),
                    bias.get(), mean, var, fixed, !valid && streams<T>(c.g), values<T>(residual),
-                   c.act, valid ? &*valid : nullptr, rows_of(c), element<T>(c.padding)});
+                   c.act, valid ? &*valid : nullptr, rows_of(c), element<T>(c.padding), c.rounds});
   });
 }
 
@@ -117,7 +117,7 @@ void backward_as(const Call& c, const double* mean, const double* var, const May
   const Values<double> means(c.sums);
   const double* const of_x_hat = means.get();
   with_type(x, [&]<class T>(T) {
-    const Values<compute_t<T>> weight(c.weight), bias(c.bias);
+    const Values<compute_t<T>> weight(c.weight, c.one_plus), bias(c.bias);
     run(Backward<T>{g,
                     table<T>(kernels()),
                     c.eps,
@@ -138,7 +138,8 @@ void backward_as(const Call& c, const double* mean, const double* var, const May
                     values<T>(residual),
                     c.act,
                     valid ? &*valid : nullptr,
-                    rows_of(c)});
+                    rows_of(c),
+                    c.rounds});
   });
 }
 
@@ -158,6 +159,7 @@ const Call& Call::read(bool of_values, bool over) {
   check::needs(needs, 31);
   check::activation(int64_t(act.kind));
   check::residual(residual, x, g);
+  if (rounds && needs_double(*this)) check::rounds_wide();
   act.by_output = needs & kByOutput;
   check::holds_output(act.by_output, residual);
   if (sums) check::sums(*sums, x, g);

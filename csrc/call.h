@@ -23,16 +23,20 @@ struct Form {
   bool centred() const { return !(bits & 64); }
   bool per_channel() const { return bits & 128; }
   bool keeps() const { return bits & 256; }
+  bool rounds() const { return bits & 512; }
+  bool one_plus() const { return bits & 1024; }
   Act act() const { return Act(bits >> 16 & 0xff); }
   int64_t feature_dims() const { return bits >> 24 & 0xff; }
   int64_t num_groups() const { return bits >> 32; }
 
   void check() const {
     if (bits < 0) check::wrong_form(bits, "is negative: pass a sum of its flags");
-    if (bits & 0xfe00)
+    if (bits & 0xf800)
       check::wrong_form(bits,
-                        "has bits from 9 to 15, which mean nothing here: pass a sum of its "
+                        "has bits from 11 to 15, which mean nothing here: pass a sum of its "
                         "flags");
+    if (rounds() && feature_dims() == 0)
+      check::wrong_form(bits, "has ROUNDS without `feature_dims`: pass it for trailing dimensions");
     if ((feature_dims() > 0 || per_channel()) && num_groups() > 0)
       check::wrong_form(bits, "has a `num_groups` beside `feature_dims` or PER_CHANNEL: pass 0");
     if (feature_dims() > 0 && per_channel())
@@ -64,6 +68,8 @@ struct Call {
   const Tensor* sums = nullptr;
   int64_t needs = 0;
   bool constant = false;  // the statistics do not depend on x
+  bool rounds = false;    // each step of the affine one to x's dtype: see RowAffine
+  bool one_plus = false;  // 1 + weight is what is meant
 
   Geometry g = {};  // made by read()
 

@@ -157,6 +157,12 @@ void wrong_sums(const Tensor& given, const Tensor& x, int64_t count) {
 
 void wrong_form(int64_t form, const char* meaning) { fail("`form` (=", form, ") ", meaning); }
 
+void rounds_wide() {
+  fail(
+      "`form` has ROUNDS, and `weight` or `bias` has dtype torch.float64 beside an `x` in half "
+      "precision: pass them in x's dtype");
+}
+
 void no_memory(const char* name, const Tensor& given) {
   fail(named(name), " of ", shape(given),
        " has no memory: its storage was freed; pass a tensor that holds its values");

@@ -101,9 +101,15 @@ struct RowAffine {
   A hi, lo, rstd;
   A base, rstd_rest, offset, offset_rest;
   const A *weight, *bias;
+  bool rounds;  // each step to the dtype of x, as operators of that dtype one after the other
 
-  RowAffine(double mean, double rstd_, const A* w, const A* b)
-      : hi(A(mean)), lo(A(mean - double(hi))), rstd(A(rstd_)), weight(w), bias(b) {
+  RowAffine(double mean, double rstd_, const A* w, const A* b, bool rounds_)
+      : hi(A(mean)),
+        lo(A(mean - double(hi))),
+        rstd(A(rstd_)),
+        weight(w),
+        bias(b),
+        rounds(is_half<T> && rounds_) {
     if constexpr (is_half<T>) {
       base = exact_base<T>(mean, rstd_);
       rstd_rest = A(rstd_ - double(rstd));

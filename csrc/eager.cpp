@@ -89,7 +89,9 @@ std::tuple<Tensor, Tensor> norm_more(const Tensor& x, Maybe weight, Maybe bias, 
             .residual = given(residual),
             .mean = moves ? nullptr : given(mean),
             .var = moves ? nullptr : given(var),
-            .act = {form.act(), parameter}};
+            .act = {form.act(), parameter},
+            .rounds = form.rounds(),
+            .one_plus = form.one_plus()};
   const Geometry& g = call.g;
   in_order([&] {
     call.axes = axes_of(x, form);
@@ -157,6 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, con
     call.act = {kept.form.act(), kept.parameter};
     call.needs = kept.form.needs();
     call.constant = kept.form.constant();
+    call.rounds = kept.form.rounds();
+    call.one_plus = kept.form.one_plus();
     call.read();
     if (record.numel() != Kept::record_size(call.g))
       check::wrong_record(record, "of an x of this shape");

@@ -245,6 +245,11 @@ void act_row(const ActInputs<T>& in, T* out, int64_t len, const RowAffine<T>& by
         const V w = row.weight ? load_raw<V>(row.weight + at) : splat<V>(A(1));
         const V b = row.bias ? load_raw<V>(row.bias + at) : V{};
         if constexpr (is_half<T>) {
+          if (row.rounds) {
+            z.v[k] = affine_in_steps(x.v[k], row, at);
+            if (residual) z.v[k] = rounded<T>(z.v[k] + residual->v[k]);
+            continue;
+          }
           vf near, rest;
           x_hat_twice(x.v[k], row, near, rest);
           z.v[k] = residual ? sum_exactly(w, near, b, residual->v[k], w * rest)

@@ -79,6 +79,33 @@ TN_INLINE void x_hat_twice(vf x, const RowAffine<T>& by, vf& near, vf& rest) {
       fused(d, rstd, offset - near) + fused(d, splat<vf>(by.rstd_rest), splat<vf>(by.offset_rest));
 }
 
+// To the nearest value of T.
+template <class T>
+TN_INLINE vf rounded(vf v) {
+  alignas(kBytes) T values[Lane<T>::lanes];
+  Lane<T>::store(values, v);
+  return Lane<T>::load(values);
+}
+
+// x̂ · weight + bias of one vector, each step rounded.
+template <class T>
+TN_INLINE vf affine_in_steps(vf x, const RowAffine<T>& by, int64_t at) {
+  vf y = rounded<T>(((x - by.hi) - by.lo) * by.rstd);
+  if (by.weight) y = rounded<T>(y * load_raw<vf>(by.weight + at));
+  if (by.bias) y = rounded<T>(y + load_raw<vf>(by.bias + at));
+  return y;
+}
+
+template <class T>
+void map_row_in_steps(const T* x, T* y, int64_t len, const RowAffine<T>& by, bool stream) {
+  using P = InOrder<T>;
+  map<P, 1>({x}, y, len, stream, [&](const P* v, int64_t i) TN_FLAT {
+    P out;
+    for (int k = 0; k < 2; ++k) out.v[k] = affine_in_steps(v->v[k], by, i + k * P::lanes);
+    return out;
+  });
+}
+
 template <class T, bool Weight, bool Bias>
 TN_INLINE void map_row(const T* x, T* y, int64_t len, const RowAffine<T>& by, bool stream) {
   using P = InOrder<T>;
@@ -111,6 +138,9 @@ void apply_row(const T* x, T* y, int64_t len, const RowAffine<T>& by, bool strea
   if (len < kStep) {
     if (by.weight) row.weight = Padded<A, kStep>::fill(weight, by.weight, len, A{});
     if (by.bias) row.bias = Padded<A, kStep>::fill(bias, by.bias, len, A{});
+  }
+  if constexpr (is_half<T>) {
+    if (by.rounds) return map_row_in_steps(x, y, len, row, stream);
   }
   if (by.weight && by.bias)
     map_row<T, true, true>(x, y, len, row, stream);

@@ -60,6 +60,7 @@ struct Forward {
   const Valid* valid = nullptr;
   const bool* rows = nullptr;
   T padding = {};
+  bool rounds = false;  // see RowAffine; of one value per channel alone
 
   bool acts() const { return residual || act.kind != Act::none; }
   bool skips(int64_t statistic) const { return rows && !rows[statistic / geometry.groups()]; }
@@ -103,6 +104,7 @@ struct Backward {
   Activation act = {};
   const Valid* valid = nullptr;  // as in Forward
   const bool* rows = nullptr;
+  bool rounds = false;
 
   const T* norm_grad() const { return inner ? inner : grad; }
   ActInputs<T> inputs(int64_t offset) const { return ActInputs<T>{grad, x, residual}.from(offset); }

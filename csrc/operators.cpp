@@ -50,7 +50,9 @@ std::tuple<Tensor, Tensor> normalize(const Tensor& x, const Maybe& weight, const
             .mean = given(mean),
             .var = given(var),
             .act = {form.act(), parameter},
-            .padding = padding};
+            .padding = padding,
+            .rounds = form.rounds(),
+            .one_plus = form.one_plus()};
   call.read(!mean, over);
   const Tensor y = result_of(call, over);
   const Tensor record = forward_to(call, form, &y);
@@ -92,7 +94,9 @@ Call backward_call(const Tensor& grad, const Tensor& x, const Tensor& record, co
             .grad = &grad,
             .sums = sums,
             .needs = form.needs(),
-            .constant = form.constant()};
+            .constant = form.constant(),
+            .rounds = form.rounds(),
+            .one_plus = form.one_plus()};
   call.read();
   check::record(record, call.g.num_statistics());
   return call;

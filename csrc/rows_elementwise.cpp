@@ -25,7 +25,8 @@ class Rows {
     if (!b_.inner) return;
     const int64_t offset = i * len_ + p * kPiece;
     if (b_.skips(i)) return fill_values(b_.inner + offset, count(p), T{});
-    const RowAffine<T> by(b_.mean[i], b_.rstd(i), of(b_.weight, i, p), of(b_.bias, i, p));
+    const RowAffine<T> by(b_.mean[i], b_.rstd(i), of(b_.weight, i, p), of(b_.bias, i, p),
+                          b_.rounds);
     b_.kernels.act_row(b_.inputs(offset), b_.inner + offset, count(p), by, b_.act, false);
   }
   void write(int64_t i, int64_t p, const GradSums& s) const {

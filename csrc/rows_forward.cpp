@@ -27,7 +27,7 @@ void apply_group(const Forward<T>& f, int64_t statistic, int64_t begin, int64_t 
   const double mean = f.mean[statistic], rstd = f.rstd(statistic);
   if (g.s == 1) {
     const RowAffine<T> row(mean, rstd, f.weight ? f.weight + first_channel + begin : nullptr,
-                           f.bias ? f.bias + first_channel + begin : nullptr);
+                           f.bias ? f.bias + first_channel + begin : nullptr, f.rounds);
     const int64_t at = offset + begin, count = end - begin;
     if (f.acts())
       f.kernels.act_row(f.inputs(at), f.y + at, count, row, f.act, f.stream);

@@ -112,7 +112,8 @@ template <class A>
 class Values {
  public:
   explicit Values(const Tensor& p) { read(p); }
-  explicit Values(const Tensor* p) {
+  // one_plus: 1 + each of them
+  explicit Values(const Tensor* p, bool one_plus = false) : one_plus_(one_plus) {
     if (p) read(*p);
   }
   Values(const Values&) = delete;
@@ -123,7 +124,7 @@ class Values {
   void read(const Tensor& p) {
     constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
     held_ = p.is_contiguous() ? p : torch::stable::contiguous(p);
-    if (p.scalar_type() == type) {
+    if (p.scalar_type() == type && !one_plus_) {
       data_ = static_cast<const A*>(held_->const_data_ptr());
       return;
     }
@@ -136,12 +137,13 @@ class Values {
       for (int64_t i = 0; i < count; i += kBlock) {
         const int64_t some = std::min(kBlock, count - i);
         table<T>(kernels()).widen(from + i, wide, some);
-        for (int64_t j = 0; j < some; ++j) to[i + j] = A(wide[j]);
+        for (int64_t j = 0; j < some; ++j) to[i + j] = A(wide[j]) + A(one_plus_);
       }
     });
     data_ = to;
   }
 
+  bool one_plus_ = false;
   std::optional<Tensor> held_;
   Room<A> converted_;
   const A* data_ = nullptr;

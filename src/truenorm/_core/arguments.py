@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import geometry
-from .call import ACT, BY_OUTPUT, FEATURES, GROUPS, PER_CHANNEL, axes_of
+from .call import ACT, BY_OUTPUT, FEATURES, GROUPS, PER_CHANNEL, ROUNDS, axes_of
 from .geometry import Axes
 
 Check = Callable[[Sequence[Any]], None]
@@ -70,13 +70,15 @@ def _floating(name: str, t: Tensor, x: Tensor, *, complex_too: bool = False) -> 
 def _wrong_form(form: int) -> str:
     if form < 0:
         return "is negative: pass a sum of its flags"
-    if form & 0xFE00:
-        return "has bits from 9 to 15, which mean nothing here: pass a sum of its flags"
+    if form & 0xF800:
+        return "has bits from 11 to 15, which mean nothing here: pass a sum of its flags"
     features, groups = form >> FEATURES & 0xFF, form >> GROUPS
     if groups and (features or form & PER_CHANNEL):
         return "has a `num_groups` beside `feature_dims` or PER_CHANNEL: pass 0"
     if features and form & PER_CHANNEL:
         return "has PER_CHANNEL and `feature_dims`: pass one of them"
+    if form & ROUNDS and not features:
+        return "has ROUNDS without `feature_dims`: pass it for trailing dimensions"
     return ""
 
 

@@ -18,6 +18,7 @@ BY_OUTPUT = 16
 CONSTANT, UNCENTRED, PER_CHANNEL = 32, 64, 128
 # the statistics are wanted too
 KEEP = 256
+ROUNDS, ONE_PLUS = 512, 1024
 ACT, FEATURES, GROUPS = 16, 24, 32  # where in the number these begin
 
 
@@ -28,6 +29,10 @@ class Form(NamedTuple):
         several processes do.
     parameter: of the activation: leaky_relu's slope, elu's alpha.
     padding: what y holds where nothing is valid.
+    rounds: whether x̂, its product with weight and the sum with bias and residual are each rounded
+        to x's dtype, as by operators of that dtype one after the other; over trailing dimensions
+        alone.
+    one_plus: whether 1 + weight is what is meant by weight.
     """
 
     axes: Axes
@@ -36,6 +41,8 @@ class Form(NamedTuple):
     act: int = 0
     parameter: float = 0.0
     padding: float = 0.0
+    rounds: bool = False
+    one_plus: bool = False
 
     def bits(self, x: Tensor, flags: int = 0) -> int:
         """This form of a call with that x, as csrc/call.h reads it."""
@@ -49,6 +56,10 @@ class Form(NamedTuple):
             flags |= CONSTANT
         if not centred:
             flags |= UNCENTRED
+        if self.rounds:
+            flags |= ROUNDS
+        if self.one_plus:
+            flags |= ONE_PLUS
         return flags | self.act << ACT | feature_dims << FEATURES | groups << GROUPS
 
     def numbers(self, x: Tensor, flags: int = 0) -> tuple[int, float, float]:
@@ -67,7 +78,8 @@ def axes_of(bits: int, x: Tensor) -> Axes:
 def form_of(bits: int, x: Tensor, eps: float, parameter: float = 0.0, padding: float = 0.0) -> Form:
     """The form that `Form.bits` made a number of."""
     constant, act = bool(bits & CONSTANT), bits >> ACT & 0xFF
-    return Form(axes_of(bits, x), eps, constant, act, parameter, padding)
+    steps = bool(bits & ROUNDS), bool(bits & ONE_PLUS)
+    return Form(axes_of(bits, x), eps, constant, act, parameter, padding, *steps)
 
 
 class Running(NamedTuple):

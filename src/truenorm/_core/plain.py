@@ -8,6 +8,7 @@ except speed and memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -83,6 +84,36 @@ def _same(values: Tensor) -> Tensor:
     return values
 
 
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of that dtype; the gradient goes through as it is."""
+    narrow = values.detach().to(torch.promote_types(dtype, torch.float32)).to(dtype)
+    there = values.isfinite() & narrow.isfinite()
+    return torch.where(there, narrow.to(values.dtype) + (values - values.detach()), values)
+
+
+def _affine(
+    view: _View, x: Tensor, x_hat: Tensor, weight: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, form: Form,
+) -> Tensor:  # fmt: skip
+    """x̂ · weight + bias + residual; weight as `_meant`."""
+    step: Sum = partial(_rounded, dtype=x.dtype) if form.rounds else _same
+    z = step(x_hat)
+    if weight is not None:
+        z = step(z * view.parameter(weight))
+    if bias is not None:
+        z = step(z + view.parameter(bias))
+    if residual is not None:
+        z = step(z + view.like_x(residual))
+    return z
+
+
+def _meant(weight: Tensor | None, x: Tensor, form: Form) -> Tensor | None:
+    """The weight by which is multiplied: 1 + it is rounded as a kernel computes."""
+    if weight is None or not form.one_plus:
+        return weight
+    return weight.to(torch.promote_types(x.dtype, torch.float32)) + 1.0
+
+
 def _count(view: _View) -> Tensor:
     """How many values each statistic spans."""
     if view.valid is not None:
@@ -137,14 +168,8 @@ def norm(
         mean, var = (view.against(s) for s in given)
         count = _count(view)
         rstd = _inverse_std(view, var, None, form.eps)
-    y = (view.v - mean) * rstd
-    if weight is not None:
-        y = y * view.parameter(weight)
-    if bias is not None:
-        y = y + view.parameter(bias)
-    if residual is not None:
-        y = y + view.like_x(residual)
-    y = act(y, form.act, form.parameter)
+    z = _affine(view, x, (view.v - mean) * rstd, _meant(weight, x, form), bias, residual, form)
+    y = act(z, form.act, form.parameter)
     if view.valid is not None:
         y = torch.where(view.valid, y, form.padding)
     record = torch.stack([s.detach().reshape(-1) for s in (mean, var, count)])
@@ -193,9 +218,7 @@ def _pull(
             assert residual is not None
             z = view.like_x(residual)
         else:
-            z = x_hat if weight is None else x_hat * view.parameter(weight)
-            z = z if bias is None else z + view.parameter(bias)
-            z = z if residual is None else z + view.like_x(residual)
+            z = _affine(view, x, x_hat, weight, bias, residual, form)
         inner = act_backward(inner, z, form.act, form.parameter)
     return _Pulled(view, rstd, x_hat, inner, count)
 
@@ -222,6 +245,7 @@ def norm_backward(
         what they span.
     total: a sum over the processes whose parts of x share statistics.
     """
+    weight = _meant(weight, x, form)
     view, rstd, x_hat, inner, count = _pull(
         grad, x, weight, bias, mask, residual, given, form, by_output, total
     )
@@ -253,6 +277,7 @@ def gradient_sums(
     by_output: bool = False,
 ) -> Tensor:
     """(2, channels, of each sample where statistics are): sums of grad · x̂ and of grad."""
+    weight = _meant(weight, x, form)
     pulled = _pull(grad, x, weight, bias, mask, residual, given, form, by_output, _same)
     dims = [3] if form.axes.num_groups else [0, 3]
     return torch.stack(

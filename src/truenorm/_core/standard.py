@@ -26,11 +26,18 @@ def norm(call: Call) -> Tensor:
 def _own(call: Call) -> Tensor:
     x, weight, bias, form = call[:4]
     axes, eps = form.axes, form.eps
+    if form.one_plus and weight is not None:
+        weight = 1.0 + weight.to(torch.promote_types(x.dtype, torch.float32))
+    if form.rounds:
+        y = _own(call._replace(weight=None, bias=None))
+        y = y if weight is None else y * weight.to(x.dtype)
+        return y if bias is None else y + bias.to(x.dtype)
     if axes.feature_dims:
         shape = x.shape[-axes.feature_dims :] if weight is None else weight.shape
         if axes.centred:
             return F.layer_norm(x, list(shape), weight, bias, eps)
-        if torch.onnx.is_in_onnx_export() and not torch.compiler.is_exporting():
+        older_onnx = torch.onnx.is_in_onnx_export() and not torch.compiler.is_exporting()
+        if older_onnx or (weight is not None and weight.dtype != x.dtype):
             return _rms(x, axes.feature_dims, weight, eps)
         return F.rms_norm(x, list(shape), weight, eps)
     moving = call.running
@@ -51,7 +58,10 @@ def _own(call: Call) -> Tensor:
 
 
 def _rms(x: Tensor, dims: int, weight: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm in operators that torch's older ONNX exporter has: it has none for rms_norm."""
+    """RMSNorm in operators that torch's older ONNX exporter has: it has none for rms_norm.
+
+    And which take a weight of another dtype than x.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean_square = (wide * wide).mean(list(range(-dims, 0)), keepdim=True)
     y = wide * torch.rsqrt(mean_square + eps)

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .moments import at_least_one
 from .tiles import (
+    affine_tile,
     chunk_bounds,
     gradient_tile,
     load_tile,
@@ -41,7 +42,7 @@ def backward(
     CENTRED: tl.constexpr, FIXED: tl.constexpr, NEEDS_X: tl.constexpr,
     NEEDS_PARAMETERS: tl.constexpr, NEEDS_RESIDUAL: tl.constexpr,
     MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BY_OUTPUT: tl.constexpr, ACT: tl.constexpr,
-    ACC: tl.constexpr, INDEX: tl.constexpr,
+    ROUNDS: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """grad_x, x and grad read once; sums for the parameters.
 
@@ -80,9 +81,10 @@ def backward(
         if not BY_VALUE:
             weight = optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, ACC)[:, None]
             bias = optional(p_bias, c, in_unit, HAS_BIAS, 0.0, ACC)[:, None]
+        z = affine_tile(x_hat, weight, bias, p_x.dtype.element_ty, ROUNDS)
         g = gradient_tile(
-            x_hat * weight + bias, p_grad, p_residual, offsets, there, valid, parameter_bits,
-            MASK, HAS_RESIDUAL, BY_OUTPUT, ACT, ACC,
+            z, p_grad, p_residual, offsets, there, valid, parameter_bits,
+            MASK, HAS_RESIDUAL, BY_OUTPUT, ACT, ROUNDS, ACC,
         )  # fmt: skip
         if NEEDS_RESIDUAL:
             tl.store(o_residual + offsets, narrow(g, o_residual.dtype.element_ty), mask=there)
@@ -133,7 +135,8 @@ def backward_apply(
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     CENTRED: tl.constexpr, FIXED: tl.constexpr, NEEDS_X: tl.constexpr,
     NEEDS_RESIDUAL: tl.constexpr, MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    BY_OUTPUT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    BY_OUTPUT: tl.constexpr, ACT: tl.constexpr, ROUNDS: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """grad_x from the mean gradients of its statistic, one for every `units` units.
 
@@ -165,9 +168,10 @@ def backward_apply(
                 bias = optional(p_bias, k, k < k1, HAS_BIAS, 0.0, ACC)[None, :]
             x_hat = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
             x_hat = ((x_hat - high) - low) * rstd
+            z = affine_tile(x_hat, weight, bias, p_x.dtype.element_ty, ROUNDS)
             g = gradient_tile(
-                x_hat * weight + bias, p_grad, p_residual, offsets, there, valid,
-                parameter_bits, MASK, HAS_RESIDUAL, BY_OUTPUT, ACT, ACC,
+                z, p_grad, p_residual, offsets, there, valid, parameter_bits,
+                MASK, HAS_RESIDUAL, BY_OUTPUT, ACT, ROUNDS, ACC,
             )  # fmt: skip
             if NEEDS_RESIDUAL:
                 tl.store(o_residual + offsets, narrow(g, o_residual.dtype.element_ty), mask=there)

@@ -6,7 +6,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .._core.call import ACT, BY_OUTPUT, CONSTANT, FEATURES, GROUPS, KEEP, UNCENTRED, axes_of
+from .._core.call import (
+    ACT,
+    BY_OUTPUT,
+    CONSTANT,
+    FEATURES,
+    GROUPS,
+    KEEP,
+    ONE_PLUS,
+    ROUNDS,
+    UNCENTRED,
+    axes_of,
+)
 from .._core.geometry import Axes
 
 
@@ -17,6 +28,8 @@ class Form(NamedTuple):
     constant: whether statistics that are given do not depend on x.
     keep: whether the record is wanted.
     act: by the numbers of activation.py.
+    rounds: whether each step is rounded to x's dtype.
+    one_plus: whether 1 + weight is what is meant by weight.
     """
 
     axes: Axes
@@ -25,6 +38,8 @@ class Form(NamedTuple):
     constant: bool
     keep: bool
     act: int
+    rounds: bool
+    one_plus: bool
 
 
 def unpack(bits: int, x: Tensor) -> Form:
@@ -36,6 +51,8 @@ def unpack(bits: int, x: Tensor) -> Form:
         bool(bits & CONSTANT),
         bool(bits & KEEP),
         bits >> ACT & 0xFF,
+        bool(bits & ROUNDS),
+        bool(bits & ONE_PLUS),
     )
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .moments import at_least_one, tile_moments
 from .tiles import (
+    affine_tile,
     as_float64,
     chunk_bounds,
     finish_tile,
@@ -33,6 +34,7 @@ def forward(
     COLUMNS: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     CENTRED: tl.constexpr, MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    ROUNDS: tl.constexpr,
     NEEDS_Y: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """y and the record, x read once: a tile holds every value of its statistics.
@@ -77,14 +79,16 @@ def forward(
         if BY_VALUE:
             weight = optional(p_weight, at, in_value, HAS_WEIGHT, 1.0, ACC)
             bias = optional(p_bias, at, in_value, HAS_BIAS, 0.0, ACC)
-            y = d * rstd.to(ACC)[:, None] * weight[None, :] + bias[None, :]
+            TYPE: tl.constexpr = o_y.dtype.element_ty
+            x_hat = d * rstd.to(ACC)[:, None]
+            y = affine_tile(x_hat, weight[None, :], bias[None, :], TYPE, ROUNDS)
         else:
             weight = optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, tl.float64)
             bias = optional(p_bias, c, in_unit, HAS_BIAS, 0.0, ACC)
             y = d * (rstd * weight).to(ACC)[:, None] + bias[:, None]
         finish_tile(
             y, p_residual, o_y, offsets, there, valid, parameter_bits, padding_bits,
-            MASK, HAS_RESIDUAL, ACT,
+            MASK, HAS_RESIDUAL, ACT, ROUNDS,
         )  # fmt: skip
 
 
@@ -102,6 +106,7 @@ def normalize(
     COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    ROUNDS: tl.constexpr,
     KEEP: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """y from x and given statistics, one for every `units` units.
@@ -139,8 +144,9 @@ def normalize(
             if BY_VALUE:
                 weight = optional(p_weight, k, k < k1, HAS_WEIGHT, 1.0, ACC)
                 bias = optional(p_bias, k, k < k1, HAS_BIAS, 0.0, ACC)
-                y = y * weight[None, :] + bias[None, :]
+                TYPE: tl.constexpr = o_y.dtype.element_ty
+                y = affine_tile(y, weight[None, :], bias[None, :], TYPE, ROUNDS)
             finish_tile(
                 y, p_residual, o_y, offsets, there, valid, parameter_bits, padding_bits,
-                MASK, HAS_RESIDUAL, ACT,
+                MASK, HAS_RESIDUAL, ACT, ROUNDS,
             )  # fmt: skip

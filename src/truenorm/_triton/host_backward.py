@@ -85,7 +85,7 @@ class _Backward(Inputs):
         )
         shape = x.shape[x.dim() - features :] if features else x.shape[1:2]
         wide = torch.promote_types(x.dtype, torch.float32)
-        dtype = wide if self.weight is None else self.weight.dtype
+        dtype = self.weight_dtype or wide
         sizes = shape if self.needs_parameters else (0,)
         self.grad_weight = torch.empty(sizes, dtype=dtype, device=x.device)
         self.grad_bias = torch.empty(sizes, dtype=dtype, device=x.device)

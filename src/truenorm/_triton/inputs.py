@@ -52,6 +52,9 @@ class Inputs:
         self.strides = geometry.kept_strides(x, axes)
         self.x = view.dense(x, self.strides)
         self.units = view.units_of(self.x, axes)
+        self.weight_dtype = None if weight is None else weight.dtype
+        if weight is not None and self.form.one_plus:
+            weight = weight.to(torch.promote_types(x.dtype, torch.float32)) + 1.0
         self.weight, self.bias = view.optional(weight), view.optional(bias)
         self.residual = None if residual is None else view.dense(residual, self.strides)
         split = x.dim() - axes.feature_dims if axes.feature_dims else x.dim()
@@ -118,4 +121,5 @@ class Inputs:
 
     @property
     def constants(self) -> dict[str, Any]:
-        return {"MASK": self.mask_kind, "ACT": self.form.act}
+        rounds = self.form.rounds and self.x.element_size() == 2
+        return {"MASK": self.mask_kind, "ACT": self.form.act, "ROUNDS": rounds}

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .moments import at_least_one
 from .tiles import (
+    affine_tile,
     chunk_bounds,
     gradient_tile,
     narrow,
@@ -37,7 +38,8 @@ def backward_sums(
     COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr, STATISTIC_BY_VALUE: tl.constexpr,
     BY_VALUE: tl.constexpr, WEIGHTED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    BY_OUTPUT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    BY_OUTPUT: tl.constexpr, ACT: tl.constexpr, ROUNDS: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Sums of g·x̂ and of g over one chunk of some units.
 
@@ -73,9 +75,10 @@ def backward_sums(
                 bias = optional(p_bias, k, k < k1, HAS_BIAS, 0.0, ACC)[None, :]
             x_hat = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
             x_hat = ((x_hat - high) - low) * rstd
+            z = affine_tile(x_hat, weight, bias, p_x.dtype.element_ty, ROUNDS)
             g = gradient_tile(
-                x_hat * weight + bias, p_grad, p_residual, offsets, there, valid,
-                parameter_bits, MASK, HAS_RESIDUAL, BY_OUTPUT, ACT, ACC,
+                z, p_grad, p_residual, offsets, there, valid, parameter_bits,
+                MASK, HAS_RESIDUAL, BY_OUTPUT, ACT, ROUNDS, ACC,
             )  # fmt: skip
             if WEIGHTED:
                 g *= weight

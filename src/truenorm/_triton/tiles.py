@@ -131,14 +131,31 @@ def load_tile(p, offsets, there, valid, MASK: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
+def rounded(value, TYPE: tl.constexpr, ROUNDS: tl.constexpr):
+    """To TYPE, where each step is."""
+    if ROUNDS:
+        return narrow(value, TYPE).to(value.dtype)
+    return value
+
+
+@triton.jit
+def affine_tile(x_hat, weight, bias, TYPE: tl.constexpr, ROUNDS: tl.constexpr):
+    if ROUNDS:
+        z = rounded(rounded(x_hat, TYPE, True) * weight, TYPE, True)
+        return rounded(z + bias, TYPE, True)
+    return x_hat * weight + bias
+
+
+@triton.jit
 def finish_tile(
     z, p_residual, o_y, offsets, there, valid, parameter_bits, padding_bits,
-    MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """What comes after the affine step: y = act(z + residual), or padding, stored."""
     TYPE: tl.constexpr = o_y.dtype.element_ty
     if HAS_RESIDUAL:
-        z += tl.load(p_residual + offsets, mask=there, other=0).to(z.dtype)
+        residual = tl.load(p_residual + offsets, mask=there, other=0).to(z.dtype)
+        z = rounded(z + residual, TYPE, ROUNDS)
     if ACT:
         if ACT >= ELU and ACT <= GELU_TANH and TYPE.primitive_bitwidth == 16:
             # no difference cancels from here on
@@ -156,7 +173,7 @@ def finish_tile(
 def gradient_tile(
     z, p_grad, p_residual, offsets, there, valid, parameter_bits,
     MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BY_OUTPUT: tl.constexpr, ACT: tl.constexpr,
-    TYPE: tl.constexpr,
+    ROUNDS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of z + residual, from that of y; z is made again from x."""
     g = tl.load(p_grad + offsets, mask=there, other=0).to(TYPE)
@@ -166,7 +183,7 @@ def gradient_tile(
             if BY_OUTPUT:
                 z = residual
             else:
-                z += residual
+                z = rounded(z + residual, p_grad.dtype.element_ty, ROUNDS)
         parameter = 0.0
         if parameter_bits is not None:
             parameter = as_float64(parameter_bits).to(TYPE)
