@@ -38,7 +38,7 @@ from torch import Tensor
 import truenorm
 import truenorm.functional as F
 from truenorm._core.call import KEEP, Form
-from truenorm._core.geometry import BATCH, Axes, instance, layer
+from truenorm._core.geometry import BATCH, Axes, instance, layer, rms, rms
 
 Parts = Iterator[Iterable[Tensor | None]]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -207,6 +207,21 @@ def masked_and_activated() -> Parts:
                 mask = torch.rand(shape[0], *shape[2:] if not axes.feature_dims else ()) < 0.6
                 residual = r if act % 2 else None
                 yield from called(axes, x, r, mask=mask, residual=residual, act=act)
+
+
+@kind
+def in_steps() -> Parts:
+    ops: Any = torch.ops.truenorm
+    for dtype in DTYPES:
+        for axes in (layer(1), rms(1)):
+            for act in (0, 5):
+                x, r = ((4 * torch.randn(6, 131)).to(dtype) for _ in range(2))
+                weight, bias = torch.randn(131).to(dtype), torch.randn(131).to(dtype)
+                form = Form(axes, 1e-5, act=act, rounds=True, one_plus=act > 0)
+                given = weight, bias, None, r if act else None
+                y, record = ops.norm(x, *given, None, None, *form.numbers(x, KEEP), 0.0)
+                yield y, record
+                yield ops.norm_backward(r, x, record, *given, None, *form.numbers(x, 7))
 
 
 def called(

@@ -8,6 +8,7 @@ PROMISES = ("tests/test_kernels.py", "tests/test_half.py")
 FUSED = ("tests/test_fused.py",)
 CALLS = ("tests/test_norm_operator.py",)
 DIGEST = ("tests/test_instruction_sets.py",)
+STEPS = ("tests/test_rounding.py",)
 
 
 class Mutation(NamedTuple):
@@ -279,6 +280,22 @@ MUTATIONS = [
         "",
         "values",
         tests=CALLS,
+    ),
+    Mutation(
+        "steps: x̂ that is not rounded before the weight",
+        "kernel_elementwise.h",
+        "vf y = rounded<T>(((x - by.hi) - by.lo) * by.rstd);",
+        "vf y = ((x - by.hi) - by.lo) * by.rstd;",
+        "native",
+        tests=STEPS,
+    ),
+    Mutation(
+        "steps: weights in the backward without their one",
+        "call.cpp",
+        "weight(c.weight, c.one_plus), bias(c.bias);\n    run(Backward",
+        "weight(c.weight), bias(c.bias);\n    run(Backward",
+        "native",
+        tests=STEPS,
     ),
     Mutation(
         "4 AVX2: a product and a sum that are rounded one after the other",
