@@ -38,7 +38,7 @@ from torch import Tensor
 import truenorm
 import truenorm.functional as F
 from truenorm._core.call import KEEP, Form
-from truenorm._core.geometry import BATCH, Axes, instance, layer, rms, rms
+from truenorm._core.geometry import BATCH, Axes, instance, layer, rms
 
 Parts = Iterator[Iterable[Tensor | None]]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
