@@ -1,0 +1,281 @@
+"""Norms that other libraries write: truenorm's kernels in the order of casts that each one has.
+
+`compute` is the one place that knows how. A call that truenorm cannot serve better (a compiler's,
+a tracer's, under autocast, of a dtype that was not proven) is the class's own forward's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Module, Parameter
+
+from .. import _triton, functional
+from .._core import activation, eager, route
+from .._core.library import NATIVE
+from .._core.rule import Rule
+from ._base import Direct
+
+Pair = tuple[torch.dtype, torch.dtype]  # of the input, and of the weight
+
+
+# --- what is computed
+
+
+def _kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+    """x̂ · weight + bias over the last dimension, in float32 and rounded once."""
+    rms = kind == "rms"
+    if bias is None or not rms:
+        form = eager.rms(1) if rms else eager.layer(1)
+        direct = eager.call(eager.OWN, x, weight, bias, (), form, eps)
+        if direct is not None:
+            return direct
+    shape = (x.shape[-1],)
+    if rms:
+        y = functional.rms_norm(x, shape, weight, eps)
+        return y if bias is None else y + bias
+    return functional.layer_norm(x, shape, weight, bias, eps)
+
+
+def scaled_by(weight: Tensor | None, rule: Rule) -> Tensor | None:
+    """What x̂ is multiplied by."""
+    if weight is None or not rule.offset:
+        return weight
+    return rule.offset + (weight.float() if rule.wide_offset else weight)
+
+
+def output_dtype(x: Tensor, weight: Tensor | None, rule: Rule) -> torch.dtype:
+    """The dtype that the module's own output has."""
+    if weight is None or (rule.rounding == "once" and not rule.wide_output):
+        return x.dtype
+    if rule.rounding == "to_weight" and weight.dtype in (torch.float16, torch.bfloat16):
+        return weight.dtype
+    if rule.rounding == "to_weight":
+        return torch.promote_types(weight.dtype, torch.float32)
+    return torch.promote_types(x.dtype, weight.dtype)
+
+
+def compute(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rule: Rule
+) -> Tensor:
+    """A norm over the last dimension, in the rule's order of casts.
+
+    In float32 every order of casts is the same. In half precision x̂ is a kernel's result, rounded
+    once; where the module rounds before the affine step, that step is torch's own.
+    """
+    out = output_dtype(x, weight, rule)
+    by = scaled_by(weight, rule)
+    if rule.rounding == "once" or (x.dtype == out == torch.float32):
+        wide = x if out == x.dtype else x.float()
+        y = _kernel(wide, by, bias, eps, rule.kind)
+        return y if y.dtype == out else y.to(out)
+    if rule.rounding == "to_weight" and out == torch.float32:
+        return _kernel(x.float(), by, bias, eps, rule.kind)
+    if rule.rounding == "to_weight" and out != x.dtype:
+        y = _kernel(x.float(), None, None, eps, rule.kind).to(out)
+    else:
+        y = _kernel(x, None, None, eps, rule.kind)
+    y = y if by is None else by * y
+    return y if bias is None else y + bias
+
+
+def _in_order(x: Tensor) -> tuple[list[int], list[int]] | None:
+    """The dimensions by falling stride, and the way back; None where the last is not innermost.
+
+    Elementwise operators, which the classes are made of, leave their output so.
+    """
+    if 0 in x.stride():
+        return None
+    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    if order[-1] != x.dim() - 1:
+        return None
+    back = [0] * len(order)
+    for place, d in enumerate(order):
+        back[d] = place
+    return order, back
+
+
+# --- the activation behind it
+
+
+def _act_of(module: Module) -> tuple[int, float, bool] | None:
+    """(number, parameter, whether rounding before it changes nothing) of an activation."""
+    match module:
+        case torch.nn.Identity():
+            return activation.NONE, 0.0, True
+        case torch.nn.ReLU():
+            return activation.RELU, 0.0, True
+        case torch.nn.ReLU6():
+            return activation.RELU6, 0.0, True
+        case torch.nn.LeakyReLU():
+            return activation.LEAKY_RELU, module.negative_slope, False
+        case torch.nn.SiLU():
+            return activation.SILU, 0.0, False
+        case torch.nn.Hardswish():
+            return activation.HARDSWISH, 0.0, False
+        case torch.nn.ELU():
+            return activation.ELU, module.alpha, False
+        case torch.nn.GELU():
+            tanh = module.approximate == "tanh"
+            return activation.GELU_TANH if tanh else activation.GELU, 0.0, False
+    return None
+
+
+def _bare(module: Module) -> bool:
+    """Whether a submodule's call is its class's forward and nothing else."""
+    return type(module).__module__.startswith("torch.nn.") and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+# --- the layer
+
+
+class FromModule:
+    """A name of truenorm's, read off a module that calls it something else."""
+
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        self.read = read
+
+    # without __set__: what stands in an instance's __dict__ comes first
+    def __get__(self, layer: Any, kind: Any = None) -> Any:
+        if layer is None:
+            raise AttributeError
+        return self.read(layer)
+
+
+class Hidden:
+    """A name of torch's layer's that the module's own class does not have."""
+
+    def __set_name__(self, owner: Any, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: Any, kind: Any = None) -> Any:
+        raise AttributeError(self.name)
+
+
+class Ruled(Module):
+    """A layer of another library's class, computed by truenorm; each class is made for one rule.
+
+    y = x̂ · (offset + weight) + bias, in the order of casts that `_rule` names. Training and
+    evaluation as the class has them.
+    """
+
+    _rule: ClassVar[Rule]
+    _pairs: ClassVar[frozenset[Pair]]  # of dtypes, proven
+    _ranks: ClassVar[frozenset[int]]
+    _ours: ClassVar[type[Direct] | None]  # whose forward serves it, where torch's class is its own
+
+    def _serve(self, x: Any) -> Tensor | None:
+        """The output by truenorm's kernels; None where the class's own forward is to run."""
+        if is_compiling() or type(x) is not Tensor or x.dim() not in self._ranks:
+            return None
+        rule = self._rule
+        weight = None if rule.weight is None else getattr(self, rule.weight)
+        bias = None if rule.bias is None else getattr(self, rule.bias)
+        if (x.dtype, x.dtype if weight is None else weight.dtype) not in self._pairs:
+            return None
+        channels = x.shape[rule.axis]
+        for each in (weight, bias):
+            if each is None:
+                continue
+            if type(each) is not Parameter and type(each) is not Tensor:
+                return None
+            if each.shape != (channels,) or each.device != x.device:
+                return None
+        if not x.numel() or not _has_kernel(x) or _is_watched(x, weight, bias):
+            return None
+        if self._ours is not None:
+            return self._finished(x)
+        eps = getattr(self, rule.eps) if isinstance(rule.eps, str) else rule.eps
+        if eps is None:
+            eps = torch.finfo(x.dtype if x.dtype.itemsize > 2 else torch.float32).eps
+        if not eps >= 0:
+            return None
+        y = self._placed(x, weight, bias, float(eps))
+        if y is not None:
+            for name in rule.after:
+                y = getattr(self, name)(y)
+        return y
+
+    def _placed(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor | None:
+        rule = self._rule
+        if rule.kind == "frozen":
+            mean, var = self.running_mean, self.running_var
+            return functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)  # type: ignore[arg-type]
+        if rule.kind == "group":
+            groups = getattr(self, rule.groups) if isinstance(rule.groups, str) else rule.groups
+            return functional.group_norm(x, groups, weight, bias, eps)  # type: ignore[arg-type]
+        if rule.axis == 1:
+            y = compute(x.movedim(1, -1), weight, bias, eps, rule).movedim(-1, 1)
+            # by hand, what comes out lies as what came in does; torch's operator leaves channels last
+            return torch.empty_like(x).copy_(y) if rule.rounding == "steps" else y
+        if x.is_contiguous():
+            return compute(x, weight, bias, eps, rule)
+        if (orders := _in_order(x)) is None:
+            return None
+        return compute(x.permute(orders[0]), weight, bias, eps, rule).permute(orders[1])
+
+    def _finished(self, x: Tensor) -> Tensor:
+        """By the layer of truenorm's whose state this one has, with what comes after it."""
+        assert self._ours is not None
+        behind = [getattr(self, name) for name in self._rule.after]
+        acts = [each for each in behind if type(each) is not torch.nn.Identity]
+        if len(acts) == 1 and all(map(_bare, behind)):
+            act = _act_of(acts[0])
+            exact = x.dtype == torch.float32 or self._rule.rounding == "once"
+            if act is not None and (act[2] or exact):
+                return self._ours.forward(self, x, _then=act[:2])  # type: ignore[arg-type]
+        y = self._ours.forward(self, x)  # type: ignore[arg-type]
+        for each in behind:
+            y = each(y)
+        return y
+
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script compiles the class's own forward."""
+        plain = self.__new__(type(self)._theirs)  # type: ignore[attr-defined]
+        vars(plain).update(vars(self))
+        return plain
+
+
+def forward_of(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A class's forward with truenorm's before it, which takes the calls of one plain tensor."""
+
+    @functools.wraps(own)
+    def forward(self: Ruled, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            y = self._serve(args[0])
+            if y is not None:
+                return y
+        return own(self, *args, **kwargs)
+
+    return forward
+
+
+def _has_kernel(x: Tensor) -> bool:
+    if x.is_cpu:
+        return NATIVE is not None
+    return x.is_cuda and not _triton.why_plain(x.device.index)
+
+
+def _is_watched(*tensors: Tensor | None) -> bool:
+    """Whether somebody records, transforms or recasts the operators of this call."""
+    x = tensors[0]
+    assert x is not None
+    return (
+        torch.is_autocast_enabled(x.device.type)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or route.standard()
+        or route.transformed(*tensors)
+    )
