@@ -45,7 +45,7 @@ class Rule(NamedTuple):
 
     def words(self) -> str:
         """As a survey shows it: "rms, cast_first, 1 + weight"."""
-        said = [self.kind, self.rounding]
+        said: list[str] = [self.kind, self.rounding]
         if self.offset:
             said.append(f"{self.offset:g} + {self.weight}")
         if self.weight is None:

@@ -20,6 +20,7 @@ from .._core import activation, eager, route
 from .._core.library import NATIVE
 from .._core.rule import Rule
 from ._base import Direct
+from ._options import Attribute
 
 Pair = tuple[torch.dtype, torch.dtype]  # of the input, and of the weight
 
@@ -91,7 +92,7 @@ def _in_order(x: Tensor) -> tuple[list[int], list[int]] | None:
     """
     if 0 in x.stride():
         return None
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
     if order[-1] != x.dim() - 1:
         return None
     back = [0] * len(order)
@@ -140,24 +141,22 @@ def _bare(module: Module) -> bool:
 # --- the layer
 
 
-class FromModule:
+class FromModule(Attribute):
     """A name of truenorm's, read off a module that calls it something else."""
 
-    def __init__(self, read: Callable[[Any], Any]) -> None:
+    def __init__(self, name: str, read: Callable[[Any], Any]) -> None:
+        super().__init__(name)
         self.read = read
 
     # without __set__: what stands in an instance's __dict__ comes first
     def __get__(self, layer: Any, kind: Any = None) -> Any:
         if layer is None:
-            raise AttributeError
+            raise AttributeError(self.name)
         return self.read(layer)
 
 
-class Hidden:
+class Hidden(Attribute):
     """A name of torch's layer's that the module's own class does not have."""
-
-    def __set_name__(self, owner: Any, name: str) -> None:
-        self.name = name
 
     def __get__(self, layer: Any, kind: Any = None) -> Any:
         raise AttributeError(self.name)
@@ -170,9 +169,13 @@ class Ruled(Module):
     evaluation as the class has them.
     """
 
-    _rule: ClassVar[Rule]
+    _theirs: ClassVar[type[Module]]
+    _read: ClassVar[Rule]  # the module's own
+    _rule: ClassVar[Rule]  # what is computed: that, or a single rounding
+    _rounding: ClassVar[str]  # "module" or "once"
     _pairs: ClassVar[frozenset[Pair]]  # of dtypes, proven
     _ranks: ClassVar[frozenset[int]]
+    _keeps: ClassVar[bool]  # whether the class's output lies in memory as its input does
     _ours: ClassVar[type[Direct] | None]  # whose forward serves it, where torch's class is its own
 
     def _serve(self, x: Any) -> Tensor | None:
@@ -219,10 +222,9 @@ class Ruled(Module):
             return functional.group_norm(x, groups, weight, bias, eps)  # type: ignore[arg-type]
         if rule.axis == 1:
             y = compute(x.movedim(1, -1), weight, bias, eps, rule).movedim(-1, 1)
-            # by hand, what comes out lies as what came in does; torch's operator leaves channels last
-            return torch.empty_like(x).copy_(y) if rule.rounding == "steps" else y
-        if x.is_contiguous():
-            return compute(x, weight, bias, eps, rule)
+            return torch.empty_like(x, dtype=y.dtype).copy_(y) if self._keeps else y
+        if x.is_contiguous() or not self._keeps:
+            return compute(x.contiguous(), weight, bias, eps, rule)
         if (orders := _in_order(x)) is None:
             return None
         return compute(x.permute(orders[0]), weight, bias, eps, rule).permute(orders[1])
@@ -234,7 +236,7 @@ class Ruled(Module):
         acts = [each for each in behind if type(each) is not torch.nn.Identity]
         if len(acts) == 1 and all(map(_bare, behind)):
             act = _act_of(acts[0])
-            exact = x.dtype == torch.float32 or self._rule.rounding == "once"
+            exact = x.dtype == torch.float32 or self._rounding == "once"
             if act is not None and (act[2] or exact):
                 return self._ours.forward(self, x, _then=act[:2])  # type: ignore[arg-type]
         y = self._ours.forward(self, x)  # type: ignore[arg-type]
@@ -244,7 +246,7 @@ class Ruled(Module):
 
     def __prepare_scriptable__(self) -> Any:
         """torch.jit.script compiles the class's own forward."""
-        plain = self.__new__(type(self)._theirs)  # type: ignore[attr-defined]
+        plain = self.__new__(self._theirs)
         vars(plain).update(vars(self))
         return plain
 

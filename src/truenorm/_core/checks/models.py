@@ -264,3 +264,11 @@ def check_rule(name: str, found: Any, rule: type) -> None:
         raise TypeError(
             f"`read` of {name!r} returned {type(found).__name__}: return a truenorm.Rule, or None"
         )
+
+
+def check_rounding(rounding: Any) -> None:
+    if rounding not in ("module", "once"):
+        raise ValueError(
+            f"`rounding` (={rounding!r}) must be 'module', each norm's own order of casts, or "
+            "'once', a single rounding"
+        )

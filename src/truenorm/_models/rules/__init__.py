@@ -1,1 +1,6 @@
 """Norms that other libraries write: what each is, the proof of it, and the class that it gets."""
+
+from .finding import find, swappable
+from .register import register_norm
+
+__all__ = ["find", "register_norm", "swappable"]

@@ -36,8 +36,8 @@ def formula(x: Tensor, tensors: dict[str, Any], eps: float, rule: Rule, groups: 
         scale = scale if weight is None else weight * scale
         shift = -tensors["running_mean"] * scale
         shift = shift if bias is None else bias + shift
-        scale, shift = (t.reshape(1, -1, *(1,) * (x.dim() - 2)) for t in (scale, shift))
-        return x * scale + shift
+        against = (1, -1, *(1,) * (x.dim() - 2))
+        return torch.addcmul(shift.reshape(against), x, scale.reshape(against))
     by, shift = _along(scaled_by(weight, rule), x, rule.axis), _along(bias, x, rule.axis)
     if rule.kind == "group":
         split = x.reshape(x.shape[0], groups, -1)

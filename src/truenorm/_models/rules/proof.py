@@ -38,10 +38,15 @@ _VALUES = 4096  # at least so many of an output, so that the share means somethi
 
 
 class Proof(NamedTuple):
-    """What was found: dtypes and ranks that the rule holds for, or why it does not."""
+    """What was found: dtypes and ranks that the rule holds for, or why it does not.
 
-    pairs: frozenset[Pair]
-    ranks: frozenset[int]
+    keeps: whether the output lies in memory as the input does, as elementwise operators leave it;
+        else it is contiguous, or channels_last.
+    """
+
+    pairs: frozenset[Pair] = frozenset()
+    ranks: frozenset[int] = frozenset()
+    keeps: bool = True
     reason: str = ""
 
 
@@ -178,16 +183,15 @@ def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> P
 
     tensors: those that the rule names, by the module's names.
     """
-    nothing = frozenset[Any]()
     rule, features = subject.rule, _features(tensors)
     if not takes_one_tensor(kind.forward):
-        return Proof(nothing, nothing, "its forward takes more than an input")
+        return Proof(reason="its forward takes more than an input")
     pairs, ranks = set(), set()
     with trial.quiet():
         try:
             made = trial.stand_in(subject.module, kind, tensors)
         except (trial.Unfit, RuntimeError, TypeError) as error:
-            return Proof(nothing, nothing, str(error))
+            return Proof(reason=str(error))
         eps = subject.eps or 1e-6
         shapes = shapes_of(rule, features)
         why = ""
@@ -202,11 +206,14 @@ def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> P
                     ranks.discard(rank)
                     continue
                 if difference:
-                    return Proof(nothing, nothing, f"not what {rule.words()} gives: {difference}")
+                    return Proof(reason=f"not what {rule.words()} gives: {difference}")
                 ranks.add(rank)
         if not ranks:
-            return Proof(nothing, nothing, why)
-        rank = max(ranks & shapes.keys())
+            return Proof(reason=why)
+        rank = max(ranks)
+        x = trial.inputs(shapes[rank], rule.axis, eps, F32)
+        x = x if rule.axis == 1 or rank < 3 else x.transpose(0, 1)
+        keeps = made(x).stride() == x.stride()
         for pair in PAIRS if rule.rounding != "steps" else PAIRS[:1]:
             if not tensors and pair[0] != pair[1]:
                 continue
@@ -218,9 +225,11 @@ def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> P
                 continue
             if difference:
                 said = f"{pair[0]} with weights of {pair[1]}".replace("torch.", "")
-                return Proof(nothing, nothing, f"not what {rule.words()} gives: {said}, {difference}")
+                return Proof(
+                    nothing, nothing, f"not what {rule.words()} gives: {said}, {difference}"
+                )
             pairs.add(pair)
-    return Proof(frozenset(pairs), frozenset(ranks))
+    return Proof(frozenset(pairs), frozenset(ranks), keeps)
 
 
 def agrees(

@@ -1,8 +1,8 @@
-"""What a module of another library's is: by whoever registered it, by its library, by its formula."""
+"""What a module is: by whoever registered its class, by its library's reader, by its formula."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from .. import swap
 from ..swap import Kind
 from . import register, swapping
 from .libraries import READERS
-from .proof import Proof, Subject, agrees, prove, takes_one_tensor
+from .proof import Subject, agrees, prove, takes_one_tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WEIGHTS = ("weight", "gamma", "scale", "g", "w")

@@ -82,7 +82,7 @@ def read(module: Module, kind: Kind) -> Rule | None:
     if not _loaded:
         _load()
     for each in kind.__mro__:
-        if each is Module or each.forward is not kind.forward:
+        if each is Module or getattr(each, "forward", None) is not kind.forward:
             return None
         if (reader := _READERS.get(_name(each))) is not None:
             found = reader(module)

@@ -1,4 +1,4 @@
-"""The class that a recognised norm gets: truenorm's forward before its own, and all else its own."""
+"""The class that a recognised norm gets: truenorm's forward first, and all else its own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def torchs(theirs: Kind, rule: Rule) -> Kind | None:
     base = next((k for k in theirs.__mro__ if k in _TORCHS), None)
     if base is not None:
         return base
-    if rule.offset or rule.axis != -1 or rule.bias and rule.kind == "rms":
+    if rule.offset or rule.axis != -1 or (rule.bias and rule.kind == "rms"):
         return None
     return _BY_KIND.get(rule.kind)
 
@@ -56,9 +56,17 @@ def obstacle(theirs: Kind, rule: Rule) -> str | None:
     return None if own is None else f"its class has {own!r} of its own"
 
 
-def derived(theirs: Kind, rule: Rule, proof: Proof) -> Kind:
+def computed(rule: Rule, rounding: str) -> Rule:
+    """What is computed for a module: its own rule, or the same formula rounded once."""
+    if rounding == "module" or rule.rounding in ("once", "steps"):
+        return rule
+    # the output keeps the dtype that the module's has
+    return rule._replace(rounding="once", wide_output=True)
+
+
+def derived(theirs: Kind, rule: Rule, proof: Proof, rounding: str = "module") -> Kind:
     """One class for each of these: `theirs`, but for what truenorm serves."""
-    key = theirs, rule, proof.pairs, proof.ranks
+    key = theirs, rule, proof, rounding
     if (made := _made.get(key)) is not None:
         return made
     base = torchs(theirs, rule)
@@ -70,9 +78,12 @@ def derived(theirs: Kind, rule: Rule, proof: Proof) -> Kind:
         "__qualname__": theirs.__qualname__,
         "__doc__": theirs.__doc__,
         "forward": forward_of(theirs.forward),
-        "_rule": rule,
+        "_read": rule,
+        "_rule": computed(rule, rounding),
+        "_rounding": rounding,
         "_pairs": proof.pairs,
         "_ranks": proof.ranks,
+        "_keeps": proof.keeps,
         "_ours": ours if base and issubclass(theirs, base) and _is_torchs(rule) else None,
         "_theirs": theirs,
         swap._PARTS: (ours or Ruled, theirs),
@@ -101,13 +112,13 @@ def _as_theirs(theirs: Kind, base: Kind, rule: Rule) -> dict[str, Any]:
             if name in own and not name.startswith("__"):
                 found[name] = own[name]
             elif not name.startswith("__") and not hasattr(Module, name):
-                found[name] = Hidden()
+                found[name] = Hidden(name)
     for name in ("extra_repr", "__repr__"):
         found[name] = own.get(name, getattr(Module, name))
     found.pop("forward", None)
-    found["normalized_shape"] = FromModule(lambda layer: _shape_of(layer, rule))
+    found["normalized_shape"] = FromModule("normalized_shape", lambda layer: _shape_of(layer, rule))
     if rule.eps != "eps":
-        found["eps"] = FromModule(lambda layer: _eps_of(layer, rule))
+        found["eps"] = FromModule("eps", lambda layer: _eps_of(layer, rule))
     return found
 
 
@@ -129,7 +140,9 @@ def fingerprint(kind: Kind) -> str:
     code = getattr(kind.forward, "__code__", None)
     if code is None:
         return ""
-    said = repr((code.co_code, code.co_names, [c for c in code.co_consts if not hasattr(c, "co_code")]))
+    said = repr(
+        (code.co_code, code.co_names, [c for c in code.co_consts if not hasattr(c, "co_code")])
+    )
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
@@ -138,16 +151,17 @@ def _reduce(self: Module, protocol: Any) -> Any:
     theirs = kind._theirs
     reduced = cast(Any, super(kind, self)).__reduce_ex__(max(protocol, 2))
     args = tuple(theirs if a is type(self) else a for a in reduced[1])
-    rule, proof = tuple(kind._rule), (kind._pairs, kind._ranks)
-    put = theirs, rule, proof, fingerprint(theirs), reduced[0], args
+    what = tuple(kind._read), (kind._pairs, kind._ranks, kind._keeps), kind._rounding
+    put = theirs, what, fingerprint(theirs), reduced[0], args
     return _restored, put, *reduced[2:]
 
 
 def _restored(
-    theirs: Kind, rule: Any, proof: Any, was: str, make: Callable[..., Module], args: Any
+    theirs: Kind, what: tuple[Any, Any, str], was: str, make: Callable[..., Module], args: Any
 ) -> Module:
     module = make(*args)
     # what was proven of one forward says nothing of another
     if fingerprint(theirs) == was:
-        module.__class__ = derived(theirs, Rule(*rule), Proof(*proof))
+        rule, proof, rounding = what
+        module.__class__ = derived(theirs, Rule(*rule), Proof(*proof), rounding)
     return module

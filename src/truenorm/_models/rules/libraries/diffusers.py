@@ -15,8 +15,7 @@ def read(module: Any, kind: type) -> Rule | Iterable[Rule] | None:
     bias = "bias" if held.get("bias") is not None else None
     match name:
         case "normalization.RMSNorm":
-            order = "once" if weight is None else "to_weight"
-            return Rule("rms", order, weight, bias)
+            return Rule("rms", "once" if weight is None else "to_weight", weight, bias)
         case "normalization.MochiRMSNorm":
             return Rule("rms", weight=weight)
         case "normalization.FP32LayerNorm" | "normalization.LayerNorm":
