@@ -225,9 +225,7 @@ def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> P
                 continue
             if difference:
                 said = f"{pair[0]} with weights of {pair[1]}".replace("torch.", "")
-                return Proof(
-                    nothing, nothing, f"not what {rule.words()} gives: {said}, {difference}"
-                )
+                return Proof(reason=f"not what {rule.words()} gives: {said}, {difference}")
             pairs.add(pair)
     return Proof(frozenset(pairs), frozenset(ranks), keeps)
 

@@ -45,6 +45,7 @@ def _layer(module: Any, eps: str) -> Iterable[Rule]:
         rule._replace(rounding="cast_first"),  # DeBERTa
         rule._replace(offset=1.0, wide_offset=False),  # Nemotron
         rule._replace(rounding="steps"),
+        rule._replace(rounding="steps", axis=1),  # VitDet
     ]
 
 
