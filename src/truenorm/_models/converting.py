@@ -26,10 +26,12 @@ from ..nn._options import Configurable, options_of
 from ..nn._ruled import Ruled
 from . import rules, swap
 from .fusing import unfuse
+from .layers import COUNTERPARTS
+from .surveying import survey
 from .swap import Kind, Left
 from .undo import Undo
 
-_TO_TRUENORM: dict[Kind, Kind] = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__}
+_TO_TRUENORM: dict[Kind, Kind] = COUNTERPARTS
 _TO_TORCH = {ours: theirs for theirs, ours in _TO_TRUENORM.items()}
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -133,6 +135,7 @@ def convert(
     process_group: Any = None,
     dims: int | None = None,
     rounding: Literal["module", "once"] = "module",
+    report: bool = False,
 ) -> M:
     """Make every normalization layer of `model` truenorm's, in place, and return the model.
 
@@ -161,6 +164,7 @@ def convert(
         Linear next before each in the model's order (else after it).
     rounding: of other libraries' norms in half precision: "module", each one's own order of casts;
         "once", one rounding of the exact result, to the dtype that the module's output has.
+    report: print what became of each kind of norm, as `survey` says it.
 
     Errors: TypeError where `model` is no module or process_group no group; ValueError for a class
     in `only` that has no counterpart, for another `rounding`, for an argument that does not go with
@@ -199,6 +203,8 @@ def convert(
                     module._choose("process_group", group)
                 else:
                     module.process_group = group
+    if report:
+        print(survey(model))
     _say("convert", [*said, *(each for each in left if each.name not in alone)])
     return model
 

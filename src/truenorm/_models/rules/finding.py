@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.nn import Module
@@ -19,11 +20,15 @@ def proof_of(kind: Any) -> Proof:
     return Proof(kind._pairs, kind._ranks, kind._keeps)
 
 
-def find(model: Module, rounding: str) -> dict[Module, tuple[str, Found]]:
+def find(
+    model: Module, rounding: str, progress: Callable[[str], None] | None = None
+) -> dict[Module, tuple[str, Found]]:
     """By module, its name and what was found out; those that are swapped already, too."""
     found = {}
     for name, module in model.named_modules():
         kind = swap.core(module)
+        if progress is not None:
+            progress(name)
         if issubclass(kind, Ruled):
             proof = proof_of(kind)
             again = derived(kind._theirs, kind._read, proof, rounding)
