@@ -15,7 +15,7 @@ from .. import swap
 from ..swap import Kind
 from . import register, swapping
 from .libraries import READERS
-from .proof import Subject, agrees, prove, takes_one_tensor
+from .proof import Subject, agrees, features_of, prove, takes_one_tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WEIGHTS = ("weight", "gamma", "scale", "g", "w")
@@ -44,16 +44,30 @@ def looks_like_norm(module: Module) -> bool:
             return False
     held = module._parameters.values()
     own = [p for p in held if p is not None]
-    return bool(own and all(p.dim() <= 2 for p in own)) or any("eps" in n for n in vars(module))
+    return bool(own and all(p.dim() <= 2 for p in own)) or any(
+        n == "normalized_shape" or "eps" in n for n in vars(module)
+    )
 
 
 def _attributes(module: Module) -> tuple[Any, ...]:
-    """What a class's forward may choose by: flags, words and fractions, not sizes."""
-    simple = (bool, float, str, type(None))
-    held = ((n, v) for n, v in vars(module).items() if type(v) in simple and n != "training")
+    """What a class's forward may choose by; the number of features is one, whatever it is."""
+    features = features_of(module)
+    held = ((n, _unsized(v, features)) for n, v in vars(module).items() if _is_told(n, v))
     absent = (n for place in (module._parameters, module._buffers) for n in place)
     children = ((n, type(m)) for n, m in module._modules.items())
     return (*sorted(held, key=repr), *absent, *children)
+
+
+def _is_told(name: str, value: Any) -> bool:
+    if isinstance(value, (tuple, list, torch.Size)):
+        return all(_is_told("", each) for each in value)
+    return name != "training" and isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _unsized(value: Any, features: int) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, *(_unsized(each, features) for each in value)
+    return "features" if type(value) is int and value == features else (value, type(value).__name__)
 
 
 def _tensors(module: Module, rule: Rule) -> dict[str, str] | str:
@@ -171,7 +185,7 @@ def recognise(module: Module) -> Found | None:
         if (found := _found.get(tried)) is None:
             for rule in candidates:
                 if not takes_one_tensor(kind.forward):
-                    first = Found(None, None, "its forward takes more than an input")
+                    first = Found(None, None, "its forward takes more than an input, as a gate")
                     break
                 found, last = _try(module, kind, rule)
                 if found.kind is not None or last:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from ..._core.rule import Rule
 from ..swap import Kind
 
 _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
@@ -44,7 +45,7 @@ def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     values = torch.randn(like.shape, generator=generator)
     if name.endswith("var"):
         values = values.abs() + 0.3
-        values[:1] = 1e-4  # beside which an eps counts
+        values[:1] = 1e-2  # beside which an eps counts
         return values
     # about 1, as trained weights are, and never exactly
     return values * 0.3 + (0.0 if name.endswith(("bias", "mean", "beta")) else 1.0)
@@ -112,12 +113,16 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def inputs(shape: tuple[int, ...], axis: int, eps: float, dtype: torch.dtype) -> Tensor:
-    """Rows of several sizes, one of them so small that eps counts, and none about zero."""
+def inputs(shape: tuple[int, ...], rule: Rule, eps: float, dtype: torch.dtype) -> Tensor:
+    """What shares a statistic is of one size, some of it so small that eps counts."""
     generator = torch.Generator().manual_seed(21)
     x = torch.randn(shape, generator=generator) + 0.3
     small = max(abs(eps) ** 0.5, 1e-3 if dtype == torch.float16 else 1e-12)
     sizes = torch.tensor([1.0, small, 0.03, 30.0, 1.0, 3.0 * small, 4.0])
-    rows = x.movedim(axis, -1)
+    if rule.kind in ("group", "batch", "frozen"):
+        along = 0 if rule.kind == "group" else 1
+        scale = sizes[torch.arange(shape[along]) % len(sizes)]
+        return (x * scale.reshape(-1, *(1,) * (len(shape) - 1 - along))).to(dtype)
+    rows = x.movedim(rule.axis, -1)
     scale = sizes[torch.arange(rows[..., 0].numel()) % len(sizes)].reshape(rows.shape[:-1])
-    return (rows * scale.unsqueeze(-1)).movedim(-1, axis).contiguous().to(dtype)
+    return (rows * scale.unsqueeze(-1)).movedim(-1, rule.axis).contiguous().to(dtype)

@@ -45,6 +45,7 @@ def _layer(module: Any, eps: str) -> Iterable[Rule]:
         rule._replace(rounding="cast_first"),  # DeBERTa
         rule._replace(offset=1.0, wide_offset=False),  # Nemotron
         rule._replace(rounding="steps"),
+        rule._replace(axis=1),  # SqueezeBert
         rule._replace(rounding="steps", axis=1),  # VitDet
     ]
 
@@ -54,6 +55,8 @@ def read(module: Any, kind: type) -> Rule | Iterable[Rule] | None:
     name = kind.__name__
     if name.endswith("FrozenBatchNorm2d"):
         return _FROZEN
+    if name == "OlmoLayerNorm":
+        return Rule("layer", weight=None, eps=1e-5)
     held = vars(module)
     eps = next((n for n in ("variance_epsilon", "eps", "epsilon") if n in held), None)
     if eps is None:
