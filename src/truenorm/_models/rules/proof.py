@@ -257,7 +257,7 @@ def agrees(
             x = trial.inputs(shape, subject.rule, subject.eps or 1e-6, pair[0])
             for module in (one, other):
                 trial.cast(module, pair[1])
-            # torch rounds a half-precision BatchNorm's own mean and variance, truenorm on purpose not
+            # torch rounds the statistics of a half-precision BatchNorm, truenorm on purpose not
             coarse = subject.rule.kind == "batch" and pair[1] != F32
             for training in (False,) if coarse else (True, False):
                 one.train(training)
