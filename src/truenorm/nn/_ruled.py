@@ -16,11 +16,15 @@ from torch.compiler import is_compiling
 from torch.nn import Module, Parameter
 
 from .. import _triton, functional
-from .._core import activation, eager, route
+from .._core import activation, eager, exporting, route
 from .._core.library import NATIVE
 from .._core.rule import Rule
 from ._base import Direct
 from ._options import Attribute
+
+_PLAIN = (Parameter, Tensor)
+# below so many values an activation of its own costs less than the layer's long way
+_SMALL = 100_000
 
 Pair = tuple[torch.dtype, torch.dtype]  # of the input, and of the weight
 
@@ -182,32 +186,42 @@ class Ruled(Module):
         """The output by truenorm's kernels; None where the class's own forward is to run."""
         if is_compiling() or type(x) is not Tensor or x.dim() not in self._ranks:
             return None
-        rule = self._rule
-        weight = None if rule.weight is None else getattr(self, rule.weight)
-        bias = None if rule.bias is None else getattr(self, rule.bias)
+        rule, parameters = self._rule, self._parameters
+        # what is held is found without Module.__getattr__, which takes longer than a check
+        weight: Any = rule.weight
+        if weight is not None:
+            weight = parameters[weight] if weight in parameters else getattr(self, weight)
+        bias: Any = rule.bias
+        if bias is not None:
+            bias = parameters[bias] if bias in parameters else getattr(self, bias)
         if (x.dtype, x.dtype if weight is None else weight.dtype) not in self._pairs:
             return None
-        channels = x.shape[rule.axis]
-        for each in (weight, bias):
-            if each is None:
-                continue
-            if type(each) is not Parameter and type(each) is not Tensor:
-                return None
-            if each.shape != (channels,) or each.device != x.device:
-                return None
-        if not x.numel() or not _has_kernel(x) or _is_watched(x, weight, bias):
+        if torch.is_autocast_enabled(x.device.type) or exporting.wanted():
             return None
-        if self._ours is not None:
-            return self._finished(x)
+        channels = (x.shape[rule.axis],)
+        for each in (weight, bias):
+            if each is not None and (each.shape != channels or type(each) not in _PLAIN):
+                return None
+        layer: Any = self
+        ours = self._ours
+        if ours is not None and (not rule.after or x.numel() < _SMALL) and layer._direct:
+            y = layer._directly(x)
+            if y is not None:
+                return self._followed(y) if rule.after else y
         eps = getattr(self, rule.eps) if isinstance(rule.eps, str) else rule.eps
         if eps is None:
             eps = torch.finfo(x.dtype if x.dtype.itemsize > 2 else torch.float32).eps
-        if not eps >= 0:
+        if not eps >= 0 or not x.numel() or not _has_kernel(x) or _is_watched(x, weight, bias):
             return None
+        if ours is not None:
+            return self._finished(x)
         y = self._placed(x, weight, bias, float(eps))
-        if y is not None:
-            for name in rule.after:
-                y = getattr(self, name)(y)
+        return self._followed(y) if rule.after and y is not None else y
+
+    def _followed(self, y: Tensor) -> Tensor:
+        """What comes after the norm, by the submodules' own forwards."""
+        for name in self._rule.after:
+            y = getattr(self, name)(y)
         return y
 
     def _placed(
@@ -239,10 +253,7 @@ class Ruled(Module):
             exact = x.dtype == torch.float32 or self._rounding == "once"
             if act is not None and (act[2] or exact):
                 return self._ours.forward(self, x, _then=act[:2])  # type: ignore[arg-type]
-        y = self._ours.forward(self, x)  # type: ignore[arg-type]
-        for each in behind:
-            y = each(y)
-        return y
+        return self._followed(self._ours.forward(self, x))  # type: ignore[arg-type]
 
     def __prepare_scriptable__(self) -> Any:
         """torch.jit.script compiles the class's own forward."""
@@ -276,8 +287,5 @@ def _is_watched(*tensors: Tensor | None) -> bool:
     x = tensors[0]
     assert x is not None
     return (
-        torch.is_autocast_enabled(x.device.type)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or route.standard()
-        or route.transformed(*tensors)
+        torch._C._len_torch_dispatch_stack() > 0 or route.standard() or route.transformed(*tensors)
     )

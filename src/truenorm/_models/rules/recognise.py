@@ -37,7 +37,8 @@ _found: dict[Any, Found] = {}
 
 def looks_like_norm(module: Module) -> bool:
     """Whether a module of no known class is a norm by its name and by what it holds."""
-    if "norm" not in type(module).__name__.lower() or isinstance(module, Ruled):
+    names = type(module).__name__ + _origin(type(module)).__name__
+    if "norm" not in names.lower() or isinstance(module, Ruled):
         return False
     for child in module.children():
         if any(True for _ in child.parameters()) or looks_like_norm(child):
@@ -126,8 +127,13 @@ def _by_formula(module: Module) -> Iterator[Rule]:
                     yield rule._replace(rounding="steps")
 
 
+def _origin(kind: Kind) -> Kind:
+    """The class that a class's forward is from."""
+    return next(k for k in kind.__mro__ if "forward" in vars(k))
+
+
 def _candidates(module: Module, kind: Kind) -> list[Rule] | Iterator[Rule]:
-    given = register.read(module, kind)
+    given = register.read(module, swap.core(module))
     if given is not None:
         return [given]
     reader = READERS.get(kind.__module__.partition(".")[0])
@@ -176,11 +182,12 @@ def recognise(module: Module) -> Found | None:
     Each class is tried once for the attributes and dtypes that its instances have.
     """
     kind = swap.core(module)
-    if swap.parts(kind) or kind.__module__.startswith(("torch.nn.", "truenorm.")):
+    origin = _origin(kind)
+    if swap.parts(kind) or origin.__module__.startswith(("torch.nn.", "truenorm.")):
         return None
     try:
-        candidates = _candidates(module, kind)
-        first = None
+        candidates = _candidates(module, origin)
+        first, last = None, False
         tried = kind, _attributes(module), register.version(), _described(module)
         if (found := _found.get(tried)) is None:
             for rule in candidates:
@@ -188,9 +195,9 @@ def recognise(module: Module) -> Found | None:
                     first = Found(None, None, "its forward takes more than an input, as a gate")
                     break
                 found, last = _try(module, kind, rule)
+                first = first or found
                 if found.kind is not None or last:
                     break
-                first = first or found
             if found is None or found.kind is None:
                 found = first or found
             if found is None:
@@ -198,7 +205,7 @@ def recognise(module: Module) -> Found | None:
                     return None
                 reason = "no formula is known for its class: see truenorm.register_norm"
                 found = Found(None, None, reason)
-            elif found.kind is None and not isinstance(candidates, list):
+            elif found.kind is None and not last and not isinstance(candidates, list):
                 found = Found(None, None, "it matches no known formula: see truenorm.register_norm")
             _found[tried] = found
     except Exception as error:  # whatever somebody's reader or attribute raises

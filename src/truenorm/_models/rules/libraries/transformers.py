@@ -31,13 +31,13 @@ def _rms(eps: str, weight: str | None) -> Iterable[Rule]:
     ]
 
 
-def _layer(module: Any, eps: str) -> Iterable[Rule]:
+def _layer(module: Any, kind: type, eps: str) -> Iterable[Rule]:
     held = module._parameters
     weight = "weight" if held.get("weight") is not None else None
     bias = "bias" if held.get("bias") is not None else None
     # SAM's, ConvNeXt's: told where the channels are
     axis = 1 if getattr(module, "data_format", None) == "channels_first" else -1
-    if type(module).__name__.endswith(("LayerNorm2d", "LayerNorm2D")):
+    if kind.__name__.endswith(("LayerNorm2d", "LayerNorm2D")):
         axis = 1
     rule = Rule("layer", eps=eps, weight=weight, bias=bias, axis=axis)
     return [
@@ -66,5 +66,5 @@ def read(module: Any, kind: type) -> Rule | Iterable[Rule] | None:
     if name.endswith("RMSNorm") or (name.endswith("LayerNorm") and "T5" in name):
         return _rms(eps, weight) if len([p for p in params.values() if p is not None]) < 2 else None
     if "LayerNorm" in name and "normalized_shape" in held:
-        return _layer(module, eps)
+        return _layer(module, kind, eps)
     return None
