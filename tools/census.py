@@ -104,7 +104,7 @@ def census(library: str, seconds: int, every: int, limit: float) -> dict[str, An
     classes: Counter[str] = Counter()
     reasons: dict[str, str] = {}
     start = time.monotonic()
-    for index, (name, make) in enumerate(LIBRARIES[library]()):
+    for index, (_, make) in enumerate(LIBRARIES[library]()):
         if index % every:
             continue
         if time.monotonic() - start > limit:
@@ -148,7 +148,8 @@ def main() -> None:
     signal.signal(signal.SIGALRM, _too_long)
     rows = []
     print(
-        f"{'library':14}{'with norms':>11}{'all':>6}{'some':>6}{'none':>6}{'layers':>8}{'swapped':>9}"
+        f"{'library':14}{'with norms':>11}{'all':>6}{'some':>6}{'none':>6}"
+        f"{'layers':>8}{'swapped':>9}"
     )
     for library in args.library:
         try:

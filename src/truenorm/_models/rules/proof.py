@@ -29,8 +29,9 @@ PAIRS: tuple[Pair, ...] = ((F32, F32), (BF16, F32), (F16, F32), (F16, F16), (BF1
 
 # float32: a few roundings of 6e-8, of sums and of what is cancelled in x − E[x]
 FLOAT32 = 4e-6
-# and of gradients, by norm
-GRADIENT = {F32: 2e-5, BF16: 3e-2, F16: 4e-3}
+# and of gradients, by norm; classes add those of half-precision weights up in half precision, which
+# is off by several hundredths: in float32 a wrong one is found
+GRADIENT = {F32: 2e-5, BF16: 0.2, F16: 0.05}
 # units in the last place of half precision: relative sizes, and float16's least number
 _UNIT = {BF16: (2.0**-7, 1e-38), F16: (2.0**-10, 6e-8)}
 _SHARE = 1 / 200

@@ -193,6 +193,7 @@ def recognise(module: Module) -> Found | None:
             for rule in candidates:
                 if not takes_one_tensor(kind.forward):
                     first = Found(None, None, "its forward takes more than an input, as a gate")
+                    last = True
                     break
                 found, last = _try(module, kind, rule)
                 first = first or found
