@@ -51,8 +51,11 @@ class Proof(NamedTuple):
     reason: str = ""
 
 
-def apart(actual: Tensor, expected: Tensor) -> str:
-    """How two outputs differ by more than float32's rounding; "" where they do not."""
+def apart(actual: Tensor, expected: Tensor, steep: bool = False) -> str:
+    """How two outputs differ by more than float32's rounding; "" where they do not.
+
+    steep: an activation came after, whose result near its zeros has the units of what it took.
+    """
     if not isinstance(actual, Tensor):
         return f"its output is a {type(actual).__name__}"
     if actual.shape != expected.shape:
@@ -68,7 +71,8 @@ def apart(actual: Tensor, expected: Tensor) -> str:
     unit, least = _UNIT[actual.dtype]
     # where terms of the largest size cancel, float32's rounding of these is what is left
     least += FLOAT32 * float(other.abs().amax())
-    if bool((error > unit * torch.maximum(one.abs(), other.abs()) + least).any()):
+    size = torch.maximum(one.abs(), other.abs())
+    if bool((error > unit * (size.clamp(min=4.0) if steep else size) + least).any()):
         return "its output is off by more than one unit in the last place"
     share = float((error > 0).double().mean())
     return "" if share <= _SHARE else f"{share:.0%} of its output's values are rounded otherwise"
@@ -187,7 +191,9 @@ def compared(subject: Subject, made: Module, x: Tensor, against: Module | None =
         if not y.requires_grad:
             return "its output has no gradient"
         grads.append(_gradients(y, tensors))
-    return apart(*outputs) or _gradients_apart(grads[0], grads[1], x.dtype)
+    return apart(*outputs, bool(subject.rule.after)) or _gradients_apart(
+        grads[0], grads[1], x.dtype
+    )
 
 
 def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> Proof:
