@@ -27,6 +27,8 @@ from ._models.fusing import fuse, unfuse
 from ._models.inspecting import inspect
 from ._models.quantizing import fuse_config
 from ._models.recalibrating import recalibrate
+from ._models.rules import Rule, register_norm
+from ._models.surveying import survey
 
 # one layer, on paper
 from ._tools.explain import explain
@@ -34,6 +36,7 @@ from ._tools.explain import explain
 
 __all__ = [
     "Moments",
+    "Rule",
     "accumulate",
     "compare",
     "convert",
@@ -51,9 +54,11 @@ __all__ = [
     "recalibrate",
     "recompute_outputs",
     "reference",
+    "register_norm",
     "revert",
     "reverted",
     "standard_ops",
+    "survey",
     "tune",
     "unfreeze",
     "unfuse",

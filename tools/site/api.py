@@ -139,11 +139,11 @@ def _public(module: ModuleType) -> list[tuple[str, Any]]:
 
 def _returned() -> Iterator[tuple[str, Any]]:
     """The objects that the functions give, which have methods of their own."""
-    from truenorm._models import comparing, inspecting
+    from truenorm._models import comparing, inspecting, surveying
     from truenorm._models.folding import folding
     from truenorm._tools import explain
 
-    for module in (comparing, explain, inspecting, folding):
+    for module in (comparing, explain, inspecting, folding, surveying):
         for name in getattr(module, "__all__", dir(module)):
             thing = getattr(module, name)
             if dataclasses.is_dataclass(thing) and thing.__module__.startswith(module.__name__):

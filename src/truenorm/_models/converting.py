@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.nn import Module
@@ -23,12 +23,15 @@ from .._core.exchange import WORLD
 from ..nn import _sync
 from ..nn._batch import BatchForward
 from ..nn._options import Configurable, options_of
-from . import swap
+from ..nn._ruled import Ruled
+from . import rules, swap
 from .fusing import unfuse
+from .layers import COUNTERPARTS
+from .surveying import survey
 from .swap import Kind, Left
 from .undo import Undo
 
-_TO_TRUENORM: dict[Kind, Kind] = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__}
+_TO_TRUENORM: dict[Kind, Kind] = COUNTERPARTS
 _TO_TORCH = {ours: theirs for theirs, ours in _TO_TRUENORM.items()}
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -131,8 +134,10 @@ def convert(
     sync: bool | None = None,
     process_group: Any = None,
     dims: int | None = None,
+    rounding: Literal["module", "once"] = "module",
+    report: bool = False,
 ) -> M:
-    """Make every torch normalization layer of `model` truenorm's, in place, and return the model.
+    """Make every normalization layer of `model` truenorm's, in place, and return the model.
 
     Layers of torch's are swapped, nested, shared, parametrized and sharded ones too. So are layers
     of a class derived from torch's that leaves to torch what the layer computes (a class with a
@@ -140,11 +145,16 @@ def convert(
     truenorm's and theirs. Nothing else changes: the parameters are the same objects, `state_dict`
     has the same keys, hooks and flags stay.
 
+    Norms that other libraries write themselves (transformers' RMSNorms, timm's BatchNormAct2d, …)
+    are recognised, each class is run against the formula that it is taken for, and what gives that
+    formula's numbers is swapped: `survey` says what is, and why the rest is not. They keep their
+    own order of casts and the dtype of their output.
+
     A layer whose instance has a `forward` of its own, which would go on running, is left with a
     UserWarning that says so; one that only wraps the class's, as accelerate's hooks do, goes on
     wrapping truenorm's.
 
-    only: torch classes to swap; None for all of them.
+    only: classes to swap, torch's or those of other libraries' norms; None for all of them.
     sync: True lets every BatchNorm and SyncBatchNorm of truenorm's, those already there too, take
         its statistics over all processes of `process_group`; they keep their class. False lets each
         process take its own again, SyncBatchNorm becoming BatchNorm1d, 2d or 3d. None leaves them.
@@ -152,22 +162,29 @@ def convert(
         as there are when the layer is called.
     dims: with sync=False, 1, 2 or 3 for every SyncBatchNorm; None takes it from the convolution or
         Linear next before each in the model's order (else after it).
+    rounding: of other libraries' norms in half precision: "module", each one's own order of casts;
+        "once", one rounding of the exact result, to the dtype that the module's output has.
+    report: print what became of each kind of norm, as `survey` says it.
 
     Errors: TypeError where `model` is no module or process_group no group; ValueError for a class
-    in `only` that has no counterpart, for an argument that does not go with `sync`, and for a
-    SyncBatchNorm whose dims cannot be told; the model is unchanged.
+    in `only` that has no counterpart, for another `rounding`, for an argument that does not go with
+    `sync`, and for a SyncBatchNorm whose dims cannot be told; the model is unchanged.
     """
     _check(model, sync, process_group, dims)
+    checks.check_rounding(rounding)
+    recognised = rules.find(model, rounding)
     classes = _TO_TRUENORM
     if only is not None:
-        for kind in only:
+        recognised = {m: found for m, found in recognised.items() if swap.core(m) in only}
+        for kind in set(only) - {swap.core(m) for m in recognised}:
             if kind not in _TO_TRUENORM:
                 known = ", ".join(sorted(k.__name__ for k in _TO_TRUENORM))
                 raise ValueError(
                     f"`only` names {getattr(kind, '__name__', kind)!r}, which is none of "
-                    f"torch.nn's normalization layers: choose from {known}"
+                    f"torch.nn's normalization layers, and no norm that truenorm knows in this "
+                    f"model: choose from {known}"
                 )
-        classes = {kind: _TO_TRUENORM[kind] for kind in only}
+        classes = {kind: _TO_TRUENORM[kind] for kind in only if kind in _TO_TRUENORM}
     if sync:
         group = process_group or WORLD
         checks.check_may_span({n: options_of(m) for n, m in model.named_modules()}, group)
@@ -176,6 +193,9 @@ def convert(
     found, left = swap.targets(model, classes)
     names = {m: name for name, m in model.named_modules()}
     _swap({m: kind for m, kind in found.items() if names[m] not in alone})
+    ruled, hindered = rules.swappable(recognised)
+    _swap({m: kind for m, kind in ruled.items() if names[m] not in alone})
+    left = [each for each in left if model.get_submodule(each.name) not in ruled] + hindered
     if sync:
         for module in model.modules():
             if isinstance(module, BatchForward) and isinstance(module, tuple(classes.values())):
@@ -183,6 +203,8 @@ def convert(
                     module._choose("process_group", group)
                 else:
                     module.process_group = group
+    if report:
+        print(survey(model))
     _say("convert", [*said, *(each for each in left if each.name not in alone)])
     return model
 
@@ -213,7 +235,7 @@ def _of_torch(model: Module, sync: bool | None) -> tuple[dict[Module, Kind], lis
         ours, theirs = swap.parts(kind) or (kind, _TO_TORCH.get(kind))
         if theirs is None:
             continue
-        if sync and ours in _LOCAL[nn].values():
+        if sync and ours in _LOCAL[nn].values() and not issubclass(kind, Ruled):
             theirs = torch.nn.SyncBatchNorm
         if (reason := swap.obstacle(module, theirs)) is not None:
             left.append(Left(name, kind, reason, True))

@@ -11,6 +11,7 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from .. import nn
 from .._core import geometry
 from .._core.geometry import Axes
 from ..nn._options import options_of
@@ -23,6 +24,11 @@ NORMS = (
     torch.nn.RMSNorm,
     torch.nn.LocalResponseNorm,
 )
+
+# torch's layers, and truenorm's of the same name
+COUNTERPARTS: dict[type[Module], type[Module]] = {
+    getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__
+}
 
 BATCH, INSTANCE, GROUP, LAYER, RMS, RESPONSE = "batch", "instance", "group", "layer", "rms", "lrn"
 

@@ -130,13 +130,18 @@ def _restored(ours: Kind, theirs: Kind, make: Callable[..., Module], args: Any) 
     return module
 
 
-def overridden(theirs: Kind, base: Kind, ours: Kind) -> str | None:
-    """What a class derived from torch's `base` has of its own that the layer's result needs."""
+def overridden(
+    theirs: Kind, base: Kind, ours: Kind, free: frozenset[str] = frozenset()
+) -> str | None:
+    """What a class derived from torch's `base` has of its own that the layer's result needs.
+
+    free: names that it may have.
+    """
     needed = set(_CALLING)
     for kind in (*base.__mro__, *ours.__mro__):
         if kind is not object and kind is not Module:
             needed.update(vars(kind), vars(kind).get("__annotations__", ()))
-    needed -= _HARMLESS
+    needed -= _HARMLESS | free
     for kind in theirs.__mro__[: theirs.__mro__.index(base)]:
         for name in vars(kind):
             if name in needed:

@@ -1,4 +1,4 @@
-"""The command `truenorm`: explain, report, verify, bench, demo and info."""
+"""The command `truenorm`: explain, report, survey, verify, bench, demo and info."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command, with its six commands."""
+    """The parser of the command, with its seven commands."""
     from .. import __version__
     from . import bench, verify
     from .demo import command as demo
     from .explain import command as explain
     from .report import command as report
+    from .survey import command as survey
 
     parser = _Parser(
         prog="truenorm", description="PyTorch's normalization layers, true to the formula."
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="command", required=True)
     explain.add_parser(subparsers)
     report.add_parser(subparsers)
+    survey.add_parser(subparsers)
     verify.add_parser(subparsers)
     bench.add_parser(subparsers)
     demo.add_parser(subparsers)

@@ -241,3 +241,34 @@ def check_whole_samples(layer: str, process_group: Any) -> None:
             "a process_group: recalibrate cannot see whole samples there; recalibrate it in one "
             "process, without its process_group"
         )
+
+
+def check_norm_name(norm: Any) -> None:
+    if not isinstance(norm, str) or "." not in norm.strip("."):
+        raise TypeError(
+            f"`norm` (={norm!r}) must be a torch.nn.Module class or its qualified name: pass the "
+            'class, or "package.module.Class"'
+        )
+
+
+def check_reader(read: Any, rule: type) -> None:
+    if not (read is None or isinstance(read, rule) or callable(read)):
+        raise TypeError(
+            f"`read` (={read!r}) must be a truenorm.Rule, a function from a module to one, or "
+            "None: pass truenorm.Rule('rms'), say"
+        )
+
+
+def check_rule(name: str, found: Any, rule: type) -> None:
+    if not (found is None or isinstance(found, rule)):
+        raise TypeError(
+            f"`read` of {name!r} returned {type(found).__name__}: return a truenorm.Rule, or None"
+        )
+
+
+def check_rounding(rounding: Any) -> None:
+    if rounding not in ("module", "once"):
+        raise ValueError(
+            f"`rounding` (={rounding!r}) must be 'module', each norm's own order of casts, or "
+            "'once', a single rounding"
+        )

@@ -1,0 +1,220 @@
+"""What a module is: by whoever registered its class, by its library's reader, by its formula."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..._core.rule import Rule
+from ...nn._ruled import Ruled
+from .. import swap
+from ..swap import Kind
+from . import register, swapping
+from .libraries import READERS
+from .proof import Subject, agrees, features_of, prove, takes_one_tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WEIGHTS = ("weight", "gamma", "scale", "g", "w")
+_BIASES = ("bias", "beta", "b")
+# of a class that has its eps in its code
+_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
+
+
+class Found(NamedTuple):
+    """What was found out about a module: its rule and the class it gets, or why it gets none."""
+
+    rule: Rule | None
+    kind: Kind | None
+    reason: str
+
+
+_found: dict[Any, Found] = {}
+
+
+def looks_like_norm(module: Module) -> bool:
+    """Whether a module of no known class is a norm by its name and by what it holds."""
+    names = type(module).__name__ + _origin(type(module)).__name__
+    if "norm" not in names.lower() or isinstance(module, Ruled):
+        return False
+    for child in module.children():
+        if any(True for _ in child.parameters()) or looks_like_norm(child):
+            return False
+    held = module._parameters.values()
+    own = [p for p in held if p is not None]
+    return bool(own and all(p.dim() <= 2 for p in own)) or any(
+        n == "normalized_shape" or "eps" in n for n in vars(module)
+    )
+
+
+def _attributes(module: Module) -> tuple[Any, ...]:
+    """What a class's forward may choose by; the number of features is one, whatever it is."""
+    features = features_of(module)
+    held = ((n, _unsized(v, features)) for n, v in vars(module).items() if _is_told(n, v))
+    absent = (n for place in (module._parameters, module._buffers) for n in place)
+    children = ((n, type(m)) for n, m in module._modules.items())
+    return (*sorted(held, key=repr), *absent, *children)
+
+
+def _is_told(name: str, value: Any) -> bool:
+    if isinstance(value, (tuple, list, torch.Size)):
+        return all(_is_told("", each) for each in value)
+    return name != "training" and isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _unsized(value: Any, features: int) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, *(_unsized(each, features) for each in value)
+    return "features" if type(value) is int and value == features else (value, type(value).__name__)
+
+
+def _tensors(module: Module, rule: Rule) -> dict[str, str] | str:
+    """By role, the names of a rule's tensors that the module has; or what is not in order."""
+    roles = {"weight": rule.weight, "bias": rule.bias}
+    if rule.kind in ("frozen", "batch"):
+        roles |= {"running_mean": "running_mean", "running_var": "running_var"}
+    names = {}
+    for role, name in roles.items():
+        if name is None:
+            continue
+        value = getattr(module, name, None)
+        if value is None:
+            if name not in module._parameters and name not in module._buffers:
+                return f"it has no {name!r}"
+            continue
+        if not isinstance(value, Tensor):
+            return f"its {name!r} is a {type(value).__name__}"
+        if type(value) not in (torch.nn.Parameter, Tensor):
+            return f"its {name!r} is a {type(value).__name__}: convert the model before"
+        if value.is_quantized or value.dtype not in DTYPES:
+            return f"its {name!r} is {value.dtype}, which only its own class serves"
+        if value.dim() != 1:
+            return f"its {name!r} has {value.dim()} dimensions, not 1"
+        names[role] = name
+    return names
+
+
+def _by_formula(module: Module) -> Iterator[Rule]:
+    """The known formulas that a module could have, by the names of what it holds."""
+    params = {n: p for n, p in module._parameters.items() if p is not None}
+    if len(params) > 2 or any(b is not None for b in module._buffers.values()):
+        return
+    weight = next((n for n in _WEIGHTS if n in module._parameters), None)
+    bias = next((n for n in _BIASES if n in module._parameters), None)
+    if not params.keys() <= {weight, bias} or (weight is None and "eps" not in repr(vars(module))):
+        return
+    if params.get(weight or "") is None:
+        weight = None
+    if params.get(bias or "") is None:
+        bias = None
+    names = [n for n, v in vars(module).items() if "eps" in n.lower() and type(v) is float]
+    for eps in names or _EPS:
+        base = Rule("rms", weight=weight, bias=bias, eps=eps)
+        for axis in (-1, 1):
+            for kind in ("rms", "layer"):
+                for offset in (0.0, 1.0) if weight is not None else (0.0,):
+                    rule = base._replace(kind=kind, axis=axis, offset=offset)
+                    yield rule
+                    if weight is not None:
+                        yield rule._replace(rounding="cast_first")
+                        yield rule._replace(rounding="to_weight")
+                        yield rule._replace(wide_output=True)
+                    if offset:
+                        yield rule._replace(wide_offset=False)
+                    yield rule._replace(rounding="steps")
+
+
+def _origin(kind: Kind) -> Kind:
+    """The class that a class's forward is from."""
+    return next(k for k in kind.__mro__ if "forward" in vars(k))
+
+
+def _candidates(module: Module, kind: Kind) -> list[Rule] | Iterator[Rule]:
+    given = register.read(module, swap.core(module))
+    if given is not None:
+        return [given]
+    reader = READERS.get(kind.__module__.partition(".")[0])
+    if reader is not None and (named := reader(module, kind)) is not None:
+        return [named] if isinstance(named, Rule) else list(named)
+    return _by_formula(module) if looks_like_norm(module) else []
+
+
+def _try(module: Module, kind: Kind, rule: Rule) -> tuple[Found, bool]:
+    """What comes of one rule, and whether no other rule has to be tried."""
+    names = _tensors(module, rule)
+    if isinstance(names, str):
+        return Found(rule, None, names), True
+    if (why := swapping.obstacle(kind, rule)) is not None:
+        return Found(rule, None, why), True
+    tensors = {name: getattr(module, name) for name in names.values()}
+    eps = getattr(module, rule.eps, None) if isinstance(rule.eps, str) else rule.eps
+    groups = getattr(module, rule.groups) if isinstance(rule.groups, str) else rule.groups or 0
+    if eps is not None and not isinstance(eps, float):
+        eps = float(eps)
+    subject = Subject(module, rule, eps, groups, names)
+    proof = prove(subject, kind, tensors)
+    if proof.reason or not proof.pairs:
+        return Found(rule, None, proof.reason or "it cannot be run in any dtype"), False
+    made = swapping.derived(kind, rule, proof)
+    if why := agrees(subject, kind, made, proof, tensors):
+        return Found(rule, None, why), False
+    return Found(rule, made, ""), True
+
+
+def _serves(found: Found, module: Module) -> Found:
+    """Whether what is proven serves this module's own weights."""
+    if found.rule is None or found.kind is None or found.rule.weight is None:
+        return found
+    weight = getattr(module, found.rule.weight)
+    pairs = found.kind._pairs  # type: ignore[attr-defined]
+    if weight is not None and all(pair[1] != weight.dtype for pair in pairs):
+        reason = f"in {weight.dtype} it computes as only its own class does"
+        return found._replace(kind=None, reason=reason)
+    return found
+
+
+def recognise(module: Module) -> Found | None:
+    """The class that a module would get, or why none; None for what is no norm.
+
+    Each class is tried once for the attributes and dtypes that its instances have.
+    """
+    kind = swap.core(module)
+    origin = _origin(kind)
+    if swap.parts(kind) or origin.__module__.startswith(("torch.nn.", "truenorm.")):
+        return None
+    try:
+        candidates = _candidates(module, origin)
+        first, last = None, False
+        tried = kind, _attributes(module), register.version(), _described(module)
+        if (found := _found.get(tried)) is None:
+            for rule in candidates:
+                if not takes_one_tensor(kind.forward):
+                    first = Found(None, None, "its forward takes more than an input, as a gate")
+                    last = True
+                    break
+                found, last = _try(module, kind, rule)
+                first = first or found
+                if found.kind is not None or last:
+                    break
+            if found is None or found.kind is None:
+                found = first or found
+            if found is None:
+                if not looks_like_norm(module):
+                    return None
+                reason = "no formula is known for its class: see truenorm.register_norm"
+                found = Found(None, None, reason)
+            elif found.kind is None and not last and not isinstance(candidates, list):
+                found = Found(None, None, "it matches no known formula: see truenorm.register_norm")
+            _found[tried] = found
+    except Exception as error:  # whatever somebody's reader or attribute raises
+        return Found(None, None, f"{type(error).__name__}: {error}")
+    return _serves(found, module)
+
+
+def _described(module: Module) -> tuple[Any, ...]:
+    """Of what kinds and dtypes a module's tensors are."""
+    held = (*module._parameters.values(), *module._buffers.values())
+    return tuple(None if t is None else (type(t), t.dtype, t.dim()) for t in held)

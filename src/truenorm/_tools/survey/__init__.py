@@ -1,0 +1,1 @@
+"""`truenorm survey`: what truenorm makes of a model's normalization layers."""

@@ -1,0 +1,310 @@
+"""Norms that other libraries write: truenorm's kernels in the order of casts that each one has.
+
+`compute` is the one place that knows how. A call that truenorm cannot serve better (a compiler's,
+a tracer's, under autocast, of a dtype that was not proven) is the class's own forward's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Module, Parameter
+
+from .. import _triton, functional
+from .._core import activation, eager, exporting, route
+from .._core.call import ONE_PLUS, ROUNDS
+from .._core.library import NATIVE
+from .._core.normalize import normalize
+from .._core.rule import Rule
+from ._base import Direct
+from ._options import Attribute
+
+_PLAIN = (Parameter, Tensor)
+# below so many values an activation of its own costs less than the layer's long way
+_SMALL = 100_000
+
+Pair = tuple[torch.dtype, torch.dtype]  # of the input, and of the weight
+
+
+# --- what is computed
+
+
+def _kernel(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str, flags: int = 0
+) -> Tensor:
+    """x̂ · weight + bias over the last dimension, in float32 and rounded once.
+
+    flags: ROUNDS for each step in x's dtype, ONE_PLUS for 1 + weight.
+    """
+    form = (eager.rms(1) if kind == "rms" else eager.layer(1)) | flags
+    direct = eager.call(eager.OWN, x, weight, bias, form, eps, (), None)
+    if direct is not None:
+        return direct
+    shape = (x.shape[-1],)
+    if kind == "rms":
+        call = functional.rms_call(x, shape, weight, eps)
+    else:
+        call = functional.layer_call(x, shape, weight, bias, eps)
+    steps = bool(flags & ROUNDS), bool(flags & ONE_PLUS)
+    same = call.form._replace(rounds=steps[0], one_plus=steps[1])
+    return normalize(call._replace(form=same, bias=bias))
+
+
+def scaled_by(weight: Tensor | None, rule: Rule) -> Tensor | None:
+    """What x̂ is multiplied by."""
+    if weight is None or not rule.offset:
+        return weight
+    return rule.offset + (weight.float() if rule.wide_offset else weight)
+
+
+def output_dtype(x: Tensor, weight: Tensor | None, rule: Rule) -> torch.dtype:
+    """The dtype that the module's own output has."""
+    if weight is None or (rule.rounding == "once" and not rule.wide_output):
+        return x.dtype
+    if rule.rounding == "to_weight" and weight.dtype in (torch.float16, torch.bfloat16):
+        return weight.dtype
+    if rule.rounding == "to_weight":
+        return torch.promote_types(weight.dtype, torch.float32)
+    return torch.promote_types(x.dtype, weight.dtype)
+
+
+def compute(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rule: Rule
+) -> Tensor:
+    """A norm over the last dimension, in the rule's order of casts.
+
+    In float32 every order of casts is the same. Where half precision meets weights of another
+    dtype, x̂ is a kernel's result, and the affine step torch's own.
+    """
+    out = output_dtype(x, weight, rule)
+    plus = ONE_PLUS if rule.offset == 1.0 and rule.wide_offset else 0
+    if rule.rounding == "once" and out == x.dtype and (plus or not rule.offset):
+        if bias is None or rule.kind != "rms":
+            return _kernel(x, weight, bias, eps, rule.kind, plus)
+    elif (
+        out == x.dtype
+        and out.itemsize == 2
+        and not rule.offset
+        and all(t is None or t.dtype == out for t in (weight, bias))
+    ):
+        return _kernel(x, weight, bias, eps, rule.kind, ROUNDS)
+    by = scaled_by(weight, rule)
+    if rule.rounding == "once" or (x.dtype == out == torch.float32):
+        wide = x if out == x.dtype else x.float()
+        y = _kernel(wide, by, bias, eps, rule.kind)
+        return y if y.dtype == out else y.to(out)
+    if rule.rounding == "to_weight" and out == torch.float32:
+        return _kernel(x.float(), by, bias, eps, rule.kind)
+    if rule.rounding == "to_weight" and out != x.dtype:
+        y = _kernel(x.float(), None, None, eps, rule.kind).to(out)
+    else:
+        y = _kernel(x, None, None, eps, rule.kind)
+    y = y if by is None else by * y
+    return y if bias is None else y + bias
+
+
+def _in_order(x: Tensor) -> tuple[list[int], list[int]] | None:
+    """The dimensions by falling stride, and the way back; None where the last is not innermost.
+
+    Elementwise operators, which the classes are made of, leave their output so.
+    """
+    if 0 in x.stride():
+        return None
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    if order[-1] != x.dim() - 1:
+        return None
+    back = [0] * len(order)
+    for place, d in enumerate(order):
+        back[d] = place
+    return order, back
+
+
+# --- the activation behind it
+
+
+def _act_of(module: Module) -> tuple[int, float, bool] | None:
+    """(number, parameter, whether rounding before it changes nothing) of an activation."""
+    match module:
+        case torch.nn.Identity():
+            return activation.NONE, 0.0, True
+        case torch.nn.ReLU():
+            return activation.RELU, 0.0, True
+        case torch.nn.ReLU6():
+            return activation.RELU6, 0.0, True
+        case torch.nn.LeakyReLU():
+            return activation.LEAKY_RELU, module.negative_slope, False
+        case torch.nn.SiLU():
+            return activation.SILU, 0.0, False
+        case torch.nn.Hardswish():
+            return activation.HARDSWISH, 0.0, False
+        case torch.nn.ELU():
+            return activation.ELU, module.alpha, False
+        case torch.nn.GELU():
+            tanh = module.approximate == "tanh"
+            return activation.GELU_TANH if tanh else activation.GELU, 0.0, False
+    return None
+
+
+def _bare(module: Module) -> bool:
+    """Whether a submodule's call is its class's forward and nothing else."""
+    return type(module).__module__.startswith("torch.nn.") and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+# --- the layer
+
+
+class FromModule(Attribute):
+    """A name of truenorm's, read off a module that calls it something else."""
+
+    def __init__(self, name: str, read: Callable[[Any], Any]) -> None:
+        super().__init__(name)
+        self.read = read
+
+    # without __set__: what stands in an instance's __dict__ comes first
+    def __get__(self, layer: Any, kind: Any = None) -> Any:
+        if layer is None:
+            raise AttributeError(self.name)
+        return self.read(layer)
+
+
+class Hidden(Attribute):
+    """A name of torch's layer's that the module's own class does not have."""
+
+    def __get__(self, layer: Any, kind: Any = None) -> Any:
+        raise AttributeError(self.name)
+
+
+class Ruled(Module):
+    """A layer of another library's class, computed by truenorm; each class is made for one rule.
+
+    y = x̂ · (offset + weight) + bias, in the order of casts that `_rule` names. Training and
+    evaluation as the class has them.
+    """
+
+    _theirs: ClassVar[type[Module]]
+    _read: ClassVar[Rule]  # the module's own
+    _rule: ClassVar[Rule]  # what is computed: that, or a single rounding
+    _rounding: ClassVar[str]  # "module" or "once"
+    _pairs: ClassVar[frozenset[Pair]]  # of dtypes, proven
+    _ranks: ClassVar[frozenset[int]]
+    _keeps: ClassVar[bool]  # whether the class's output lies in memory as its input does
+    _ours: ClassVar[type[Direct] | None]  # whose forward serves it, where torch's class is its own
+
+    def _serve(self, x: Any) -> Tensor | None:
+        """The output by truenorm's kernels; None where the class's own forward is to run."""
+        if is_compiling() or type(x) is not Tensor or x.dim() not in self._ranks:
+            return None
+        rule, parameters = self._rule, self._parameters
+        # what is held is found without Module.__getattr__, which takes longer than a check
+        weight: Any = rule.weight
+        if weight is not None:
+            weight = parameters[weight] if weight in parameters else getattr(self, weight)
+        bias: Any = rule.bias
+        if bias is not None:
+            bias = parameters[bias] if bias in parameters else getattr(self, bias)
+        if (x.dtype, x.dtype if weight is None else weight.dtype) not in self._pairs:
+            return None
+        if torch.is_autocast_enabled(x.device.type) or exporting.wanted():
+            return None
+        channels = (x.shape[rule.axis],)
+        for each in (weight, bias):
+            if each is not None and (each.shape != channels or type(each) not in _PLAIN):
+                return None
+        layer: Any = self
+        ours = self._ours
+        if ours is not None and (not rule.after or x.numel() < _SMALL) and layer._direct:
+            y = layer._directly(x, None)
+            if y is not None:
+                return self._followed(y) if rule.after else y
+        eps = getattr(self, rule.eps) if isinstance(rule.eps, str) else rule.eps
+        if eps is None:
+            eps = torch.finfo(x.dtype if x.dtype.itemsize > 2 else torch.float32).eps
+        if not eps >= 0 or not x.numel() or not _has_kernel(x) or _is_watched(x, weight, bias):
+            return None
+        if ours is not None:
+            return self._finished(x)
+        y = self._placed(x, weight, bias, float(eps))
+        return self._followed(y) if rule.after and y is not None else y
+
+    def _followed(self, y: Tensor) -> Tensor:
+        """What comes after the norm, by the submodules' own forwards."""
+        for name in self._rule.after:
+            y = getattr(self, name)(y)
+        return y
+
+    def _placed(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor | None:
+        rule = self._rule
+        if rule.kind == "frozen":
+            mean, var = self.running_mean, self.running_var
+            return functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)  # type: ignore[arg-type]
+        if rule.kind == "group":
+            groups = getattr(self, rule.groups) if isinstance(rule.groups, str) else rule.groups
+            return functional.group_norm(x, groups, weight, bias, eps)  # type: ignore[arg-type]
+        if rule.axis == 1:
+            y = compute(x.movedim(1, -1), weight, bias, eps, rule).movedim(-1, 1)
+            return torch.empty_like(x, dtype=y.dtype).copy_(y) if self._keeps else y
+        if x.is_contiguous() or not self._keeps:
+            return compute(x.contiguous(), weight, bias, eps, rule)
+        if (orders := _in_order(x)) is None:
+            return None
+        return compute(x.permute(orders[0]), weight, bias, eps, rule).permute(orders[1])
+
+    def _finished(self, x: Tensor) -> Tensor:
+        """By the layer of truenorm's whose state this one has, with what comes after it."""
+        assert self._ours is not None
+        behind = [getattr(self, name) for name in self._rule.after]
+        acts = [each for each in behind if type(each) is not torch.nn.Identity]
+        if len(acts) == 1 and all(map(_bare, behind)):
+            act = _act_of(acts[0])
+            exact = x.dtype == torch.float32 or self._rounding == "once"
+            if act is not None and (act[2] or exact):
+                return self._ours.forward(self, x, _then=act[:2])  # type: ignore[arg-type]
+        return self._followed(self._ours.forward(self, x))  # type: ignore[arg-type]
+
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script compiles the class's own forward."""
+        plain = self.__new__(self._theirs)
+        vars(plain).update(vars(self))
+        return plain
+
+
+def forward_of(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A class's forward with truenorm's before it, which takes the calls of one plain tensor."""
+
+    @functools.wraps(own)
+    def forward(self: Ruled, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            y = self._serve(args[0])
+            if y is not None:
+                return y
+        return own(self, *args, **kwargs)
+
+    return forward
+
+
+def _has_kernel(x: Tensor) -> bool:
+    if x.is_cpu:
+        return NATIVE is not None
+    return x.is_cuda and not _triton.why_plain(x.device.index)
+
+
+def _is_watched(*tensors: Tensor | None) -> bool:
+    """Whether somebody records, transforms or recasts the operators of this call."""
+    x = tensors[0]
+    assert x is not None
+    return (
+        torch._C._len_torch_dispatch_stack() > 0 or route.standard() or route.transformed(*tensors)
+    )
