@@ -15,7 +15,9 @@ from torch.nn import Module
 import truenorm
 from truenorm import Rule
 from truenorm._models.rules import recognise as recognition
+from truenorm._models.rules import register
 from truenorm._models.rules.recognise import recognise
+from truenorm.nn import _ruled as ruled
 from truenorm.nn._ruled import Ruled
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -412,3 +414,73 @@ def test_register_norm_of_something_else() -> None:
         truenorm.register_norm("RMSNorm", Rule("rms"))
     with pytest.raises(TypeError, match=r"`read` \(='rms'\) must be a truenorm.Rule"):
         truenorm.register_norm(HandRMSNorm, "rms")  # type: ignore[arg-type]
+
+
+class FrozenBatchNorm2d(Module):
+    """detectron2's: torch's operator where no gradient is wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0)):
+            self.register_buffer(name, torch.full((SIZE,), value))
+        self.register_buffer("running_var", torch.ones(SIZE) - 1e-5)
+        self.eps = 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            stats = self.running_mean, self.running_var
+            return nn.functional.batch_norm(x, *stats, self.weight, self.bias, eps=self.eps)
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+
+
+def test_a_frozen_batch_norm_is_no_batch_norm() -> None:
+    theirs = drawn(FrozenBatchNorm2d())
+    ours = truenorm.convert(Holder(copy.deepcopy(theirs))).norm
+    assert isinstance(ours, Ruled)
+    # whoever moves or synchronizes running statistics looks for that class
+    assert not isinstance(ours, nn.modules.batchnorm._BatchNorm)
+    x = torch.randn(2, SIZE, 5, 3)
+    close(ours(x), theirs(x))
+
+
+class Point:
+    name = "somebody's"
+
+    def load(self) -> Any:
+        raise ImportError("not today")
+
+
+def test_an_entry_point_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(register, "_loaded", False)
+    monkeypatch.setattr(register, "entry_points", lambda group: [Point()])
+    monkeypatch.setattr(recognition, "_found", {})
+    with pytest.warns(RuntimeWarning, match="somebody's.* failed.*not today"):
+        model = truenorm.convert(Holder(HandRMSNorm()))
+    assert isinstance(model.norm, Ruled)
+    truenorm.convert(Holder(HandRMSNorm()))  # said once
+
+
+def test_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    point = Point()
+    monkeypatch.setattr(point, "load", lambda: lambda: called.append("here"), raising=False)
+    monkeypatch.setattr(register, "_loaded", False)
+    monkeypatch.setattr(register, "entry_points", lambda group: [point])
+    truenorm.convert(Holder(HandRMSNorm()))
+    truenorm.convert(Holder(HandRMSNorm()))
+    assert called == ["here"]
+
+
+def test_without_the_rule_the_kernels_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What truenorm computes is held against the class too, not only the formula."""
+    monkeypatch.setattr(recognition, "_found", {})
+    real = ruled._kernel
+    monkeypatch.setattr(ruled, "_kernel", lambda *args: real(*args) * (1 + 1e-4))
+    found = recognise(HandRMSNorm())
+    assert found is not None
+    assert found.kind is None
+    monkeypatch.setattr(recognition, "_found", {})
+    row = truenorm.survey(of(f"{HF}.llama.modeling_llama.LlamaRMSNorm", SIZE)).norms[0]
+    assert "truenorm's kernels differ" in row.reason or "not what" in row.reason

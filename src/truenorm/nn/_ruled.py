@@ -23,6 +23,7 @@ from ._base import Direct
 from ._options import Attribute
 
 _PLAIN = (Parameter, Tensor)
+_RMS, _LAYER = eager.rms(1), eager.layer(1)
 # below so many values an activation of its own costs less than the layer's long way
 _SMALL = 100_000
 
@@ -34,17 +35,12 @@ Pair = tuple[torch.dtype, torch.dtype]  # of the input, and of the weight
 
 def _kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
     """x̂ · weight + bias over the last dimension, in float32 and rounded once."""
-    rms = kind == "rms"
-    if bias is None or not rms:
-        form = eager.rms(1) if rms else eager.layer(1)
-        direct = eager.call(eager.OWN, x, weight, bias, (), form, eps)
-        if direct is not None:
-            return direct
-    shape = (x.shape[-1],)
-    if rms:
-        y = functional.rms_norm(x, shape, weight, eps)
+    if kind == "rms":
+        y = eager.call(eager.OWN, x, weight, None, (), _RMS, eps)
+        y = functional.rms_norm(x, (x.shape[-1],), weight, eps) if y is None else y
         return y if bias is None else y + bias
-    return functional.layer_norm(x, shape, weight, bias, eps)
+    y = eager.call(eager.OWN, x, weight, bias, (), _LAYER, eps)
+    return functional.layer_norm(x, (x.shape[-1],), weight, bias, eps) if y is None else y
 
 
 def scaled_by(weight: Tensor | None, rule: Rule) -> Tensor | None:
@@ -198,16 +194,16 @@ class Ruled(Module):
             return None
         if torch.is_autocast_enabled(x.device.type) or exporting.wanted():
             return None
-        channels = (x.shape[rule.axis],)
-        for each in (weight, bias):
-            if each is not None and (each.shape != channels or type(each) not in _PLAIN):
-                return None
         layer: Any = self
         ours = self._ours
         if ours is not None and (not rule.after or x.numel() < _SMALL) and layer._direct:
             y = layer._directly(x)
             if y is not None:
                 return self._followed(y) if rule.after else y
+        channels = (x.shape[rule.axis],)
+        for each in (weight, bias):
+            if each is not None and (each.shape != channels or type(each) not in _PLAIN):
+                return None
         eps = getattr(self, rule.eps) if isinstance(rule.eps, str) else rule.eps
         if eps is None:
             eps = torch.finfo(x.dtype if x.dtype.itemsize > 2 else torch.float32).eps
@@ -230,13 +226,18 @@ class Ruled(Module):
         rule = self._rule
         if rule.kind == "frozen":
             mean, var = self.running_mean, self.running_var
+            y = eager.call(eager.GIVEN, x, weight, bias, (mean, var), eager.FIXED, eps)
+            if y is not None:
+                return y
             return functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)  # type: ignore[arg-type]
         if rule.kind == "group":
             groups = getattr(self, rule.groups) if isinstance(rule.groups, str) else rule.groups
             return functional.group_norm(x, groups, weight, bias, eps)  # type: ignore[arg-type]
         if rule.axis == 1:
-            y = compute(x.movedim(1, -1), weight, bias, eps, rule).movedim(-1, 1)
-            return torch.empty_like(x, dtype=y.dtype).copy_(y) if self._keeps else y
+            last = x.movedim(1, -1)
+            if self._keeps and not last.is_contiguous():
+                return None  # two copies would take longer than what is saved
+            return compute(last, weight, bias, eps, rule).movedim(-1, 1)
         if x.is_contiguous() or not self._keeps:
             return compute(x.contiguous(), weight, bias, eps, rule)
         if (orders := _in_order(x)) is None:

@@ -191,7 +191,7 @@ def compared(subject: Subject, made: Module, x: Tensor, against: Module | None =
         if not y.requires_grad:
             return "its output has no gradient"
         grads.append(_gradients(y, tensors))
-    return apart(*outputs, bool(subject.rule.after)) or _gradients_apart(
+    return apart(outputs[0], outputs[1], bool(subject.rule.after)) or _gradients_apart(
         grads[0], grads[1], x.dtype
     )
 
@@ -262,6 +262,9 @@ def agrees(
         one, other = (trial.stand_in(subject.module, k, tensors) for k in (ours, theirs))
         for pair in (pair for pair in PAIRS if pair in proof.pairs):
             x = trial.inputs(shape, subject.rule, subject.eps or 1e-6, pair[0])
+            if subject.rule.axis == 1 and x.dim() == 4 and proof.keeps:
+                # the layout that truenorm serves where the output keeps it
+                x = x.contiguous(memory_format=torch.channels_last)
             for module in (one, other):
                 trial.cast(module, pair[1])
             # torch rounds the statistics of a half-precision BatchNorm, truenorm on purpose not
