@@ -319,6 +319,20 @@ def test_calls_that_the_class_serves_itself() -> None:
             ours(each)
 
 
+def test_compiled_exported_traced_and_scripted() -> None:
+    theirs = of(f"{HF}.llama.modeling_llama.LlamaRMSNorm", SIZE)
+    model = truenorm.convert(Holder(copy.deepcopy(theirs)))
+    x = torch.randn(5, SIZE)
+    expected = theirs(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected)
+    exported = torch.export.export(model, (x,))
+    assert torch.equal(exported.module()(x), expected)
+    assert not [n for n in exported.graph.nodes if "truenorm" in str(n.target)]
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
+    assert torch.equal(torch.func.functional_call(model, {}, (x,)), model(x))
+
+
 def test_weights_that_cannot_be_tried() -> None:
     for dtype in (torch.float64, torch.float8_e4m3fn):
         found = recognise(HandRMSNorm().to(dtype))

@@ -192,6 +192,8 @@ def recognise(module: Module) -> Found | None:
         return None
     try:
         candidates = _candidates(module, origin)
+        if candidates == [] and not looks_like_norm(module):
+            return None
         first, last = None, False
         tried = kind, _attributes(module), register.version(), _described(module)
         if (found := _found.get(tried)) is None:
