@@ -307,7 +307,8 @@ def test_calls_that_the_class_serves_itself() -> None:
     theirs = drawn(HandRMSNorm())
     ours = truenorm.convert(Holder(copy.deepcopy(theirs))).norm
     x = torch.randn(5, SIZE)
-    assert torch.equal(ours(hidden_states=x), theirs(x))
+    close(ours(hidden_states=x), theirs(x))
+    assert torch.equal(ours(hidden_states=x), ours(x))
     assert torch.equal(ours(x.double()), theirs(x.double()))
     with torch.autocast("cpu"):
         assert torch.equal(ours(x), theirs(x))
@@ -331,6 +332,22 @@ def test_compiled_exported_traced_and_scripted() -> None:
     assert not [n for n in exported.graph.nodes if "truenorm" in str(n.target)]
     assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
     assert torch.equal(torch.func.functional_call(model, {}, (x,)), model(x))
+
+
+def test_options_hold_where_the_class_would_serve_itself() -> None:
+    model = truenorm.convert(Holder(of("timm.layers.norm_act.BatchNormAct2d", SIZE)))
+    truenorm.freeze(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    x = torch.randn(2, SIZE, 5, 3)
+    model.train()
+    model(x)
+    with torch.autocast("cpu"):
+        model(x)
+    model.norm(x=x)
+    torch.compile(model, backend="eager")(x)
+    model.double()(x.double())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name].to(buffer.dtype)), name
 
 
 def test_weights_that_cannot_be_tried() -> None:

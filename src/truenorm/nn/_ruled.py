@@ -7,6 +7,7 @@ a tracer's, under autocast, of a dtype that was not proven) is the class's own f
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from .._core import activation, eager, exporting, route
 from .._core.library import NATIVE
 from .._core.rule import Rule
 from ._base import Direct
-from ._options import Attribute
+from ._options import STORE, Attribute
 
 _PLAIN = (Parameter, Tensor)
 _RMS, _LAYER = eager.rms(1), eager.layer(1)
@@ -180,6 +181,8 @@ class Ruled(Module):
 
     def _serve(self, x: Any) -> Tensor | None:
         """The output by truenorm's kernels; None where the class's own forward is to run."""
+        if STORE in vars(self) and self._ours is not None:
+            return self._finished(x)  # of frozen statistics or a process group it knows nothing
         if is_compiling() or type(x) is not Tensor or x.dim() not in self._ranks:
             return None
         rule, parameters = self._rule, self._parameters
@@ -266,10 +269,12 @@ class Ruled(Module):
 def forward_of(own: Callable[..., Any]) -> Callable[..., Any]:
     """A class's forward with truenorm's before it, which takes the calls of one plain tensor."""
 
+    named = list(inspect.signature(own).parameters)[1]
+
     @functools.wraps(own)
     def forward(self: Ruled, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs:
-            y = self._serve(args[0])
+        if len(args) + len(kwargs) == 1 and (args or named in kwargs):
+            y = self._serve(args[0] if args else kwargs[named])
             if y is not None:
                 return y
         return own(self, *args, **kwargs)
