@@ -15,7 +15,9 @@ from torch.nn import Module
 import truenorm
 from truenorm import Rule
 from truenorm._models.rules import recognise as recognition
+from truenorm._models.rules import register
 from truenorm._models.rules.recognise import recognise
+from truenorm.nn import _ruled as ruled
 from truenorm.nn._ruled import Ruled
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -305,7 +307,8 @@ def test_calls_that_the_class_serves_itself() -> None:
     theirs = drawn(HandRMSNorm())
     ours = truenorm.convert(Holder(copy.deepcopy(theirs))).norm
     x = torch.randn(5, SIZE)
-    assert torch.equal(ours(hidden_states=x), theirs(x))
+    close(ours(hidden_states=x), theirs(x))
+    assert torch.equal(ours(hidden_states=x), ours(x))
     assert torch.equal(ours(x.double()), theirs(x.double()))
     with torch.autocast("cpu"):
         assert torch.equal(ours(x), theirs(x))
@@ -315,6 +318,36 @@ def test_calls_that_the_class_serves_itself() -> None:
             theirs(each)
         with pytest.raises(type(before.value)):
             ours(each)
+
+
+def test_compiled_exported_traced_and_scripted() -> None:
+    theirs = of(f"{HF}.llama.modeling_llama.LlamaRMSNorm", SIZE)
+    model = truenorm.convert(Holder(copy.deepcopy(theirs)))
+    x = torch.randn(5, SIZE)
+    expected = theirs(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected)
+    exported = torch.export.export(model, (x,))
+    assert torch.equal(exported.module()(x), expected)
+    assert not [n for n in exported.graph.nodes if "truenorm" in str(n.target)]
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
+    assert torch.equal(torch.func.functional_call(model, {}, (x,)), model(x))
+
+
+def test_options_hold_where_the_class_would_serve_itself() -> None:
+    model = truenorm.convert(Holder(of("timm.layers.norm_act.BatchNormAct2d", SIZE)))
+    truenorm.freeze(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    x = torch.randn(2, SIZE, 5, 3)
+    model.train()
+    model(x)
+    with torch.autocast("cpu"):
+        model(x)
+    model.norm(x=x)
+    torch.compile(model, backend="eager")(x)
+    model.double()(x.double())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name].to(buffer.dtype)), name
 
 
 def test_weights_that_cannot_be_tried() -> None:
@@ -412,3 +445,73 @@ def test_register_norm_of_something_else() -> None:
         truenorm.register_norm("RMSNorm", Rule("rms"))
     with pytest.raises(TypeError, match=r"`read` \(='rms'\) must be a truenorm.Rule"):
         truenorm.register_norm(HandRMSNorm, "rms")  # type: ignore[arg-type]
+
+
+class FrozenBatchNorm2d(Module):
+    """detectron2's: torch's operator where no gradient is wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0)):
+            self.register_buffer(name, torch.full((SIZE,), value))
+        self.register_buffer("running_var", torch.ones(SIZE) - 1e-5)
+        self.eps = 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            stats = self.running_mean, self.running_var
+            return nn.functional.batch_norm(x, *stats, self.weight, self.bias, eps=self.eps)
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+
+
+def test_a_frozen_batch_norm_is_no_batch_norm() -> None:
+    theirs = drawn(FrozenBatchNorm2d())
+    ours = truenorm.convert(Holder(copy.deepcopy(theirs))).norm
+    assert isinstance(ours, Ruled)
+    # whoever moves or synchronizes running statistics looks for that class
+    assert not isinstance(ours, nn.modules.batchnorm._BatchNorm)
+    x = torch.randn(2, SIZE, 5, 3)
+    close(ours(x), theirs(x))
+
+
+class Point:
+    name = "somebody's"
+
+    def load(self) -> Any:
+        raise ImportError("not today")
+
+
+def test_an_entry_point_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(register, "_loaded", False)
+    monkeypatch.setattr(register, "entry_points", lambda group: [Point()])
+    monkeypatch.setattr(recognition, "_found", {})
+    with pytest.warns(RuntimeWarning, match="somebody's.* failed.*not today"):
+        model = truenorm.convert(Holder(HandRMSNorm()))
+    assert isinstance(model.norm, Ruled)
+    truenorm.convert(Holder(HandRMSNorm()))  # said once
+
+
+def test_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    point = Point()
+    monkeypatch.setattr(point, "load", lambda: lambda: called.append("here"), raising=False)
+    monkeypatch.setattr(register, "_loaded", False)
+    monkeypatch.setattr(register, "entry_points", lambda group: [point])
+    truenorm.convert(Holder(HandRMSNorm()))
+    truenorm.convert(Holder(HandRMSNorm()))
+    assert called == ["here"]
+
+
+def test_without_the_rule_the_kernels_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What truenorm computes is held against the class too, not only the formula."""
+    monkeypatch.setattr(recognition, "_found", {})
+    real = ruled._kernel
+    monkeypatch.setattr(ruled, "_kernel", lambda *args: real(*args) * (1 + 1e-4))
+    found = recognise(HandRMSNorm())
+    assert found is not None
+    assert found.kind is None
+    monkeypatch.setattr(recognition, "_found", {})
+    row = truenorm.survey(of(f"{HF}.llama.modeling_llama.LlamaRMSNorm", SIZE)).norms[0]
+    assert "truenorm's kernels differ" in row.reason or "not what" in row.reason

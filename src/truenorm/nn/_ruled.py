@@ -7,6 +7,7 @@ a tracer's, under autocast, of a dtype that was not proven) is the class's own f
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -22,11 +23,10 @@ from .._core.library import NATIVE
 from .._core.normalize import normalize
 from .._core.rule import Rule
 from ._base import Direct
-from ._options import Attribute
+from ._options import STORE, Attribute
 
 _PLAIN = (Parameter, Tensor)
-# below so many values an activation of its own costs less than the layer's long way
-_SMALL = 100_000
+_RMS, _LAYER = eager.rms(1), eager.layer(1)
 
 Pair = tuple[torch.dtype, torch.dtype]  # of the input, and of the weight
 
@@ -41,7 +41,7 @@ def _kernel(
 
     flags: ROUNDS for each step in x's dtype, ONE_PLUS for 1 + weight.
     """
-    form = (eager.rms(1) if kind == "rms" else eager.layer(1)) | flags
+    form = flags | (_RMS if kind == "rms" else _LAYER)
     direct = eager.call(eager.OWN, x, weight, bias, form, eps, (), None)
     if direct is not None:
         return direct
@@ -203,6 +203,8 @@ class Ruled(Module):
 
     def _serve(self, x: Any) -> Tensor | None:
         """The output by truenorm's kernels; None where the class's own forward is to run."""
+        if STORE in vars(self) and self._ours is not None:
+            return self._finished(x)  # of frozen statistics or a process group it knows nothing
         if is_compiling() or type(x) is not Tensor or x.dim() not in self._ranks:
             return None
         rule, parameters = self._rule, self._parameters
@@ -217,16 +219,16 @@ class Ruled(Module):
             return None
         if torch.is_autocast_enabled(x.device.type) or exporting.wanted():
             return None
+        layer: Any = self
+        ours = self._ours
+        if ours is not None and not rule.after and layer._direct:
+            y = layer._directly(x, None)
+            if y is not None:
+                return y  # type: ignore[no-any-return]
         channels = (x.shape[rule.axis],)
         for each in (weight, bias):
             if each is not None and (each.shape != channels or type(each) not in _PLAIN):
                 return None
-        layer: Any = self
-        ours = self._ours
-        if ours is not None and (not rule.after or x.numel() < _SMALL) and layer._direct:
-            y = layer._directly(x, None)
-            if y is not None:
-                return self._followed(y) if rule.after else y
         eps = getattr(self, rule.eps) if isinstance(rule.eps, str) else rule.eps
         if eps is None:
             eps = torch.finfo(x.dtype if x.dtype.itemsize > 2 else torch.float32).eps
@@ -254,8 +256,10 @@ class Ruled(Module):
             groups = getattr(self, rule.groups) if isinstance(rule.groups, str) else rule.groups
             return functional.group_norm(x, groups, weight, bias, eps)  # type: ignore[arg-type]
         if rule.axis == 1:
-            y = compute(x.movedim(1, -1), weight, bias, eps, rule).movedim(-1, 1)
-            return torch.empty_like(x, dtype=y.dtype).copy_(y) if self._keeps else y
+            last = x.movedim(1, -1)
+            if self._keeps and not last.is_contiguous():
+                return None  # two copies would take longer than what is saved
+            return compute(last, weight, bias, eps, rule).movedim(-1, 1)
         if x.is_contiguous() or not self._keeps:
             return compute(x.contiguous(), weight, bias, eps, rule)
         if (orders := _in_order(x)) is None:
@@ -284,10 +288,12 @@ class Ruled(Module):
 def forward_of(own: Callable[..., Any]) -> Callable[..., Any]:
     """A class's forward with truenorm's before it, which takes the calls of one plain tensor."""
 
+    named = list(inspect.signature(own).parameters)[1]
+
     @functools.wraps(own)
     def forward(self: Ruled, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs:
-            y = self._serve(args[0])
+        if len(args) + len(kwargs) == 1 and (args or named in kwargs):
+            y = self._serve(args[0] if args else kwargs[named])
             if y is not None:
                 return y
         return own(self, *args, **kwargs)

@@ -51,10 +51,14 @@ class Proof(NamedTuple):
     reason: str = ""
 
 
-def apart(actual: Tensor, expected: Tensor, steep: bool = False) -> str:
+def apart(
+    actual: Tensor, expected: Tensor, steep: bool = False, step: torch.dtype | None = None
+) -> str:
     """How two outputs differ by more than float32's rounding; "" where they do not.
 
     steep: an activation came after, whose result near its zeros has the units of what it took.
+    step: the dtype that x̂ is rounded to before the affine step: a tie there is decided by float32's
+        rounding.
     """
     if not isinstance(actual, Tensor):
         return f"its output is a {type(actual).__name__}"
@@ -64,16 +68,19 @@ def apart(actual: Tensor, expected: Tensor, steep: bool = False) -> str:
         return f"its output is {actual.dtype}, not {expected.dtype}"
     one, other = actual.detach().double(), expected.detach().double()
     error = (one - other).abs()
-    if actual.dtype not in _UNIT:
+    dtype = actual.dtype if step is None else step
+    if dtype not in _UNIT:
         scale = other.abs().amax().clamp(min=1.0)
         worst = float((error / scale).max())
         return "" if worst <= FLOAT32 else f"its output is off by {worst:.1e}"
-    unit, least = _UNIT[actual.dtype]
+    unit, least = _UNIT[dtype]
+    if step is not None:
+        unit *= 2  # x̂'s, and where its product is rounded too
     # where terms of the largest size cancel, float32's rounding of these is what is left
     least += FLOAT32 * float(other.abs().amax())
     size = torch.maximum(one.abs(), other.abs())
     if bool((error > unit * (size.clamp(min=4.0) if steep else size) + least).any()):
-        return "its output is off by more than one unit in the last place"
+        return f"its output is off by more than {2 if step else 1} unit(s) in the last place"
     share = float((error > 0).double().mean())
     return "" if share <= _SHARE else f"{share:.0%} of its output's values are rounded otherwise"
 
@@ -191,7 +198,9 @@ def compared(subject: Subject, made: Module, x: Tensor, against: Module | None =
         if not y.requires_grad:
             return "its output has no gradient"
         grads.append(_gradients(y, tensors))
-    return apart(outputs[0], outputs[1], bool(subject.rule.after)) or _gradients_apart(
+    rule = subject.rule
+    step = {"cast_first": x.dtype, "to_weight": outputs[0].dtype}.get(rule.rounding)
+    return apart(outputs[0], outputs[1], bool(rule.after), step) or _gradients_apart(
         grads[0], grads[1], x.dtype
     )
 
@@ -262,6 +271,9 @@ def agrees(
         one, other = (trial.stand_in(subject.module, k, tensors) for k in (ours, theirs))
         for pair in (pair for pair in PAIRS if pair in proof.pairs):
             x = trial.inputs(shape, subject.rule, subject.eps or 1e-6, pair[0])
+            if subject.rule.axis == 1 and x.dim() == 4 and proof.keeps:
+                # the layout that truenorm serves where the output keeps it
+                x = x.contiguous(memory_format=torch.channels_last)
             for module in (one, other):
                 trial.cast(module, pair[1])
             # torch rounds the statistics of a half-precision BatchNorm, truenorm on purpose not

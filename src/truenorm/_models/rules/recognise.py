@@ -99,6 +99,11 @@ def _tensors(module: Module, rule: Rule) -> dict[str, str] | str:
 
 def _by_formula(module: Module) -> Iterator[Rule]:
     """The known formulas that a module could have, by the names of what it holds."""
+    if "frozen" in type(module).__name__.lower() and "running_var" in module._buffers:
+        # detectron2's and its kin: buffers, or parameters that do not train
+        eps = next((n for n, v in vars(module).items() if n == "eps" and type(v) is float), 1e-5)
+        yield Rule("frozen", "steps", bias="bias", eps=eps, axis=1)
+        return
     params = {n: p for n, p in module._parameters.items() if p is not None}
     if len(params) > 2 or any(b is not None for b in module._buffers.values()):
         return
@@ -187,6 +192,8 @@ def recognise(module: Module) -> Found | None:
         return None
     try:
         candidates = _candidates(module, origin)
+        if candidates == [] and not looks_like_norm(module):
+            return None
         first, last = None, False
         tried = kind, _attributes(module), register.version(), _described(module)
         if (found := _found.get(tried)) is None:

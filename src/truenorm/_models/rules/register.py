@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -69,12 +70,14 @@ def _load() -> None:
         try:
             point.load()()
         except Exception as error:  # whatever somebody's package raises
-            warnings.warn(
-                f"the entry point {point.name!r} of {_GROUP} failed, and its norms are left as "
-                f"they are: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            # as an error it would be one of convert
+            with contextlib.suppress(RuntimeWarning):
+                warnings.warn(
+                    f"the entry point {point.name!r} of {_GROUP} failed, and its norms are left "
+                    f"as they are: {type(error).__name__}: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
 
 def read(module: Module, kind: Kind) -> Rule | None:

@@ -1,0 +1,162 @@
+"""Other libraries' norms: the class's own time over truenorm's, forward, then with the backward.
+
+    python tools/measure_rules.py [--rounds N] [WORD …]
+
+The two take turns in one process, on one thread; what is printed is the median of the pairs' ratios
+(above 1: truenorm is faster). Words pick the cases whose name has one of them; a library that is
+not installed is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+import truenorm
+
+F32, BF16 = torch.float32, torch.bfloat16
+Input = Callable[[torch.dtype], Tensor]
+
+
+class Case(NamedTuple):
+    name: str
+    make: Callable[[], Module]
+    input: Input
+    dtypes: tuple[torch.dtype, ...] = (F32, BF16)
+    training: bool = True
+
+
+def _of(path: str, *args: Any, **kwargs: Any) -> Callable[[], Module]:
+    """A class by its module and name, built."""
+    where, _, name = path.rpartition(".")
+    kind = getattr(importlib.import_module(where), name)
+    return lambda: kind(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _rows(*shape: int) -> Input:
+    return lambda dtype: torch.randn(shape).to(dtype)
+
+
+def _heads(dtype: torch.dtype) -> Tensor:
+    return torch.randn(2, 128, 8, 64).to(dtype).transpose(1, 2)
+
+
+def _last(*shape: int) -> Input:
+    return lambda dtype: torch.randn(shape).to(dtype, memory_format=torch.channels_last)
+
+
+def _transformers() -> Iterator[Case]:
+    models = "transformers.models."
+    wide, small = _rows(4, 64, 1024), _rows(2, 16, 64)
+    llama, gemma = "llama.modeling_llama.LlamaRMSNorm", "gemma.modeling_gemma.GemmaRMSNorm"
+    t5, cohere = "t5.modeling_t5.T5LayerNorm", "cohere.modeling_cohere.CohereLayerNorm"
+    for path in (llama, gemma, t5, cohere):
+        kind = path.rpartition(".")[2]
+        yield Case(f"{kind} (4, 64, 1024)", _of(models + path, 1024), wide)
+        yield Case(f"{kind} (2, 16, 64)", _of(models + path, 64), small)
+    yield Case("LlamaRMSNorm of heads, strided", _of(models + llama, 64), _heads)
+    deberta = _of(models + "deberta.modeling_deberta.DebertaLayerNorm", 768)
+    yield Case("DebertaLayerNorm (4, 64, 768)", deberta, _rows(4, 64, 768))
+    convnext = models + "convnext.modeling_convnext.ConvNextLayerNorm"
+    over = _of(convnext, 96, data_format="channels_first")
+    yield Case("ConvNextLayerNorm (2, 96, 56, 56)", over, _rows(2, 96, 56, 56))
+    yield Case("ConvNextLayerNorm channels_last", over, _last(2, 96, 56, 56))
+
+
+def _timm() -> Iterator[Case]:
+    layers = "timm.layers."
+    images, last = _rows(8, 64, 28, 28), _last(8, 64, 28, 28)
+    for training in (True, False):
+        mode = "training" if training else "evaluation"
+        for act in (torch.nn.ReLU, torch.nn.SiLU):
+            made = _of(layers + "BatchNormAct2d", 64, act_layer=act)
+            name = f"BatchNormAct2d {act.__name__} {mode}"
+            yield Case(f"{name} (8, 64, 28, 28)", made, images, training=training)
+            yield Case(f"{name} channels_last", made, last, training=training)
+    tokens = _rows(8, 197, 384)
+    yield Case("timm LayerNorm (8, 197, 384)", _of(layers + "LayerNorm", 384), tokens)
+    yield Case("timm LayerNorm (2, 16)", _of(layers + "LayerNorm", 16), _rows(2, 16))
+    yield Case("timm LayerNorm2d (8, 64, 28, 28)", _of(layers + "LayerNorm2d", 64), images)
+    yield Case("timm LayerNorm2d channels_last", _of(layers + "LayerNorm2d", 64), last)
+    yield Case("timm RmsNorm (8, 197, 384)", _of(layers + "RmsNorm", 384), tokens)
+    group = _of(layers + "GroupNormAct", 64, 32, act_layer=torch.nn.SiLU)
+    yield Case("GroupNormAct SiLU (8, 64, 28, 28)", group, images)
+    yield Case("GroupNorm1 (8, 64, 28, 28)", _of(layers + "GroupNorm1", 64), images)
+
+
+def _diffusers() -> Iterator[Case]:
+    module = "diffusers.models.normalization."
+    tokens = _rows(2, 256, 1152)
+    yield Case("diffusers RMSNorm", _of(module + "RMSNorm", 1152, 1e-6), tokens)
+    yield Case("diffusers FP32LayerNorm", _of(module + "FP32LayerNorm", 1152), tokens)
+
+
+def cases() -> Iterator[Case]:
+    for library in (_transformers, _timm, _diffusers):
+        try:
+            yield from library()
+        except ImportError as error:
+            print(f"{library.__name__.strip('_')} is left out: {error}")
+
+
+def _once(module: Module, x: Tensor, grad: Tensor | None) -> float:
+    begin = time.perf_counter()
+    y = module(x)
+    if grad is not None:
+        y.backward(grad)
+    return time.perf_counter() - begin
+
+
+def ratios(theirs: Module, ours: Module, x: Tensor, rounds: int) -> Iterator[float]:
+    """Their time over ours, forward, then with the backward."""
+    for backward in (False, True):
+        with torch.set_grad_enabled(backward):
+            x = x.detach().requires_grad_(backward)
+            grad = torch.randn_like(theirs(x)) if backward else None
+            # short calls in bursts, so that a pair is longer than the clock's grain
+            start = time.perf_counter()
+            for _ in range(3):
+                _once(theirs, x, grad)
+            times = max(1, int(3e-3 / max((time.perf_counter() - start) / 3, 1e-7)))
+            found = []
+            for _ in range(rounds):
+                pair = [sum(_once(m, x, grad) for _ in range(times)) for m in (theirs, ours)]
+                found.append(pair[0] / pair[1])
+            yield statistics.median(found[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("words", nargs="*")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    every: list[list[float]] = [[], []]
+    for case in cases():
+        if options.words and not any(word in case.name for word in options.words):
+            continue
+        for dtype in case.dtypes:
+            theirs = case.make().to(dtype).train(case.training)
+            ours = truenorm.convert(torch.nn.Sequential(copy.deepcopy(theirs)))[0]
+            swapped = "" if type(ours) is not type(theirs) else "  (not swapped)"
+            pair = list(ratios(theirs, ours, case.input(dtype), options.rounds))
+            for kept, ratio in zip(every, pair, strict=True):
+                kept.append(ratio)
+            said = ", ".join(f"{ratio:.2f}" for ratio in pair)
+            print(f"{case.name}, {str(dtype).removeprefix('torch.')}: {said}{swapped}", flush=True)
+    if every[0]:
+        means = ", ".join(f"{statistics.geometric_mean(kept):.2f}" for kept in every)
+        print(f"geometric mean: {means}")
+
+
+if __name__ == "__main__":
+    main()
