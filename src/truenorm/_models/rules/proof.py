@@ -56,7 +56,8 @@ def apart(
 ) -> str:
     """How two outputs differ by more than float32's rounding; "" where they do not.
 
-    steep: an activation came after, whose result near its zeros has the units of what it took.
+    steep: an activation or a sum came after, whose result near its zeros has the units of what it
+        took.
     step: the dtype that x̂ is rounded to before the affine step: a tie there is decided by float32's
         rounding.
     """
@@ -200,7 +201,9 @@ def compared(subject: Subject, made: Module, x: Tensor, against: Module | None =
         grads.append(_gradients(y, tensors))
     rule = subject.rule
     step = {"cast_first": x.dtype, "to_weight": outputs[0].dtype}.get(rule.rounding)
-    return apart(outputs[0], outputs[1], bool(rule.after), step) or _gradients_apart(
+    # where a rounded product and a bias cancel, the product's units are left too
+    steep = bool(rule.after) or (step is not None and rule.bias is not None)
+    return apart(outputs[0], outputs[1], steep, step) or _gradients_apart(
         grads[0], grads[1], x.dtype
     )
 
