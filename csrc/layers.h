@@ -105,11 +105,14 @@ struct Backward {
   const Valid* valid = nullptr;  // as in Forward
   const bool* rows = nullptr;
   bool rounds = false;
+  const double* rstds = nullptr;  // of each statistic, where they are made beforehand
 
   const T* norm_grad() const { return inner ? inner : grad; }
   ActInputs<T> inputs(int64_t offset) const { return ActInputs<T>{grad, x, residual}.from(offset); }
   bool skips(int64_t statistic) const { return rows && !rows[statistic / geometry.groups()]; }
-  double rstd(int64_t statistic) const { return inverse_std(var[statistic], eps); }
+  double rstd(int64_t statistic) const {
+    return rstds ? rstds[statistic] : inverse_std(var[statistic], eps);
+  }
   double weight_of(int64_t channel) const { return weight ? double(weight[channel]) : 1.0; }
   // whether grad_x takes the tensor's own sums
   bool by_sums() const { return grad_x && !fixed && !mean_grad; }

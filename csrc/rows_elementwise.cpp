@@ -70,17 +70,26 @@ class Columns {
       : b_(b),
         block_(std::max<int64_t>(64, ceil_div(b.geometry.n, 64))),
         blocks_(ceil_div(b.geometry.n, block_)),
-        mean_(scratch<double>(b.geometry.num_statistics())),
-        rstd_(scratch<double>(b.geometry.num_statistics())),
         weight_(scratch<double>(blocks_ * b.geometry.c)),
         bias_(scratch<double>(blocks_ * b.geometry.c)) {
     const Geometry& g = b.geometry;
+    if (g.groups() == 1) {
+      mean_ = b.mean;
+      rstd_ = b.rstds;
+      return;
+    }
+    const int64_t statistics = g.num_statistics();
+    by_group_ = scratch<double>(2 * statistics);
+    double* const mean = by_group_.get();
+    double* const rstd = mean + statistics;
     for (int64_t n = 0; n < g.n; ++n)
       for (int64_t k = 0; k < g.groups(); ++k) {
         // group by group, so that a column's statistics of neighbouring samples are neighbours
-        mean_[k * g.n + n] = b.mean[n * g.groups() + k];
-        rstd_[k * g.n + n] = b.rstd(n * g.groups() + k);
+        mean[k * g.n + n] = b.mean[n * g.groups() + k];
+        rstd[k * g.n + n] = b.rstd(n * g.groups() + k);
       }
+    mean_ = mean;
+    rstd_ = rstd;
   }
 
   int64_t blocks() const { return blocks_; }
@@ -101,8 +110,8 @@ class Columns {
     }
     over_valid(first(block), from, to, [&](int64_t n, int64_t samples) {
       b_.kernels.row_param_sums(b_.norm_grad() + n * g.c + column, b_.x + n * g.c + column, samples,
-                                end - begin, g.c, mean_.get() + group * g.n + n,
-                                rstd_.get() + group * g.n + n, bias, weight);
+                                end - begin, g.c, mean_ + group * g.n + n, rstd_ + group * g.n + n,
+                                bias, weight);
     });
   }
 
@@ -135,7 +144,8 @@ class Columns {
 
   const Backward<T>& b_;
   int64_t block_, blocks_;
-  std::unique_ptr<double[]> mean_, rstd_, weight_, bias_;
+  const double *mean_, *rstd_;
+  std::unique_ptr<double[]> by_group_, weight_, bias_;
 };
 
 // What each sample adds to them: its values are one to a channel.
@@ -154,9 +164,18 @@ void sums_of_samples(const Backward<T>& b, const Rows<T>& rows) {
 }  // namespace
 
 template <class T>
-void backward_elementwise(const Backward<T>& b) {
-  const Geometry& g = b.geometry;
+void backward_elementwise(const Backward<T>& given) {
+  const Geometry& g = given.geometry;
   const int64_t statistics = g.num_statistics(), len = g.channels_per_group();
+  // a row asks for it up to three times, and a root and a division side by side take less time
+  const auto rstds = scratch<double>(statistics);
+  constexpr int64_t kSome = 512;
+  parallel(ceil_div(statistics, kSome), kSome, [&](int64_t i) {
+    const int64_t end = std::min(statistics, (i + 1) * kSome);
+    for (int64_t at = i * kSome; at < end; ++at) rstds[at] = inverse_std(given.var[at], given.eps);
+  });
+  Backward<T> b = given;
+  b.rstds = rstds.get();
   const bool params = b.sums != nullptr;
   const Rows<T> rows(b);
   if (b.each_sample) return sums_of_samples(b, rows);

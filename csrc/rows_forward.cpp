@@ -18,13 +18,13 @@ void by_channel(int64_t s, int64_t begin, int64_t end, const Body& body) {
 }
 
 template <class T>
-void apply_group(const Forward<T>& f, int64_t statistic, int64_t begin, int64_t end) {
+void apply_group(const Forward<T>& f, int64_t statistic, double rstd, int64_t begin, int64_t end) {
   const Geometry& g = f.geometry;
   const int64_t per_group = g.channels_per_group();
   const int64_t first_channel = statistic % g.groups() * per_group;
   const int64_t offset = statistic * per_group * g.s;
   if (f.skips(statistic)) return fill_values(f.y + offset + begin, end - begin, f.padding);
-  const double mean = f.mean[statistic], rstd = f.rstd(statistic);
+  const double mean = f.mean[statistic];
   if (g.s == 1) {
     const RowAffine<T> row(mean, rstd, f.weight ? f.weight + first_channel + begin : nullptr,
                            f.bias ? f.bias + first_channel + begin : nullptr, f.rounds);
@@ -42,6 +42,8 @@ void apply_group(const Forward<T>& f, int64_t statistic, int64_t begin, int64_t 
   fence(f.stream);
 }
 
+constexpr int64_t kShort = 1024, kSome = 8;
+
 // Statistics of each sample's groups. A group that fits in cache is read from memory once.
 template <class T>
 void forward_groups(const Forward<T>& f) {
@@ -54,6 +56,19 @@ void forward_groups(const Forward<T>& f) {
     if (f.skips(i)) return Moments{};
     return f.kernels.moments(f.x + i * len + begin(p), 1, end(p) - begin(p), 0, g.centred);
   };
+  if (len <= kShort) {
+    // some at a time, for a root and a division after the other take longer than a short row
+    parallel(ceil_div(statistics, kSome), kSome * len, [&](int64_t task) {
+      const int64_t first = task * kSome, some = std::min(kSome, statistics - first);
+      if (!f.fixed)
+        for (int64_t i = first; i < first + some; ++i) f.set(i, of_piece(i, 0));
+      if (!f.y) return;
+      double rstds[kSome];
+      for (int64_t j = 0; j < some; ++j) rstds[j] = f.rstd(first + j);
+      for (int64_t j = some - 1; j >= 0; --j) apply_group(f, first + j, rstds[j], 0, len);
+    });
+    return;
+  }
   const bool in_cache = len * int64_t(sizeof(T)) <= kInCache;
   if (pieces == 1 || (in_cache && busy(statistics))) {
     parallel(statistics, len, [&](int64_t i) {
@@ -64,7 +79,7 @@ void forward_groups(const Forward<T>& f) {
       }
       if (!f.y) return;
       // the piece that was read last is still nearest
-      for (int64_t p = pieces - 1; p >= 0; --p) apply_group(f, i, begin(p), end(p));
+      for (int64_t p = pieces - 1; p >= 0; --p) apply_group(f, i, f.rstd(i), begin(p), end(p));
     });
     return;
   }
@@ -80,7 +95,7 @@ void forward_groups(const Forward<T>& f) {
   }
   if (!f.y) return;
   parallel<true>(statistics * pieces, kPiece, [&](int64_t i) {
-    apply_group(f, i / pieces, begin(i % pieces), end(i % pieces));
+    apply_group(f, i / pieces, f.rstd(i / pieces), begin(i % pieces), end(i % pieces));
   });
 }
 
