@@ -27,6 +27,8 @@ from ._options import STORE, Attribute
 
 _PLAIN = (Parameter, Tensor)
 _RMS, _LAYER = eager.rms(1), eager.layer(1)
+# values, of which a call's time is what calls cost
+_SMALL = 4096
 
 Pair = tuple[torch.dtype, torch.dtype]  # of the input, and of the weight
 
@@ -199,6 +201,7 @@ class Ruled(Module):
     _pairs: ClassVar[frozenset[Pair]]  # of dtypes, proven
     _ranks: ClassVar[frozenset[int]]
     _keeps: ClassVar[bool]  # whether the class's output lies in memory as its input does
+    _is_torchs: ClassVar[bool]  # whether the class's own forward is torch's layer_norm
     _ours: ClassVar[type[Direct] | None]  # whose forward serves it, where torch's class is its own
 
     def _serve(self, x: Any) -> Tensor | None:
@@ -218,6 +221,8 @@ class Ruled(Module):
         if (x.dtype, x.dtype if weight is None else weight.dtype) not in self._pairs:
             return None
         if torch.is_autocast_enabled(x.device.type) or exporting.wanted():
+            return None
+        if self._is_torchs and _is_faster_there(x, rule):
             return None
         layer: Any = self
         ours = self._ours
@@ -274,7 +279,8 @@ class Ruled(Module):
         if len(acts) == 1 and all(map(_bare, behind)):
             act = _act_of(acts[0])
             exact = x.dtype == torch.float32 or self._rounding == "once"
-            if act is not None and (act[2] or exact):
+            # torch's exponentials take less time, where no gradient is to pass through both
+            if act is not None and (act[2] or (exact and torch.is_grad_enabled())):
                 return self._ours.forward(self, x, _then=act[:2])  # type: ignore[arg-type]
         return self._followed(self._ours.forward(self, x))  # type: ignore[arg-type]
 
@@ -299,6 +305,11 @@ def forward_of(own: Callable[..., Any]) -> Callable[..., Any]:
         return own(self, *args, **kwargs)
 
     return forward
+
+
+def _is_faster_there(x: Tensor, rule: Rule) -> bool:
+    """Whether torch's layer_norm takes less time: docs/performance.md has the figures."""
+    return x.is_cpu and (x.numel() < _SMALL or (rule.axis == 1 and x.dtype == torch.float32))
 
 
 def _has_kernel(x: Tensor) -> bool:

@@ -84,6 +84,7 @@ def derived(theirs: Kind, rule: Rule, proof: Proof, rounding: str = "module") ->
         "_pairs": proof.pairs,
         "_ranks": proof.ranks,
         "_keeps": proof.keeps,
+        "_is_torchs": rule.kind == "layer" and issubclass(theirs, torch.nn.LayerNorm),
         "_ours": ours if base and issubclass(theirs, base) and _is_torchs(rule) else None,
         "_theirs": theirs,
         swap._PARTS: (ours or Ruled, theirs),
