@@ -1,0 +1,139 @@
+"""Training steps of transformers' models: the original's time over the converted one's.
+
+    python tools/measure_steps.py [--rounds N] [--threads N] [WORD …]
+
+The model as it is, converted, and with nothing in the place of its norms take turns in one process;
+what is printed is the median of the ratios, the share of the way to the step without norms, and how
+far the logits of the converted model are from the original's, beside how far these go when one
+embedding moves by one unit in the last place. Small models of real shapes, random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+import truenorm
+
+Step = Callable[[Module], Tensor]
+_TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+}
+
+
+def _of_text(config: str, model: str, **more: Any) -> tuple[Module, Step]:
+    import transformers
+
+    made = getattr(transformers, model)(getattr(transformers, config)(**_TEXT, **more))
+    tokens = torch.randint(0, 512, (4, 128), generator=torch.Generator().manual_seed(1))
+    return made, lambda m: m(input_ids=tokens).logits
+
+
+def _convnext() -> tuple[Module, Step]:
+    import transformers
+
+    config = transformers.ConvNextConfig(hidden_sizes=[48, 96, 192, 384], depths=[2, 2, 4, 2])
+    made = transformers.ConvNextForImageClassification(config)
+    pixels = torch.randn(4, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    return made, lambda m: m(pixel_values=pixels.to(next(m.parameters()).dtype)).logits
+
+
+MODELS: dict[str, Callable[[], tuple[Module, Step]]] = {
+    "Llama": lambda: _of_text("LlamaConfig", "LlamaForCausalLM"),
+    "Qwen3": lambda: _of_text("Qwen3Config", "Qwen3ForCausalLM", head_dim=64),
+    "Gemma": lambda: _of_text("GemmaConfig", "GemmaForCausalLM", head_dim=64),
+    "BERT": lambda: _of_text("BertConfig", "BertForMaskedLM"),
+    "ConvNeXt": _convnext,
+}
+
+
+def _without_norms(model: Module) -> Module:
+    """A copy whose norms give back their input."""
+    made = copy.deepcopy(model)
+    for row in truenorm.survey(made).norms:
+        path, _, name = row.name.rpartition(".")
+        setattr(made.get_submodule(path), name, torch.nn.Identity())
+    return made
+
+
+def _time(model: Module, step: Step) -> float:
+    start = time.perf_counter()
+    y = step(model)
+    y.float().square().mean().backward()
+    took = time.perf_counter() - start
+    for parameter in model.parameters():
+        parameter.grad = None
+    return took
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    one, other = one.double(), other.double()
+    return float((one - other).norm() / other.norm())
+
+
+def _nudged(model: Module, step: Step, logits: Tensor) -> float:
+    """How far the logits go when one weight moves by one unit in its last place."""
+    made = copy.deepcopy(model)
+    # the first behind the embedding
+    weight = [p for p in made.parameters() if p.dim() > 1][1].detach()
+    first = weight.view(-1)[:64]
+    first.copy_(torch.nextafter(first, torch.full_like(first, torch.inf)))
+    return _apart(step(made), logits)
+
+
+def measure(name: str, dtype: torch.dtype, rounds: int) -> None:
+    torch.manual_seed(0)
+    model, step = MODELS[name]()
+    model = model.to(dtype).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ours = truenorm.convert(copy.deepcopy(model))
+    bare = _without_norms(model)
+    with torch.no_grad():
+        logits = step(model)
+        apart, nudge = _apart(step(ours), logits), _nudged(model, step, logits)
+    for each in (model, ours, bare):
+        _time(each, step)
+    faster, ceiling = [], []
+    for _ in range(rounds):
+        took = [_time(each, step) for each in (model, ours, bare)]
+        faster.append(took[0] / took[1])
+        ceiling.append(took[0] / took[2])
+    ratio, most = statistics.median(faster), statistics.median(ceiling)
+    way = (1 - 1 / ratio) / (1 - 1 / most) if most > 1 else float("nan")
+    kind = str(dtype).removeprefix("torch.")
+    print(
+        f"{name}, {kind}: {ratio:.2f} times as fast, {most:.2f} without norms ({way:.2f} of the "
+        f"way); logits {apart:.1e} from the original's, a nudge moves these by {nudge:.1e}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("words", nargs="*", help="names of models")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for name in MODELS:
+        if not options.words or name in options.words:
+            for dtype in (torch.float32, torch.bfloat16):
+                measure(name, dtype, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
