@@ -103,14 +103,19 @@ def cast(module: Module, dtype: torch.dtype) -> Module:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Whatever a forward draws, records or asks of the surroundings: as if it were not run."""
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.device("cpu"),
-        torch.autocast("cpu", enabled=False),
-    ):
-        yield
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def inputs(shape: tuple[int, ...], rule: Rule, eps: float, dtype: torch.dtype) -> Tensor:
