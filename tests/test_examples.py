@@ -88,3 +88,14 @@ def test_tokens_digits() -> None:
     # roundings grow by the step
     assert abs(found["channel_axis=-1"][0] - loss) < 0.02
     assert min(right, found["channel_axis=-1"][1]) > 85.0
+
+
+def test_llama_text() -> None:
+    printed = output("llama_text", "--steps", "25")
+    assert "5 of them truenorm's" in printed
+    losses = re.findall(r"loss ([\d.]+) to ([\d.]+)", printed)
+    assert all(float(last) < 0.8 * float(first) for first, last in losses)
+    assert losses[0] == losses[1]
+    apart, nudged = re.search(r"most ([\d.e-]+) apart; by a last bit ([\d.e-]+)", printed).groups()
+    assert float(apart) < 10 * float(nudged) < 1e-2
+    assert "The data set contains" in printed
