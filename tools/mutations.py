@@ -286,7 +286,7 @@ MUTATIONS = [
         "kernel_elementwise.h",
         "vf y = rounded<T>(((x - by.hi) - by.lo) * by.rstd);",
         "vf y = ((x - by.hi) - by.lo) * by.rstd;",
-        "native",
+        "operator_of_the_dtype",
         tests=STEPS,
     ),
     Mutation(
@@ -294,7 +294,7 @@ MUTATIONS = [
         "call.cpp",
         "weight(c.weight, c.one_plus), bias(c.bias);\n    run(Backward",
         "weight(c.weight), bias(c.bias);\n    run(Backward",
-        "native",
+        "one_plus",
         tests=STEPS,
     ),
     Mutation(
