@@ -33,6 +33,9 @@ _TEXT = {
 }
 
 
+_KV = {"num_key_value_heads": 8}
+
+
 def _of_text(config: str, model: str, **more: Any) -> tuple[Module, Step]:
     import transformers
 
@@ -52,8 +55,8 @@ def _convnext() -> tuple[Module, Step]:
 
 MODELS: dict[str, Callable[[], tuple[Module, Step]]] = {
     "Llama": lambda: _of_text("LlamaConfig", "LlamaForCausalLM"),
-    "Qwen3": lambda: _of_text("Qwen3Config", "Qwen3ForCausalLM", head_dim=64),
-    "Gemma": lambda: _of_text("GemmaConfig", "GemmaForCausalLM", head_dim=64),
+    "Qwen3": lambda: _of_text("Qwen3Config", "Qwen3ForCausalLM", head_dim=64, **_KV),
+    "Gemma": lambda: _of_text("GemmaConfig", "GemmaForCausalLM", head_dim=64, **_KV),
     "BERT": lambda: _of_text("BertConfig", "BertForMaskedLM"),
     "ConvNeXt": _convnext,
 }
