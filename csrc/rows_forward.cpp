@@ -42,7 +42,8 @@ void apply_group(const Forward<T>& f, int64_t statistic, double rstd, int64_t be
   fence(f.stream);
 }
 
-constexpr int64_t kShort = 1024, kSome = 8;
+constexpr int64_t kSome = 8;
+constexpr int64_t kNear = int64_t{8} << 10;  // bytes that are still in L1 for the second pass
 
 // Statistics of each sample's groups. A group that fits in cache is read from memory once.
 template <class T>
@@ -56,7 +57,7 @@ void forward_groups(const Forward<T>& f) {
     if (f.skips(i)) return Moments{};
     return f.kernels.moments(f.x + i * len + begin(p), 1, end(p) - begin(p), 0, g.centred);
   };
-  if (len <= kShort) {
+  if (kSome * len * int64_t(sizeof(T)) <= kNear) {
     // some at a time, for a root and a division after the other take longer than a short row
     parallel(ceil_div(statistics, kSome), kSome * len, [&](int64_t task) {
       const int64_t first = task * kSome, some = std::min(kSome, statistics - first);
