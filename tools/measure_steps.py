@@ -4,8 +4,8 @@
 
 The model as it is, converted, and with nothing in the place of its norms take turns in one process;
 what is printed is the median of the ratios, the share of the way to the step without norms, and how
-far the logits of the converted model are from the original's, beside how far these go when one
-embedding moves by one unit in the last place. Small models of real shapes, random weights.
+far the logits of the converted model are from the original's, beside how far these go when 64
+weights move by one unit in the last place. Small models of real shapes, random weights.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _apart(one: Tensor, other: Tensor) -> float:
 
 
 def _nudged(model: Module, step: Step, logits: Tensor) -> float:
-    """How far the logits go when one weight moves by one unit in its last place."""
+    """How far the logits go when 64 weights move by one unit in the last place."""
     made = copy.deepcopy(model)
     # the first behind the embedding
     weight = [p for p in made.parameters() if p.dim() > 1][1].detach()
