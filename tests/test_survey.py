@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 import truenorm
+from truenorm._models.rules import recognise
 from truenorm._tools.cli import main
 
 
@@ -75,6 +78,47 @@ def test_a_layer_whose_instance_stands_in_the_way() -> None:
         truenorm.convert(model)
     assert type(model[2]) is HandRMSNorm
     assert isinstance(model[1], truenorm.LayerNorm)
+
+
+class SplitNorm(HandRMSNorm):
+    def __init__(self) -> None:
+        super().__init__(24)
+        self.act = torch.relu
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scaled(super().forward(x))
+
+    def scaled(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+
+def test_an_instance_that_holds_another_method_says_nothing_of_its_class() -> None:
+    changed, held, plain = SplitNorm(), SplitNorm(), SplitNorm()
+    vars(changed)["scaled"] = lambda y: 2 * y
+    ran = []
+    held.old = types.MethodType(lambda self, x: ran.append(1), held)  # type: ignore[assignment]
+    rows = truenorm.survey(torch.nn.Sequential(changed, held, plain)).norms
+    assert not rows[0].swappable
+    assert "'scaled' of its own" in rows[0].reason
+    assert [row.swappable for row in rows[1:]] == [True, True], rows
+    assert not ran
+    # and where it is the first of its class that is met
+    recognise._found.clear()
+    assert truenorm.survey(torch.nn.Sequential(changed, plain)).norms[1].swappable
+
+
+class ActingNorm(HandRMSNorm):
+    def __init__(self, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(24)
+        self.act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(super().forward(x))
+
+
+def test_a_function_held_is_told_from_another() -> None:
+    model = torch.nn.Sequential(ActingNorm(torch.detach_copy), ActingNorm(torch.clone))
+    assert [row.swappable for row in truenorm.survey(model).norms] == [False, True]
 
 
 def test_of_no_module() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from ..swap import Kind
 from . import register, swapping
 from .libraries import READERS
 from .proof import Subject, agrees, features_of, prove, takes_one_tensor
+from .trial import shadows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WEIGHTS = ("weight", "gamma", "scale", "g", "w")
@@ -53,7 +55,11 @@ def looks_like_norm(module: Module) -> bool:
 def _attributes(module: Module) -> tuple[Any, ...]:
     """What a class's forward may choose by; the number of features is one, whatever it is."""
     features = features_of(module)
-    held = ((n, _unsized(v, features)) for n, v in vars(module).items() if _is_told(n, v))
+    held = (
+        (n, _unsized(v, features))
+        for n, v in vars(module).items()
+        if _is_told(n, v) and not shadows(module, n)
+    )
     absent = (n for place in (module._parameters, module._buffers) for n in place)
     children = ((n, type(m)) for n, m in module._modules.items())
     return (*sorted(held, key=repr), *absent, *children)
@@ -62,7 +68,9 @@ def _attributes(module: Module) -> tuple[Any, ...]:
 def _is_told(name: str, value: Any) -> bool:
     if isinstance(value, (tuple, list, torch.Size)):
         return all(_is_told("", each) for each in value)
-    return name != "training" and isinstance(value, (bool, int, float, str, type(None)))
+    # functions too: an activation, say, held as an attribute
+    told = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
+    return name != "training" and isinstance(value, told)
 
 
 def _unsized(value: Any, features: int) -> Any:
@@ -170,8 +178,15 @@ def _try(module: Module, kind: Kind, rule: Rule) -> tuple[Found, bool]:
 
 
 def _serves(found: Found, module: Module) -> Found:
-    """Whether what is proven serves this module's own weights."""
-    if found.rule is None or found.kind is None or found.rule.weight is None:
+    """Whether what is proven serves this instance and its own weights."""
+    if found.rule is None or found.kind is None:
+        return found
+    for name in sorted(vars(module)):
+        # a forward is looked at where the class is changed: some only go on to the class's
+        if name != "forward" and hasattr(type(module), name) and shadows(module, name):
+            reason = f"it holds a {name!r} of its own, in the place of its class's"
+            return found._replace(kind=None, reason=reason)
+    if found.rule.weight is None:
         return found
     weight = getattr(module, found.rule.weight)
     pairs = found.kind._pairs  # type: ignore[attr-defined]

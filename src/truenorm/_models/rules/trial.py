@@ -25,13 +25,24 @@ class Unfit(Exception):
     """Why a module cannot be tried."""
 
 
+def shadows(module: Module, name: str) -> bool:
+    """Whether an instance holds something to be called in the place of what its class has.
+
+    The class is what is tried, and the same for all its instances; a bound method of the module
+    would run on the module itself.
+    """
+    value = vars(module)[name]
+    own = getattr(value, "__self__", None) is module or hasattr(type(module), name)
+    return callable(value) and own
+
+
 def _hookless(module: Module, kind: Kind) -> Module:
     """Another module of class `kind` and these attributes, without tensors and submodules."""
     made: Module = kind.__new__(kind)
     Module.__init__(made)
     held = vars(made)
     for name, value in vars(module).items():
-        if name in held and name != "training":
+        if (name in held and name != "training") or shadows(module, name):
             continue
         if isinstance(value, _CONTAINERS):
             value = copy.deepcopy(value)
