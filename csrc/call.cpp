@@ -31,14 +31,29 @@ bool needs_double(const Call& c) {
   return c.x.element_size() == 2 && (is_double(c.weight) || is_double(c.bias));
 }
 
-// Gradients of weight and bias: shaped like the channels of x, in weight's dtype, or where there is
-// none in the one that x is computed in. _core/operators.py states the same rule.
+// Whether the leading dimensions lie in memory as they are counted.
+bool in_order(const Geometry& g, int64_t feature_dims) {
+  int64_t next = g.c;
+  for (int64_t d = g.sizes.size() - feature_dims; d-- > 0;) {
+    if (g.sizes[d] != 1 && g.strides[d] != next) return false;
+    next *= g.sizes[d];
+  }
+  return true;
+}
+
+// Gradients of weight and bias: shaped like weight, or the channels of x, in weight's dtype, or
+// where there is none in the one that x is computed in. _core/operators.py states the same rule.
 ScalarType param_type_of(const Call& c) {
   if (c.weight) return c.weight->scalar_type();
   return c.x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 Tensor param_gradient(const Call& c, ScalarType type) {
   const Geometry& g = c.g;
+  if (c.by_part) {
+    const auto sizes = c.weight->sizes();
+    const Dims of_parts(sizes.begin(), sizes.end());
+    return empty_strided(of_parts, contiguous_strides(of_parts), type);
+  }
   const Dims sizes = c.axes.feature_dims > 0
                          ? Dims(g.sizes.end() - c.axes.feature_dims, g.sizes.end())
                          : Dims(&g.c, &g.c + 1);
@@ -48,13 +63,12 @@ Tensor param_gradient(const Call& c, ScalarType type) {
 const bool* flags(const Call& c) { return c.mask ? values<bool>(*c.mask) : nullptr; }
 const bool* rows_of(const Call& c) { return c.by_row() ? flags(c) : nullptr; }
 
-// In memory [N, S, C] batch statistics see the samples as one.
-std::optional<Valid> valid_of(const Call& c) {
-  const Geometry& g = c.g;
+// Of the samples from `first` on. In memory [N, S, C] batch statistics see them as one.
+std::optional<Valid> valid_of(const Call& c, const Geometry& g, int64_t first = 0) {
   if (!c.mask || c.by_row()) return std::nullopt;
   const bool channels = g.memory == Memory::channels, one = channels && g.over_batch();
-  return std::optional<Valid>(std::in_place, flags(c), one ? 1 : g.n, one ? g.n * g.s : g.s,
-                              channels);
+  return std::optional<Valid>(std::in_place, flags(c) + first * g.s, one ? 1 : g.n,
+                              one ? g.n * g.s : g.s, channels);
 }
 
 template <class T>
@@ -88,14 +102,84 @@ void run(const Backward<T>& b) {
     rows ? backward_rows(b) : backward_channels(b);
 }
 
+// body(part, its geometry, its mask) for every part: side by side where they are enough to keep all
+// threads busy, else one after the other.
+template <class Body>
+void by_part(const Call& c, const Body& body) {
+  const Geometry of = samples_of(c.g, c.g.n / c.parts);
+  const auto one = [&](int64_t k) {
+    const std::optional<Valid> valid = valid_of(c, of, k * of.n);
+    body(k, of, valid ? &*valid : nullptr);
+  };
+  if (busy(c.parts)) return parallel(c.parts, of.numel(), one);
+  for (int64_t k = 0; k < c.parts; ++k) one(k);
+}
+
+// Where the parts share statistics, these are there before the first y.
+template <class T>
+void run_parts(const Call& c, const Forward<T>& f) {
+  const bool fixed = f.fixed || f.geometry.over_batch();
+  if (fixed && !f.fixed) {
+    Forward<T> all = f;
+    all.y = nullptr;
+    run(all);
+  }
+  if (!f.y) return;
+  by_part(c, [&](int64_t k, const Geometry& of, const Valid* valid) {
+    Forward<T> part = f.part(k, of, valid);
+    part.fixed = fixed;
+    run(part);
+  });
+}
+
+// Where the parts share statistics, and so the means of their gradients, the sums come first.
+template <class T>
+void run_parts(const Call& c, const Backward<T>& b) {
+  const int64_t channels = b.geometry.c;
+  const auto each = [&](const Backward<T>& all) {
+    by_part(c, [&](int64_t k, const Geometry& of, const Valid* valid) {
+      run(all.part(k, of, valid, c.sums_of_part()));
+    });
+  };
+  if (!b.geometry.over_batch() || !b.by_sums()) return each(b);
+  Backward<T> summing = b, writing = b;
+  const auto own = scratch<GradSums>(b.sums ? 0 : c.parts * channels);
+  summing.sums = b.sums ? b.sums : own.get();
+  summing.grad_x = nullptr;
+  each(summing);
+  const auto means = scratch<double>(3 * channels);
+  double* const count = means.get() + 2 * channels;
+  count_into(c, count);
+  for (int64_t i = 0; i < channels; ++i) {
+    GradSums total;
+    for (int64_t at = i; at < c.parts * channels; at += channels) {
+      const double weight = b.weight_of(at);
+      total.add({weight * summing.sums[at].grad, weight * summing.sums[at].grad_x_hat});
+    }
+    const double values = std::max(count[i], 1.0);
+    means[i] = total.grad / values;
+    means[channels + i] = total.grad_x_hat / values;
+  }
+  writing.sums = nullptr;
+  writing.mean_grad = means.get();
+  writing.mean_grad_x_hat = means.get() + channels;
+  each(writing);
+}
+
+template <class Of>
+void run_call(const Call& c, const Of& of) {
+  c.parts > 1 ? run_parts(c, of) : run(of);
+}
+
 void forward_as(const Call& c, const Tensor& x, const Maybe& residual, const Tensor* y,
                 double* mean, double* var, bool fixed) {
-  const std::optional<Valid> valid = valid_of(c);
+  const std::optional<Valid> valid = valid_of(c, c.g);
   with_type(x, [&]<class T>(T) {
     const Values<compute_t<T>> weight(c.weight, c.one_plus), bias(c.bias);
-    run(Forward<T>{c.g, table<T>(kernels()), c.eps, values<T>(x), target<T>(y), weight.get(),
-                   bias.get(), mean, var, fixed, !valid && streams<T>(c.g), values<T>(residual),
-                   c.act, valid ? &*valid : nullptr, rows_of(c), element<T>(c.padding), c.rounds});
+    run_call(c, Forward<T>{c.g, table<T>(kernels()), c.eps, values<T>(x), target<T>(y),
+                           weight.get(), bias.get(), mean, var, fixed, !valid && streams<T>(c.g),
+                           values<T>(residual), c.act, valid ? &*valid : nullptr, rows_of(c),
+                           element<T>(c.padding), c.rounds});
   });
 }
 
@@ -110,7 +194,7 @@ Tensor inner_of(const Call& c, const Gradients& made, bool alone) {
 void backward_as(const Call& c, const double* mean, const double* var, const Maybe& grad_x,
                  const Maybe& inner, GradSums* sums, bool each_sample) {
   const Geometry& g = c.g;
-  const std::optional<Valid> valid = valid_of(c);
+  const std::optional<Valid> valid = valid_of(c, g);
   const Tensor x = laid_out(c.x, g), grad = laid_out_like(c.x, *c.grad, g);
   Maybe residual;
   if (c.residual) residual = laid_out(*c.residual, g);
@@ -118,28 +202,28 @@ void backward_as(const Call& c, const double* mean, const double* var, const May
   const double* const of_x_hat = means.get();
   with_type(x, [&]<class T>(T) {
     const Values<compute_t<T>> weight(c.weight, c.one_plus), bias(c.bias);
-    run(Backward<T>{g,
-                    table<T>(kernels()),
-                    c.eps,
-                    values<T>(grad),
-                    values<T>(x),
-                    target<T>(given(grad_x)),
-                    weight.get(),
-                    mean,
-                    var,
-                    c.constant,
-                    streams<T>(g),
-                    sums,
-                    each_sample,
-                    of_x_hat ? of_x_hat + g.num_statistics() : nullptr,
-                    of_x_hat,
-                    target<T>(given(inner)),
-                    bias.get(),
-                    values<T>(residual),
-                    c.act,
-                    valid ? &*valid : nullptr,
-                    rows_of(c),
-                    c.rounds});
+    run_call(c, Backward<T>{g,
+                            table<T>(kernels()),
+                            c.eps,
+                            values<T>(grad),
+                            values<T>(x),
+                            target<T>(given(grad_x)),
+                            weight.get(),
+                            mean,
+                            var,
+                            c.constant,
+                            streams<T>(g),
+                            sums,
+                            each_sample,
+                            of_x_hat ? of_x_hat + g.num_statistics() : nullptr,
+                            of_x_hat,
+                            target<T>(given(inner)),
+                            bias.get(),
+                            values<T>(residual),
+                            c.act,
+                            valid ? &*valid : nullptr,
+                            rows_of(c),
+                            c.rounds});
   });
 }
 
@@ -154,8 +238,18 @@ const Call& Call::read(bool of_values, bool over) {
   if (mean || var) check::given(mean, var);
   if (mean) check::statistic("mean", *mean, x, g);
   if (var) check::statistic("var", *var, x, g);
-  check::parameter("weight", weight, x, g, axes.feature_dims);
-  check::parameter("bias", bias, x, g, axes.feature_dims);
+  by_part = weight && weight->dim() == std::max<int64_t>(axes.feature_dims, 1) + 1;
+  check::parameter("weight", weight, x, g, axes.feature_dims, by_part);
+  check::parameter("bias", bias, x, g, axes.feature_dims, by_part);
+  if (by_part) {
+    parts = std::max<int64_t>(weight->size(0), 1);
+    check::as_many_parts(parts, bias);
+    // the parts follow one another
+    if (axes.feature_dims > 0 && !in_order(g, axes.feature_dims)) {
+      g.dense = false;
+      g.strides = contiguous_strides(g.sizes);
+    }
+  }
   check::needs(needs, 31);
   check::activation(int64_t(act.kind));
   check::residual(residual, x, g);
@@ -243,21 +337,22 @@ void backward_into(const Call& c, const double* mean, const double* var, const G
   if (c.acts()) inner = inner_of(c, made, alone);
   const bool params = made.weight || made.bias;
   // by element the drivers add the samples up themselves
-  const int64_t samples = g.over_batch() || g.s == 1 ? 1 : g.n;
+  const int64_t of_part = c.sums_of_part(), samples = of_part / g.c, count = c.parts * g.c;
   Room<GradSums> room;
-  GradSums* const sums = params ? room.of(samples * g.c) : nullptr;
+  GradSums* const sums = params ? room.of(c.parts * of_part) : nullptr;
   backward_as(c, mean, var, alone ? Maybe() : made.x, inner, sums, false);
   if (!params) return;
   Room<double> totals;
-  double* const of_weight = totals.of(2 * g.c);
-  parallel(g.c, samples, [&](int64_t k) {
+  double* const of_weight = totals.of(2 * count);
+  parallel(count, samples, [&](int64_t k) {
+    const GradSums* const from = sums + k / g.c * of_part + k % g.c;
     GradSums total;
-    for (int64_t n = 0; n < samples; ++n) total.add(sums[n * g.c + k]);
+    for (int64_t n = 0; n < samples; ++n) total.add(from[n * g.c]);
     of_weight[k] = total.grad_x_hat;
-    of_weight[g.c + k] = total.grad;
+    of_weight[count + k] = total.grad;
   });
   if (made.weight) store(of_weight, *made.weight);
-  if (made.bias) store(of_weight + g.c, *made.bias);
+  if (made.bias) store(of_weight + count, *made.bias);
 }
 
 Tensor gradient_sums(const Call& c, const double* mean, const double* var) {

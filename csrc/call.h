@@ -71,13 +71,20 @@ struct Call {
   bool rounds = false;    // each step of the affine one to x's dtype: see RowAffine
   bool one_plus = false;  // 1 + weight is what is meant
 
-  Geometry g = {};  // made by read()
+  // made by read()
+  Geometry g = {};
+  // A weight with one more dimension, and a bias beside it, has a row for each of so many parts of
+  // the samples, which follow one another.
+  bool by_part = false;
+  int64_t parts = 1;
 
   // Looks at every argument before a byte of any is read: in this order, whatever the operator.
   // of_values: whether an empty x has no result; over: x is written to.
   const Call& read(bool of_values = false, bool over = false);
 
   bool acts() const { return residual || act.kind != Act::none || (needs & kResidual); }
+  // of the sums that weight and bias take of a part: its channels', of each sample where they are
+  int64_t sums_of_part() const { return g.over_batch() || g.s == 1 ? g.c : g.n / parts * g.c; }
   // a sample is one row, which counts or does not
   bool by_row() const { return g.s == 1 && !g.over_batch(); }
 };

@@ -187,16 +187,12 @@ void grad_rows(const Backward<T>& b, int64_t offset, int64_t rows, int64_t len,
     b.kernels.grad_apply_each(grads, b.x + offset, b.grad_x + offset, rows, len, by, b.stream);
 }
 
-// A sample whose values are read twice from cache is one task, if there are enough of them: then
-// `one_sample` is its geometry. Its pieces are the same, and so are the bits.
+// A sample whose values are read twice from cache is one task, if there are enough of them. Its
+// pieces are the same, and so are the bits.
 template <class T>
 bool by_sample(const Geometry& g, int64_t tensors) {
   return !g.over_batch() && g.n > 1 && busy(g.n) &&
          tensors * g.c * g.s * int64_t(sizeof(T)) <= kInCache;
-}
-
-inline Geometry one_sample(const Geometry& g) {
-  return {1, g.c, g.s, g.memory, {}, {}, true, g.num_groups, g.centred};
 }
 
 }  // namespace truenorm

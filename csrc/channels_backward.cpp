@@ -80,7 +80,7 @@ void channel_sums(const Backward<T>& b, const Cut& cut, const Inner<T>& inner, G
 template <class T>
 void backward_samples(const Backward<T>& b) {
   const Geometry& g = b.geometry;
-  const Geometry one = one_sample(g);
+  const Geometry one = samples_of(g, 1);
   parallel(g.n, 2 * g.c * g.s, [&](int64_t n) {
     const int64_t values = n * g.c * g.s, statistics = n * g.groups();
     backward_channels(Backward<T>{one, b.kernels, b.eps, b.grad + values, b.x + values,

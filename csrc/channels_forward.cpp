@@ -55,7 +55,7 @@ void statistics(const Forward<T>& f, const Cut& cut) {
 template <class T>
 void forward_samples(const Forward<T>& f) {
   const Geometry& g = f.geometry;
-  const Geometry one = one_sample(g);
+  const Geometry one = samples_of(g, 1);
   parallel(g.n, g.c * g.s, [&](int64_t n) {
     const int64_t values = n * g.c * g.s, statistics = n * g.groups();
     forward_channels(Forward<T>{one, f.kernels, f.eps, f.x + values, f.y ? f.y + values : nullptr,

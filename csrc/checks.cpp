@@ -95,13 +95,20 @@ void wrong_input(const Tensor& x, const Axes& axes) {
        of_x, ": pass a divisor of ", channels);
 }
 
-void wrong_parameter(const char* name, const Tensor& given, const Tensor& x, int64_t feature_dims) {
+void wrong_parameter(const char* name, const Tensor& given, const Tensor& x, int64_t feature_dims,
+                     bool by_part) {
   const auto sizes = x.sizes();
   const int64_t* const end = sizes.data() + sizes.size();
   const Dims wanted =
       feature_dims > 0 ? Dims(end - feature_dims, end) : Dims(sizes.data() + 1, sizes.data() + 2);
   fail(named(name), " must have shape ", tuple_of(wanted), ", one value per channel of `x` of ",
-       shape(x), ", but got ", shape(given), ": pass one of that shape, or None");
+       shape(x), ", but got ", shape(given), ": pass one of that shape, or None",
+       by_part ? ", or as many rows of it as divide the samples, for weight and bias alike" : "");
+}
+
+void wrong_parts(const Tensor& bias, int64_t parts) {
+  fail("`bias` must have as many rows as `weight`, ", parts, ", but got ", shape(bias),
+       ": pass one for each");
 }
 
 void wrong_statistic(const char* name, const Tensor& given, const Tensor& x, int64_t count) {

@@ -26,7 +26,8 @@ using torch::stable::Tensor;
 [[noreturn]] void wrong_dtype(const char* name, const Tensor& given);
 [[noreturn]] void wrong_input(const Tensor& x, const Axes& axes);
 [[noreturn]] void wrong_parameter(const char* name, const Tensor& given, const Tensor& x,
-                                  int64_t feature_dims);
+                                  int64_t feature_dims, bool by_part);
+[[noreturn]] void wrong_parts(const Tensor& bias, int64_t parts);
 [[noreturn]] void wrong_statistic(const char* name, const Tensor& given, const Tensor& x,
                                   int64_t count);
 [[noreturn]] void wrong_gradient(const Tensor& given, const Tensor& x);
@@ -85,18 +86,23 @@ inline void has_values(const char* name, const Tensor& x, const Geometry& g) {
   if (g.numel() == 0) no_values(name, x);
 }
 
-// A weight or bias: shaped like the channels.
+// A weight or bias: shaped like the channels, with one dimension before these if it is `by_part`.
 inline void parameter(const char* name, const Tensor* p, const Tensor& x, const Geometry& g,
-                      int64_t feature_dims) {
+                      int64_t feature_dims, bool by_part) {
   if (!p) return;
   dtype(name, *p);
   const auto sizes = p->sizes();
-  const bool in_order =
-      feature_dims == 0 ? sizes.size() == 1 && sizes[0] == g.c
-                        : int64_t(sizes.size()) == feature_dims &&
-                              std::equal(sizes.begin(), sizes.end(), g.sizes.end() - feature_dims);
-  if (!in_order) wrong_parameter(name, *p, x, feature_dims);
+  const int64_t dims = std::max<int64_t>(feature_dims, 1), first = int64_t(by_part);
+  const int64_t* const channels = feature_dims == 0 ? &g.c : g.sizes.end() - feature_dims;
+  const bool in_order = int64_t(sizes.size()) == dims + first &&
+                        std::equal(sizes.begin() + first, sizes.end(), channels) &&
+                        (!by_part || (sizes[0] > 0 ? g.n % sizes[0] == 0 : g.n == 0));
+  if (!in_order) wrong_parameter(name, *p, x, feature_dims, by_part);
   memory(name, *p);
+}
+
+inline void as_many_parts(int64_t parts, const Tensor* bias) {
+  if (bias && std::max<int64_t>(bias->size(0), 1) != parts) wrong_parts(*bias, parts);
 }
 
 // One value per statistic, or where x is a part of a batch, per channel.

@@ -64,6 +64,11 @@ struct Geometry {
   int64_t values_per_statistic() const { return over_batch() ? n * s : channels_per_group() * s; }
 };
 
+// The same of some of the samples, which lie side by side.
+inline Geometry samples_of(const Geometry& g, int64_t samples) {
+  return {samples, g.c, g.s, g.memory, {}, {}, true, g.num_groups, g.centred};
+}
+
 // Dense as it is, or the layout that one copy must bring it to; geometry.kept_strides states the
 // rule.
 Geometry geometry(const int64_t* sizes, const int64_t* strides, int64_t dim, const Axes& axes);

@@ -40,6 +40,11 @@ inline double inverse_std(double var, double eps) { return 1.0 / std::sqrt(var +
 
 class Valid;  // masked.h
 
+template <class P>
+P* past(P* p, int64_t by) {
+  return p ? p + by : nullptr;
+}
+
 // y = select(mask, act(norm(x) · weight + bias + residual), padding) of a whole tensor.
 template <class T>
 struct Forward {
@@ -68,6 +73,28 @@ struct Forward {
     return ActInputs<T>{nullptr, x, residual}.from(offset);
   }
   double rstd(int64_t statistic) const { return inverse_std(var[statistic], eps); }
+  // Part `k` of the samples, which has parameters of its own; of: its geometry.
+  Forward part(int64_t k, const Geometry& of, const Valid* counts) const {
+    const int64_t sample = k * of.n, value = sample * of.c * of.s;
+    const int64_t statistic = of.over_batch() ? 0 : sample * of.groups();
+    return {of,
+            kernels,
+            eps,
+            x + value,
+            past(y, value),
+            past(weight, k * of.c),
+            past(bias, k * of.c),
+            mean + statistic,
+            var + statistic,
+            fixed,
+            stream,
+            past(residual, value),
+            act,
+            counts,
+            past(rows, sample),
+            padding,
+            rounds};
+  }
   void set(int64_t statistic, const Moments& m) const {
     mean[statistic] = geometry.centred ? m.mean : 0.0;
     const double of_mean = geometry.centred ? 0.0 : m.count * m.mean * m.mean;
@@ -107,6 +134,33 @@ struct Backward {
   bool rounds = false;
   const double* rstds = nullptr;  // of each statistic, where they are made beforehand
 
+  // as of Forward; of_part: sums of a part
+  Backward part(int64_t k, const Geometry& of, const Valid* counts, int64_t of_part) const {
+    const int64_t sample = k * of.n, value = sample * of.c * of.s;
+    const int64_t statistic = of.over_batch() ? 0 : sample * of.groups();
+    return {of,
+            kernels,
+            eps,
+            grad + value,
+            x + value,
+            past(grad_x, value),
+            past(weight, k * of.c),
+            mean + statistic,
+            var + statistic,
+            fixed,
+            stream,
+            past(sums, k * of_part),
+            each_sample,
+            past(mean_grad, statistic),
+            past(mean_grad_x_hat, statistic),
+            past(inner, value),
+            past(bias, k * of.c),
+            past(residual, value),
+            act,
+            counts,
+            past(rows, sample),
+            rounds};
+  }
   const T* norm_grad() const { return inner ? inner : grad; }
   ActInputs<T> inputs(int64_t offset) const { return ActInputs<T>{grad, x, residual}.from(offset); }
   bool skips(int64_t statistic) const { return rows && !rows[statistic / geometry.groups()]; }

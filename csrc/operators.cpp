@@ -122,6 +122,7 @@ Tensor sums_of(const Tensor& grad, const Tensor& x, const Tensor& record, Maybe 
       backward_call(grad, x, record, weight, bias, mask, residual, nullptr, form, eps, parameter);
   if (form.feature_dims() > 0)
     check::wrong_form(bits, "has `feature_dims`, whose statistics lie in one process: pass 0");
+  if (call.by_part) check::wrong_parameter("weight", *call.weight, x, 0, false);
   const double* const mean = doubles(record);
   return gradient_sums(call, mean, mean + call.g.num_statistics());
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._core import checks, eager, geometry, masks, recomputed
+from ._core import checks, eager, geometry, masks, modulation, recomputed
 from ._core.call import CONSTANT, UNCENTRED, Call, Form, Running
 from ._core.geometry import RMS_EPS
 from ._core.normalize import local_response_norm as _response
@@ -45,6 +45,8 @@ def batch_norm(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     padding_value: float = 0.0,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Normalize each channel by its mean and variance over the whole batch.
 
@@ -55,7 +57,8 @@ def batch_norm(
     running = (1 − momentum) · running + momentum · observed. The biased variance normalizes, the
     unbiased one is stored. Without `training` the running statistics are used.
 
-    `mask`, `lengths` and `padding_value`, by name: which values count, as in the layers.
+    `mask`, `lengths` and `padding_value`, by name: which values count; `scale` and `shift`: y times
+    1 + scale, and shift added to that; both as in the layers.
 
     Shapes: input (N, C, *); running_mean, running_var, weight, bias (C,); output like input, in its
     memory format.
@@ -66,7 +69,7 @@ def batch_norm(
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
-    more = _more(mask, lengths, padding_value)
+    more = _more(mask, lengths, padding_value, scale, shift)
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return handle_torch_function(
             batch_norm,
@@ -91,7 +94,7 @@ def batch_norm(
             return y
     running = _running(running_mean, running_var, momentum)
     args = input, running_mean, running_var, weight, bias, training, eps
-    call = batch_call(*args, one_value=bool(more))
+    call = batch_call(*args, one_value=_masks(more))
     return _made(call, running if training else None, more)
 
 
@@ -179,6 +182,8 @@ def instance_norm(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     padding_value: float = 0.0,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Normalize each channel of each sample by its own mean and variance over the positions.
 
@@ -188,7 +193,8 @@ def instance_norm(
     move in place towards their average over the batch (unbiased variance); without it the running
     statistics are used.
 
-    `mask`, `lengths` and `padding_value`, by name: which values count, as in the layers.
+    `mask`, `lengths` and `padding_value`, by name: which values count; `scale` and `shift`: y times
+    1 + scale, and shift added to that; both as in the layers.
 
     Shapes: input (N, C, *positions); running_mean, running_var, weight, bias (C,); output like
     input, in its memory format.
@@ -199,7 +205,7 @@ def instance_norm(
 
     Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022.
     """
-    more = _more(mask, lengths, padding_value)
+    more = _more(mask, lengths, padding_value, scale, shift)
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return handle_torch_function(
             instance_norm,
@@ -221,7 +227,7 @@ def instance_norm(
             return y
     running = _running(running_mean, running_var, momentum)
     args = input, running_mean, running_var, weight, bias, use_input_stats, eps
-    call = instance_call(*args, one_value=bool(more))
+    call = instance_call(*args, one_value=_masks(more))
     return _made(call, running if use_input_stats else None, more)
 
 
@@ -263,13 +269,16 @@ def group_norm(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     padding_value: float = 0.0,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Normalize each group of channels of each sample by its own mean and variance.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias, over the C / num_groups channels of a group
     and all positions. The same in training and evaluation.
 
-    `mask`, `lengths` and `padding_value`, by name: which values count, as in the layers.
+    `mask`, `lengths` and `padding_value`, by name: which values count; `scale` and `shift`: y times
+    1 + scale, and shift added to that; both as in the layers.
 
     Shapes: input (N, C, *); weight, bias (C,); output like input, in its memory format.
 
@@ -279,7 +288,7 @@ def group_norm(
 
     Source: Wu and He 2018, https://arxiv.org/abs/1803.08494.
     """
-    more = _more(mask, lengths, padding_value)
+    more = _more(mask, lengths, padding_value, scale, shift)
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(
             group_norm,
@@ -295,7 +304,7 @@ def group_norm(
         y = _shortly(input, weight, bias, eager.group(num_groups), eps)
         if y is not None:
             return y
-    call = group_call(input, num_groups, weight, bias, eps, one_value=bool(more))
+    call = group_call(input, num_groups, weight, bias, eps, one_value=_masks(more))
     return _made(call, None, more)
 
 
@@ -321,13 +330,21 @@ def group_call(
     return Call(input, weight, bias, Form(geometry.group(num_groups), eps))
 
 
-def _more(mask: Tensor | None, lengths: Tensor | None, padding_value: float) -> dict[str, Any]:
-    """What a call is given beyond torch's arguments; nothing where nothing is masked."""
+def _more(
+    mask: Tensor | None, lengths: Tensor | None, padding_value: float, scale: Any, shift: Any
+) -> dict[str, Any]:
+    """What a call is given beyond torch's arguments; nothing where it has none of it."""
     if mask is None and lengths is None:
         if type(padding_value) is not float:
             checks.check_padding_value(padding_value)
-        return {}
-    return {"mask": mask, "lengths": lengths, "padding_value": padding_value}
+        if scale is None and shift is None:
+            return {}
+    masked = {"mask": mask, "lengths": lengths, "padding_value": padding_value}
+    return {**masked, "scale": scale, "shift": shift}
+
+
+def _masks(more: dict[str, Any]) -> bool:
+    return bool(more) and (more["mask"] is not None or more["lengths"] is not None)
 
 
 def _shortly(
@@ -370,10 +387,22 @@ def _made(call: Call, running: Running | None, more: dict[str, Any]) -> Tensor:
     """By the statistics of what is valid, or by those that are given."""
     call = call._replace(running=running)
     if more:
-        mask = masks.mask_of(call.x, 1, **more)
+        masked = more["mask"], more["lengths"], more["padding_value"]
+        mask = masks.mask_of(call.x, 1, *masked)
         form = call.form._replace(padding=more["padding_value"])
-        return normalize(call._replace(mask=mask, form=form))
+        call = call._replace(mask=mask, form=form)
+        return normalize(modulated(call, more["scale"], more["shift"]))
     return normalize(call)
+
+
+def modulated(call: Call, scale: Any, shift: Any) -> Call:
+    """The call with y · (1 + scale) + shift in the place of y."""
+    x, features = call.x, call.form.axes.feature_dims
+    scale, shift = (
+        modulation.arranged(name, t, x, features)
+        for name, t in (("scale", scale), ("shift", shift))
+    )
+    return call._replace(scale=scale, shift=shift)
 
 
 def layer_norm(
@@ -382,11 +411,15 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Normalize over the trailing dimensions named by `normalized_shape`.
 
     y = (x − E[x]) / sqrt(Var[x] + eps) · weight + bias, weight and bias element by element. The
-    same in training and evaluation.
+    same in training and evaluation. `scale` and `shift`, by name: y times 1 + scale, and shift
+    added to that, as in the layer.
 
     Shapes: input (*, *normalized_shape); weight, bias normalized_shape; output like input.
 
@@ -405,11 +438,18 @@ def layer_norm(
             weight=weight,
             bias=bias,
             eps=eps,
+            **_given(scale, shift),
         )
-    y = _rows_shortly(input, normalized_shape, weight, bias, 0, eps)
-    if y is not None:
-        return y
-    return normalize(layer_call(input, normalized_shape, weight, bias, eps))
+    if scale is None and shift is None:
+        y = _rows_shortly(input, normalized_shape, weight, bias, 0, eps)
+        if y is not None:
+            return y
+    call = layer_call(input, normalized_shape, weight, bias, eps)
+    return normalize(modulated(call, scale, shift))
+
+
+def _given(scale: Any, shift: Any) -> dict[str, Any]:
+    return {name: t for name, t in (("scale", scale), ("shift", shift)) if t is not None}
 
 
 def layer_call(
@@ -432,11 +472,15 @@ def rms_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Divide by the root mean square over the trailing dimensions named by `normalized_shape`.
 
     y = x / sqrt(E[x²] + eps) · weight; eps None is the machine epsilon of the input's
-    dtype, and float32's for float16 and bfloat16. The same in training and evaluation.
+    dtype, and float32's for float16 and bfloat16. The same in training and evaluation. `scale` and
+    `shift`, by name: y times 1 + scale, and shift added to that, as in the layer.
 
     Shapes: input (*, *normalized_shape); weight normalized_shape; output like input.
 
@@ -448,15 +492,23 @@ def rms_norm(
     """
     if has_torch_function_variadic(input, weight):
         return handle_torch_function(
-            rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps
+            rms_norm,
+            (input, weight),
+            input,
+            normalized_shape,
+            weight=weight,
+            eps=eps,
+            **_given(scale, shift),
         )
+    plain = scale is None and shift is None
     # channels_last stays, which no kernel for trailing sizes writes
-    if type(input) is Tensor and (input.dim() < 4 or input.is_contiguous()):
+    if plain and type(input) is Tensor and (input.dim() < 4 or input.is_contiguous()):
         short = RMS_EPS.get(input.dtype) if eps is None else eps
         y = _rows_shortly(input, normalized_shape, weight, None, UNCENTRED, short)
         if y is not None:
             return y
-    return in_torchs_memory_format(normalize(rms_call(input, normalized_shape, weight, eps)), input)
+    call = modulated(rms_call(input, normalized_shape, weight, eps), scale, shift)
+    return in_torchs_memory_format(normalize(call), input)
 
 
 def rms_call(

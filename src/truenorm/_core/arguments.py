@@ -123,12 +123,34 @@ def _input(x: Tensor, form: Any, *, complex_too: bool) -> Axes:
     return axes
 
 
-def _parameter(name: str, p: Tensor, x: Tensor, shape: Sequence[int], differs: Differs) -> None:
+def _parameter(
+    name: str, p: Tensor, x: Tensor, shape: Sequence[int], rows: Any, differs: Differs
+) -> None:
+    """rows: how many samples there are, where a row of p may be one part's; else None."""
     _floating(name, p, x)
-    if differs(p.shape, shape):
+    if differs(p.shape if rows is None else p.shape[1:], shape) or _no_parts(p, rows):
         raise RuntimeError(
             f"`{name}` must have shape {tuple(shape)}, one value per channel of `x` of "
             f"{_shape(x)}, but got {_shape(p)}: pass one of that shape, or None"
+            + (
+                ""
+                if rows is None
+                else ", or as many rows of it as divide the samples, for weight and bias alike"
+            )
+        )
+
+
+def _no_parts(p: Tensor, rows: Any) -> bool:
+    if rows is None or type(rows) is not int or type(p.shape[0]) is not int:
+        return False
+    return bool(rows % p.shape[0] if p.shape[0] else rows)
+
+
+def _as_many_parts(weight: Tensor, bias: Tensor | None, differs: Differs) -> None:
+    if bias is not None and differs(bias.shape[0], weight.shape[0]):
+        raise RuntimeError(
+            f"`bias` must have as many rows as `weight`, {weight.shape[0]}, but got "
+            f"{_shape(bias)}: pass one for each"
         )
 
 
@@ -277,9 +299,17 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
             raise RuntimeError(f"`{there}` is given and `{other}` is not: pass both, or neither")
         for each_name, each in given.items():
             _statistic(each_name, each, x, count, differs)
+        weight = args[places["weight"]] if parameters else None
+        samples = None
+        if weight is not None and weight.dim() == len(shape) + 1:
+            samples = geometry.ncs(x.shape, axes)[0]
         for each, place in parameters:
             if args[place] is not None:
-                _parameter(each, args[place], x, shape, differs)
+                _parameter(each, args[place], x, shape, samples, differs)
+        if weight is not None and samples is not None:
+            _as_many_parts(weight, args[places["bias"]], differs)
+            if operator_name == "gradient_sums":
+                _parameter("weight", weight, x, shape, None, differs)
         if at_residual is not None and args[at_residual] is not None:
             _residual(args[at_residual], x, differs)
         if at_form is not None:

@@ -99,6 +99,8 @@ class Call(NamedTuple):
     """One layer's input, and what to do with it.
 
     x: (N, C, *positions), or (*, *features).
+    weight, bias: like the channels, or the features; with one dimension more, a row for each of as
+        many parts of the samples, or of the leading indices, which follow one another.
     mask: (N, *positions), one for each leading index where the last dimensions are the features;
         or of x's shape, where each channel or element has a mask of its own.
     residual: of x's shape and dtype.
@@ -107,6 +109,8 @@ class Call(NamedTuple):
     group: the processes over which statistics span.
     inplace: whether y may be written over x; it is not where a gradient is to come.
     layer: whose call it is, for what is remembered of it.
+    scale, shift: norm(x) · weight + bias times 1 + scale, and shift added to that; each of as many
+        dimensions as x, and of its size or 1 along each.
     """
 
     x: Tensor
@@ -120,9 +124,16 @@ class Call(NamedTuple):
     group: Any = None
     inplace: bool = False
     layer: Any = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
     def differentiated(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         return self.x, self.weight, self.bias, self.residual
+
+    def by_part(self) -> bool:
+        """Whether parts of the samples have weights of their own."""
+        features = self.form.axes.feature_dims
+        return self.weight is not None and self.weight.dim() > max(features, 1)
 
     def own_mask(self) -> bool:
         """Whether channels, or elements of a row, have masks of their own."""

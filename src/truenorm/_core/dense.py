@@ -58,7 +58,7 @@ def _made(call: Call, way: int, *, keep: bool) -> tuple[Tensor, Tensor]:
             # as torch: a backward sees none of it
             checks.check_running_constant(route.has_tangent(*call.given))
         return plain.norm(x, weight, bias, mask, residual, call.given, form)
-    x = _in_order_of_mask(call).x
+    x = _in_order(call).x
     mean, var = (None, None) if call.given is None else call.given
     if way == route.KERNEL and _wants_gradient(call):
         tensors = x, weight, bias, residual, mask, mean, var
@@ -100,11 +100,15 @@ def _remember(y: Tensor, record: Tensor, call: Call) -> None:
     recomputed.remember(y, operators.norm, tensors, rest)
 
 
-def _in_order_of_mask(call: Call) -> Call:
-    """With positions, or rows, that lie in memory as the dimensions say, as those of a mask do."""
+def _in_order(call: Call) -> Call:
+    """With positions, or rows, that lie in memory as the dimensions say.
+
+    As those of a mask do, and the parts of a batch that have parameters of their own.
+    """
     x, features = call.x, call.form.axes.feature_dims
     first, last = (0, x.dim() - features) if features else (2, x.dim())
-    if call.mask is None or last - first < 2:
+    asked = call.mask is not None or (features and call.by_part())
+    if not asked or last - first < 2:
         return call
     sizes = zip(x.stride()[first:last], x.shape[first:last], strict=True)
     steps = [stride for stride, size in sizes if size != 1]
@@ -146,7 +150,7 @@ def normalize_together(calls: Sequence[Call], group: Any) -> list[Tensor]:
 def spanning(calls: Sequence[Call], group: Any) -> list[Tensor]:
     """The same, of calls that are known to have a part in every process."""
     forms = [c.form for c in calls]
-    ordered = [_in_order_of_mask(c) for c in calls]
+    ordered = [_in_order(c) for c in calls]
     tensors = [t for c in ordered for t in (*c[:3], c.residual, c.mask, None, None)]
     made = gradients.Norm.apply((forms, group, None), *tensors)  # type: ignore[no-untyped-call]
     outputs, records = made[: len(calls)], made[len(calls) :]
@@ -183,7 +187,7 @@ def statistics(call: Call) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of a call's own, over all processes of its group; constants."""
     x, mask, form = call.x.detach(), call.mask, call.form
     way = route.way_of(x)
-    x = _in_order_of_mask(call._replace(x=x)).x
+    x = _in_order(call._replace(x=x)).x
     if call.group is not None:
         (record,) = _spanning.statistics([form], [x], [mask], call.group)
     elif way in (route.PLAIN, route.STANDARD):

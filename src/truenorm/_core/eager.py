@@ -17,7 +17,7 @@ from torch.autograd import Function, forward_ad
 from torch.jit import _trace
 from torch.overrides import has_torch_function_variadic
 
-from . import gradients, operators
+from . import gradients, modulation, operators
 from .call import (
     ACT,
     BY_OUTPUT,
@@ -27,6 +27,7 @@ from .call import (
     NEEDS_INPUT,
     NEEDS_RESIDUAL,
     NEEDS_WEIGHT,
+    ONE_PLUS,
     PER_CHANNEL,
     UNCENTRED,
     form_of,
@@ -34,7 +35,8 @@ from .call import (
 from .library import NATIVE
 
 # What comes after norm(x) · weight + bias: a residual, an activation's number and its parameter.
-After = tuple[Any, int, float]
+# Or, with scale and shift behind these, what comes before all of that: y · (1 + scale) + shift.
+After = tuple[Any, ...]
 
 # what to call, with (), (mean, var), (running_mean, running_var, num_batches_tracked, momentum)
 OWN = operators.eager_norm._op
@@ -52,6 +54,9 @@ _is_tracing = torch._C._is_tracing
 graph_task = torch._C._current_graph_task_id
 # what is refused here, the long way words
 _REFUSED = (RuntimeError, TypeError, AttributeError)
+# values, of whose time the calls of torch's operators are most
+_SMALL = 1 << 14
+_PLAIN = Tensor, torch.nn.Parameter
 _NEEDS = NEEDS_INPUT | NEEDS_WEIGHT | NEEDS_BIAS | NEEDS_RESIDUAL
 # statistics that are not given
 _UNGIVEN = None, None, None, 0.0
@@ -90,6 +95,8 @@ def call(
         or NATIVE is None
     ):
         return None
+    if after is not None and len(after) == 5:
+        return _modulated(op, x, weight, bias, form, eps, statistics, after)
     try:
         if _is_grad_enabled():
             if x.requires_grad:
@@ -106,6 +113,47 @@ def call(
     if form & _NEEDS:
         return _attach(x, weight, bias, (y, record, form, eps, 0.0))  # type: ignore[no-any-return]
     return y  # type: ignore[no-any-return]
+
+
+def _modulated(
+    op: Any, x: Tensor, weight: Any, bias: Any, form: int, eps: float, statistics: tuple[Any, ...],
+    after: After,
+) -> Tensor | None:  # fmt: skip
+    """With scale and shift in weight and bias, or after the norm, where that takes less time."""
+    residual, act, parameter, scale, shift = after
+    features, numel = form >> FEATURES & 0xFF, x.numel()
+    large, seen = False, None
+    for t in (scale, shift):
+        if t is None:
+            continue
+        if type(t) not in _PLAIN or not (t.is_cpu and t.is_floating_point()):
+            return None
+        # mostly both are alike
+        if t.shape != seen:
+            seen = t.shape
+            if not modulation.fits(t, x, features):
+                return None
+            large = large or 2 * t.numel() > numel
+    dims = x.dim()
+    if scale is not None and scale.dim() != dims:
+        scale = modulation.shaped(scale, x, features)
+    if shift is not None and shift.dim() != dims:
+        shift = modulation.shaped(shift, x, features)
+    if not large and numel >= _SMALL:
+        found = modulation.parameters(x, features, weight, bias, (scale, shift))
+        if found is None:
+            return None
+        form |= ONE_PLUS * found.one_plus
+        beside = residual, act, parameter
+        return call(op, x, found.weight, found.bias, form, eps, statistics, beside)
+    if residual is not None and residual.dtype != x.dtype:
+        return None
+    narrow = x.itemsize < 4 and not large
+    y = call(op, x.float() if narrow else x, weight, bias, form, eps, statistics, None)
+    if y is None:
+        return None
+    y = modulation.applied(y, scale, shift, residual, act, parameter)
+    return y.to(x.dtype) if narrow else y
 
 
 def _with_more(

@@ -49,7 +49,7 @@ def rms(normalized_dims: int) -> Axes:
     return Axes(num_groups=1, feature_dims=normalized_dims, centred=False)
 
 
-def _product(sizes: Sequence[int]) -> int:
+def product(sizes: Sequence[int]) -> int:
     result = 1
     for size in sizes:
         result *= size
@@ -73,8 +73,8 @@ def ncs(shape: Sequence[int], axes: Axes) -> tuple[int, int, int]:
     """(N, C, S) of a shape."""
     if axes.feature_dims:
         split = len(shape) - axes.feature_dims
-        return _product(shape[:split]), _product(shape[split:]), 1
-    return shape[0], shape[1], _product(shape[2:])
+        return product(shape[:split]), product(shape[split:]), 1
+    return shape[0], shape[1], product(shape[2:])
 
 
 def num_statistics(shape: Sequence[int], axes: Axes) -> int:
@@ -115,6 +115,14 @@ def _is_inside(one: int, other: int, sizes: Sequence[int], strides: Sequence[int
     return sizes[one] < sizes[other]
 
 
+def laid_out(t: Tensor, strides: Sequence[int]) -> Tensor:
+    """The same values, in the order of dense memory with these strides."""
+    if t.stride() == strides:
+        return t
+    order = inside_out(t.shape, strides)[::-1]
+    return t.permute(order).contiguous().permute([order.index(d) for d in range(t.dim())])
+
+
 def _fills(sizes: Sequence[int], strides: Sequence[int], start: int, *, ordered: bool) -> bool:
     """Whether these dimensions, in any order unless `ordered`, tile memory from stride `start`."""
     dims = [d for d, size in enumerate(sizes) if size != 1]
@@ -137,7 +145,7 @@ def kept_strides(x: Tensor, axes: Axes) -> tuple[int, ...]:
         return strides
     if axes.feature_dims:
         split = x.dim() - axes.feature_dims
-        inner = _product(shape[split:])
+        inner = product(shape[split:])
         if _fills(shape[split:], strides[split:], 1, ordered=True) and _fills(
             shape[:split], strides[:split], inner, ordered=False
         ):

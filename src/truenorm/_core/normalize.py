@@ -8,17 +8,22 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import dense, route, sharded
+from . import dense, modulation, route, sharded
 from .call import Call
 
 
 def normalize(call: Call) -> Tensor:
     """y; x's own statistics move `running`."""
-    inputs = call.differentiated()
+    inputs = *call.differentiated(), call.scale, call.shift
     if has_torch_function_variadic(*inputs):
         # a subclass has a say, as in torch's own functions
         given = tuple(t for t in inputs if t is not None)
         return handle_torch_function(normalize, given, call)
+    if call.scale is not None or call.shift is not None:
+        by_part = modulation.by_part(call)
+        if by_part is None:
+            return modulation.finished(normalize(modulation.bare(call)), call)
+        call = by_part
     way = route.way(call)
     return sharded.normalize(call) if way == route.SHARDED else dense.normalize(call, way)
 
@@ -37,6 +42,9 @@ def normalize_together(calls: Sequence[Call], group: Any) -> list[Tensor]:
     """
     if any(route.way(c) == route.SHARDED for c in calls):
         return [normalize(c) for c in calls]
+    if any(c.scale is not None or c.shift is not None for c in calls):
+        made = normalize_together([modulation.bare(c) for c in calls], group)
+        return [modulation.finished(y, c) for y, c in zip(made, calls, strict=True)]
     return dense.normalize_together(calls, group)
 
 

@@ -88,9 +88,9 @@ def parameter_like(
     x: Tensor, weight: Tensor | None, feature_dims: int
 ) -> tuple[torch.Size, torch.dtype]:
     """Shape and dtype of the gradients of weight and bias."""
-    shape = x.shape[-feature_dims:] if feature_dims else x.shape[1:2]
     if weight is not None:
-        return shape, weight.dtype
+        return weight.shape, weight.dtype
+    shape = x.shape[-feature_dims:] if feature_dims else x.shape[1:2]
     return shape, torch.promote_types(x.dtype, torch.float32)
 
 

@@ -33,12 +33,7 @@ def wide(x: Tensor) -> Tensor:
 def like(values: Tensor, x: Tensor, axes: Axes) -> Tensor:
     """values in x's shape, dtype and memory format."""
     result = values.reshape(x.shape).to(x.dtype)
-    strides = geometry.kept_strides(x, axes)
-    if result.stride() == strides:
-        return result
-    order = geometry.inside_out(x.shape, strides)[::-1]
-    back = [order.index(d) for d in range(x.dim())]
-    return result.permute(order).contiguous().permute(back)
+    return geometry.laid_out(result, geometry.kept_strides(x, axes))
 
 
 class _View(NamedTuple):
@@ -54,7 +49,20 @@ class _View(NamedTuple):
         return wide(statistic).reshape(n, self.v.shape[1], 1, 1)
 
     def parameter(self, p: Tensor) -> Tensor:
-        return wide(p).reshape(1, self.v.shape[1], self.v.shape[2], 1)
+        """Against x; of several parts of the samples, each of which has its own, one for each."""
+        _, groups, channels, _ = self.v.shape
+        parts = p.shape[0] if self.by_part(p) else 1
+        each = wide(p).reshape(parts, groups, channels, 1)
+        return each if parts == 1 else each.repeat_interleave(self.v.shape[0] // parts, 0)
+
+    def by_part(self, p: Tensor) -> bool:
+        return p.dim() > max(self.axes.feature_dims, 1)
+
+    def of_parameter(self, values: Tensor, p: Tensor | None) -> Tensor:
+        """What values, of a sum along which a parameter like p is one, come to; flat."""
+        if p is None or not self.by_part(p) or p.shape[0] == 0:
+            return values.sum([0, 3]).reshape(-1)
+        return values.sum(3).reshape(p.shape[0], -1, p[0].numel()).sum(1).reshape(-1)
 
     def like_x(self, t: Tensor) -> Tensor:
         return self.kept(wide(geometry.grouped_view(t, self.axes)[0]))
@@ -249,7 +257,7 @@ def norm_backward(
     view, rstd, x_hat, inner, count = _pull(
         grad, x, weight, bias, mask, residual, given, form, by_output, total
     )
-    of_weight, of_bias = ((inner * x_hat).sum([0, 3]).reshape(-1), inner.sum([0, 3]).reshape(-1))
+    of_weight, of_bias = (view.of_parameter(t, weight) for t in (inner * x_hat, inner))
     g = inner if weight is None else inner * view.parameter(weight)
     if not form.constant:
         if sums is not None:

@@ -7,10 +7,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .. import functional
 from .._core import activation, checks
 from .._core.call import Call
 from ._base import Arranged, Direct
 from ._options import Activation, Option
+
+Modulation = tuple[Tensor | None, Tensor | None]  # scale and shift
 
 
 class Activated(Direct):
@@ -39,6 +42,8 @@ class Activated(Direct):
         lengths: Tensor | None,
         padding_value: float,
         residual: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
         then: tuple[int, float] | None = None,
     ) -> Tensor:
         act = self._act() if then is None else then
@@ -51,10 +56,12 @@ class Activated(Direct):
         if act[0] or residual is not None or overwrite:
             checks.check_padding_value(padding_value)
         if isinstance(input, Tensor) and input.is_nested:
+            checks.check_no_modulation(scale, shift)
             return self._nested(input, mask is not None or lengths is not None, residual, act)
         if residual is not None and not _fits(residual, input):
-            return self._composed(input, (mask, lengths, padding_value), residual, act)
-        beside = mask, lengths, padding_value, residual, act, overwrite
+            padded = mask, lengths, padding_value
+            return self._composed(input, padded, residual, act, (scale, shift))
+        beside = mask, lengths, padding_value, residual, act, overwrite, (scale, shift)
         call, at = self._prepared(input, *beside)
         return at.back(self._normalized(call))
 
@@ -67,6 +74,7 @@ class Activated(Direct):
         residual: Tensor | None = None,
         act: tuple[int, float] | None = None,
         inplace: bool = False,
+        modulation: Modulation = (None, None),
     ) -> tuple[Call, Arranged]:
         """The whole call, checked, and how its output comes back to lie as the input does."""
         at = self._arranged(input, mask, lengths, padding_value)
@@ -75,15 +83,19 @@ class Activated(Direct):
             residual = at.move(residual).reshape(call.x.shape)
         number, parameter = self._act() if act is None else act
         form = call.form._replace(act=number, parameter=parameter, padding=padding_value)
-        return call._replace(form=form, mask=at.mask, residual=residual, inplace=inplace), at
+        call = call._replace(form=form, mask=at.mask, residual=residual, inplace=inplace)
+        if modulation != (None, None):
+            call = _modulated(call, at, modulation)
+        return call, at
 
     def _composed(
-        self, input: Tensor, padded: tuple[Any, ...], residual: Tensor, act: tuple[int, float]
-    ) -> Tensor:
+        self, input: Tensor, padded: tuple[Any, ...], residual: Tensor, act: tuple[int, float],
+        modulation: Modulation,
+    ) -> Tensor:  # fmt: skip
         """The residual and the activation after y, as torch adds what is not like it."""
         mask, lengths, padding_value = padded
         nothing = None, (activation.NONE, 0.0)
-        call, at = self._prepared(input, mask, lengths, 0.0, *nothing)
+        call, at = self._prepared(input, mask, lengths, 0.0, *nothing, False, modulation)
         y = at.back(self._normalized(call))
         if at.valid is None:
             return activation.act(y + residual, *act)
@@ -114,6 +126,19 @@ class Activated(Direct):
                 return activation.ELU, options.elu_alpha
         by_tanh = options.gelu_approximate == "tanh"
         return (activation.GELU_TANH if by_tanh else activation.GELU), 0.0
+
+
+def _modulated(call: Call, at: Arranged, given: Modulation) -> Call:
+    """The call with its scale and shift, as its input lies."""
+
+    def moved(t: Any) -> Any:
+        if not (isinstance(t, Tensor) and t.dim() + at.unbatched == at.x.dim()):
+            return t
+        t = at.move(t)
+        # of the batch that the layer has made
+        return t.unsqueeze(0) if t.dim() < call.x.dim() else t
+
+    return functional.modulated(call, *map(moved, given))
 
 
 def _fits(residual: Any, input: Tensor) -> bool:

@@ -113,10 +113,13 @@ class Direct(Traceable, Configurable):
         lengths: Tensor | None = None,
         padding_value: float = 0.0,
         residual: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
         _then: tuple[int, float] | None = None,
     ) -> Tensor:
         if mask is None and lengths is None:
-            alone = residual is None and _then is None
+            modulated = scale is not None or shift is not None
+            alone = residual is None and _then is None and not modulated
             if alone and type(padding_value) is not float:
                 checks.check_padding_value(padding_value)
             if (
@@ -126,13 +129,15 @@ class Direct(Traceable, Configurable):
                 and not recomputed.asked()
                 and (alone or type(padding_value) is float)
             ):
-                after = None
+                after: After | None = None
                 if not (alone and self._truenorm_options.activation is None):
                     after = residual, *(self._act() if _then is None else _then)
+                    if modulated:
+                        after = *after, scale, shift
                 direct = self._directly(input, after)
                 if direct is not None:
                     return direct
-        beside = mask, lengths, padding_value, residual, _then
+        beside = mask, lengths, padding_value, residual, scale, shift, _then
         if self._is_traced(input):
             named = zip(BESIDE, beside, strict=True)
             return self._as_leaf(input, **{n: v for n, v in named if v is not BESIDE[n]})
@@ -158,6 +163,8 @@ BESIDE: dict[str, Any] = {
     "lengths": None,
     "padding_value": 0.0,
     "residual": None,
+    "scale": None,
+    "shift": None,
     "_then": None,
 }
 

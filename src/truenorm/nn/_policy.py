@@ -193,14 +193,15 @@ class SmallBatches(Policed):
 
 def _ghosts(call: Call, sizes: list[int]) -> list[Call]:
     """The call on some samples each."""
-    xs, *others = (
-        [None] * len(sizes) if t is None else t.split(sizes)
-        for t in (call.x, call.mask, call.residual)
-    )
-    return [
-        call._replace(x=x, mask=mask, residual=residual)
-        for x, mask, residual in zip(xs, *others, strict=True)
-    ]
+
+    def of_each(name: str) -> Any:
+        t = getattr(call, name)
+        of_all = t is None or (name in ("scale", "shift") and t.shape[0] == 1)
+        return [t] * len(sizes) if of_all else t.split(sizes)
+
+    names = "x", "mask", "residual", "scale", "shift"
+    parts = zip(*map(of_each, names), strict=True)
+    return [call._replace(**dict(zip(names, part, strict=True))) for part in parts]
 
 
 def _chunks(x: Tensor, size: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Errors of an activation and a residual as part of a layer."""
+"""Errors of an activation, a residual, a scale and a shift as part of a layer."""
 
 from __future__ import annotations
 
@@ -114,3 +114,38 @@ def check_has_own_layers(name: str, has: bool) -> None:
             f"`{name}` has no truenorm layer: call truenorm.convert({name}) first, which makes "
             "torch's normalization layers truenorm's"
         )
+
+
+def check_modulation(
+    name: str, t: Any, x: Tensor, features: int, fits: Callable[[Tensor, Tensor, int], bool]
+) -> None:
+    """A scale or shift of x's output: of x's size or 1 along each dimension, or one per sample."""
+    if not isinstance(t, Tensor):
+        raise TypeError(
+            f"`{name}` must be a torch.Tensor, but got {type(t).__name__}: pass a tensor that "
+            "norm(x) · (1 + scale) + shift takes, or None"
+        )
+    if not t.is_floating_point():
+        raise TypeError(f"`{name}` has dtype {t.dtype}: pass {name}.float()")
+    if t.device != x.device:
+        raise RuntimeError(
+            f"`{name}` is on device {t.device}, but the input is on {x.device}: move both to one "
+            f"device, e.g. {name}.to({str(x.device)!r})"
+        )
+    if not fits(t, x, features):
+        like = x.shape[x.dim() - features :] if features else x.shape[1:2]
+        of_sample = (x.shape[0], *like)
+        raise ValueError(
+            f"`{name}` of {_shape(t)} does not fit an input seen as {sizes(x.shape)}: pass "
+            f"{sizes(like)}, one for each sample {sizes(of_sample)}, or as many dimensions as the "
+            "input, each of its size or 1"
+        )
+
+
+def check_no_modulation(scale: Any, shift: Any) -> None:
+    for name, t in (("scale", scale), ("shift", shift)):
+        if t is not None:
+            raise ValueError(
+                f"`{name}` must be None beside a nested tensor: pad the input "
+                "(torch.nested.to_padded_tensor) and pass its lengths"
+            )
