@@ -27,6 +27,7 @@ class Case(NamedTuple):
     dtype: str = "float32"
     layout: str = "contiguous"
     way: str = "eager"
+    modulation: str = "no modulation"
 
     @property
     def id(self) -> str:
@@ -81,6 +82,7 @@ VALUES: dict[str, tuple[str, ...]] = {
         "second derivatives",
         "jit.trace",
     ),
+    "modulation": ("no modulation", "scale by sample", "scale by position"),
 }
 
 Several = Sequence[str]

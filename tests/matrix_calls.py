@@ -132,7 +132,9 @@ def _batch(case: Case) -> Batch:
     tensors = [x, torch.randn(shape)]
     if case.residual == "residual":
         tensors.append(torch.randn(shape) * 1.3)
+    modulation = _modulation(case, shape)
     if case.channel_axis == "axis -1":
+        modulation = [t.movedim(1, -1) for t in modulation]
         tensors = [t.movedim(1, -1) for t in tensors]
         mask = mask.movedim(1, -1) if mask is not None and mask.dim() == len(shape) else mask
     tensors = [t.to(dtype_of(case)) for t in tensors]
@@ -144,7 +146,24 @@ def _batch(case: Case) -> Batch:
         channel, counts = (t.select(axis_of(case, x), 1) for t in (nothing[0], valid))
         channel[tuple(counts.nonzero()[0].tolist())] = float("inf")
     placed = [LAYOUTS[case.layout](t) for t in nothing]
-    return batch._replace(x=placed[0], residual=placed[1] if len(placed) > 1 else None)
+    scale, shift = modulation or (None, None)
+    if scale is not None and scale.shape == x.shape:
+        scale, shift = (
+            LAYOUTS[case.layout](torch.where(valid, t, float("nan"))) for t in (scale, shift)
+        )
+    residual = placed[1] if len(placed) > 1 else None
+    return batch._replace(x=placed[0], residual=residual, scale=scale, shift=shift)
+
+
+def _modulation(case: Case, shape: tuple[int, ...]) -> list[Tensor]:
+    """Scale and shift, of x's size or of one value for each sample and channel or feature."""
+    if case.modulation == "no modulation":
+        return []
+    if case.modulation == "scale by sample":
+        ones = [1] * (len(shape) - 2)
+        # of a row the features are the last dimensions
+        shape = (shape[0], 1, *shape[2:]) if case.layer in ROWS else (*shape[:2], *ones)
+    return [torch.randn(shape).mul(0.5).to(dtype_of(case)) for _ in range(2)]
 
 
 def _mask(case: Case, shape: tuple[int, ...]) -> Tensor:
@@ -171,11 +190,15 @@ def _mask(case: Case, shape: tuple[int, ...]) -> Tensor:
 def split(case: Case, batch: Batch) -> list[Batch]:
     """Each process's part: samples, or for statistics of a sample positions."""
     if case.layer in BATCH:
-        parts = [[None] * len(RANKS) if t is None else t.split(RANKS) for t in batch]
+        parts: list[Any] = [[None] * len(RANKS) if t is None else t.split(RANKS) for t in batch]
         return [Batch(*part) for part in zip(*parts, strict=True)]
     sizes = POSITIONS_OF_RANKS[case.rank]
     axis = split_dim(case)
-    parts = [[None] * len(sizes) if t is None else t.split(sizes, axis) for t in batch[:3]]
+
+    def of_each(t: Tensor | None) -> Sequence[Any]:
+        return [t] * len(sizes) if t is None or t.shape[axis] == 1 else t.split(sizes, axis)
+
+    parts = [of_each(t) for t in batch[:3]]
     masks: Sequence[Any] = [None] * len(sizes)
     if batch.mask is not None:
         dim = axis if batch.mask.dim() == batch.x.dim() else 1
@@ -187,7 +210,8 @@ def split(case: Case, batch: Batch) -> list[Batch]:
             (batch.lengths - start).clamp(0, size)
             for start, size in zip(starts, sizes, strict=True)
         ]
-    return [Batch(*part) for part in zip(*parts, masks, lengths, strict=True)]
+    modulation = [of_each(t) for t in batch[5:]]
+    return [Batch(*part) for part in zip(*parts, masks, lengths, *modulation, strict=True)]
 
 
 def split_dim(case: Case) -> int:
@@ -207,6 +231,9 @@ def leaves_of(batches: Sequence[Batch]) -> dict[str, Tensor]:
         found[f"x{place}"] = batch.x.detach().requires_grad_()
         if batch.residual is not None:
             found[f"residual{place}"] = batch.residual.detach().requires_grad_()
+        for name in ("scale", "shift"):
+            if (value := getattr(batch, name)) is not None:
+                found[f"{name}{place}"] = value.detach().requires_grad_()
     return found
 
 
@@ -270,6 +297,9 @@ def _given(batch: Batch, leaves: dict[str, Tensor], place: int) -> dict[str, Any
         found["padding_value"] = PADDING
     if batch.residual is not None:
         found["residual"] = leaves[f"residual{place}"]
+    for name in ("scale", "shift"):
+        if getattr(batch, name) is not None:
+            found[name] = leaves[f"{name}{place}"]
     return found
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from matrix import Case
+from matrix import BATCH, Case
 from matrix_calls import (
     RANKS,
     batches_of,
@@ -47,7 +47,8 @@ def check(case: Case) -> None:
     assert found.keys() == expected.keys()
     rounded: RoundedBetween | None = None
     for name, value in expected.items():  # outputs before gradients
-        in_steps = rounded is not None or case.way in ROUNDING_EACH
+        each = case.way in ROUNDING_EACH or case.modulation == "scale by position"
+        in_steps = rounded is not None or each
         try:
             _compare(case, name, found[name], value, in_steps)
         except RoundedBetween as error:
@@ -76,7 +77,12 @@ def _expected(
     leaves = leaves_of(wide)
     parameters = {n: p.detach().double().requires_grad_() for n, p in layer.named_parameters()}
     given = [
-        b._replace(x=leaves[f"x{i}"], residual=leaves.get(f"residual{i}"))
+        b._replace(
+            x=leaves[f"x{i}"],
+            residual=leaves.get(f"residual{i}"),
+            scale=leaves.get(f"scale{i}"),
+            shift=leaves.get(f"shift{i}"),
+        )
         for i, b in enumerate(wide)
     ]
     ranks = RANKS if case.has("process_group") else ()
@@ -112,7 +118,11 @@ def _over_processes(
     alongs: list[Any] = [along] * len(parts)
     if along is not None:
         sizes = [part[0].x.shape[split_dim(case)] for part in parts]
-        cut = {n: a.split(sizes, split_dim(case)) for n, a in along.items() if _is_shared(n)}
+        cut = {
+            n: a.split(sizes, split_dim(case))
+            for n, a in along.items()
+            if not _is_whole(case, n)
+        }
         alongs = [{**along, **{n: c[i] for n, c in cut.items()}} for i in range(len(parts))]
     each = [(case, layer, list(p), a) for p, a in zip(parts, alongs, strict=True)]
     try:
@@ -131,14 +141,18 @@ def _over_processes(
     whole = {}
     for name in values[0]:
         own = [value[name] for value in values]
-        # a parameter's gradient is a share of the whole one
-        shares = name.endswith(("weight", "bias"))
+        # a gradient of what each has whole is a share
+        shares = _is_whole(case, name)
         whole[name] = sum(own[1:], own[0]) if shares else torch.cat(own, split_dim(case))
     return whole, states[0]
 
 
-def _is_shared(name: str) -> bool:
-    return name not in ("weight", "bias")
+def _is_whole(case: Case, name: str) -> bool:
+    """Whether each process has all of a tensor of this name, or of which this is the gradient."""
+    if name.endswith(("weight", "bias")):
+        return True
+    of_sample = name.rstrip("0").endswith(("scale", "shift")) and "by sample" in case.modulation
+    return of_sample and case.layer not in BATCH
 
 
 # ---------------------------------------------------------------- tolerances

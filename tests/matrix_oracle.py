@@ -4,7 +4,7 @@ Nothing of truenorm is asked here. What the options mean together is written in 
 
 - a mask says which values a statistic is of; what is not valid is never read, and holds the padding
   value in the end;
-- the order is: normalize, weight and bias, residual, activation, padding;
+- the order is: normalize, weight and bias, scale and shift, residual, activation, padding;
 - ghost batches are slices of a batch, in turn. Over processes, each one's samples are sliced, and
   the first slices of all make the first ghost batch;
 - renormalization takes the running statistics as they were before the batch;
@@ -34,6 +34,8 @@ class Batch(NamedTuple):
     residual: Tensor | None = None
     mask: Tensor | None = None
     lengths: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
 
 class State(NamedTuple):
@@ -211,6 +213,9 @@ def oracle(
         if bias is not None:
             y = y + (bias.view(shape) if shape else bias)
         y = y.movedim(1, axis)
+        if batch.scale is not None and batch.shift is not None:
+            y = y * (1.0 + torch.where(whole, batch.scale, 0.0))
+            y = y + torch.where(whole, batch.shift, 0.0)
         if batch.residual is not None:
             y = y + torch.where(whole, batch.residual, 0.0)
         outputs.append(torch.where(whole, activated(case, y), PADDING))
