@@ -61,6 +61,8 @@ _CALL = {
     "mask": "which values count ([padded data](../howto/masks.md))",
     "lengths": "how many leading positions of each sample count",
     "padding_value": "what the output holds elsewhere",
+    "scale": "y times 1 + scale ([scale and shift](../howto/scale-and-shift.md))",
+    "shift": "what is added to that",
     "residual": "what is added before the activation ([residual](../howto/activation.md))",
 }
 

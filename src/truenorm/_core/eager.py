@@ -139,7 +139,7 @@ def _modulated(
         scale = modulation.shaped(scale, x, features)
     if shift is not None and shift.dim() != dims:
         shift = modulation.shaped(shift, x, features)
-    if not large and numel >= _SMALL:
+    if not large and (numel >= _SMALL or (weight is None and bias is None and scale is not None)):
         found = modulation.parameters(x, features, weight, bias, (scale, shift))
         if found is None:
             return None

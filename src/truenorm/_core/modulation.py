@@ -45,13 +45,14 @@ def fits(t: Tensor, x: Tensor, features: int) -> bool:
     shape, sizes = t.shape, x.shape
     if shape == sizes:
         return True
-    # mostly one for each sample: all between is 1 where the number of values is right
+    # mostly one for each sample: all else is 1 where the number of values is right
+    at = -1 if features else 1
     if (
-        features == 1
+        features < 2
         and len(shape) == len(sizes) > 1
         and shape[0] == sizes[0]
-        and shape[-1] == sizes[-1]
-        and t.numel() == shape[0] * shape[-1]
+        and shape[at] == sizes[at]
+        and t.numel() == shape[0] * shape[at]
     ):
         return True
     like = x.shape[x.dim() - features :] if features else x.shape[1:2]
@@ -78,6 +79,10 @@ def parameters(
 
     None where they differ by position, or make more parts than a pass of its own takes time.
     """
+    if weight is None and bias is None and features == 1:
+        found = _of_samples(x, *pair)
+        if found is not None:
+            return found
     split = x.dim() - features if features else 1
     given = [t for t in pair if t is not None]
     if not features and any(size != 1 for t in given for size in t.shape[2:]):
@@ -110,6 +115,18 @@ def parameters(
     if shift is not None:
         bias = shift.to(wide) if bias is None else bias + shift
     return Parameters(of_weight.expand(parts, *like), bias, False)
+
+
+def _of_samples(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Parameters | None:
+    """AdaLN's: both of them for each sample, in as few steps as can be."""
+    if scale is None or shift is None or scale.shape != shift.shape:
+        return None
+    samples, size = x.shape[0], x.shape[-1]
+    if scale.shape[0] != samples or scale.numel() != samples * size:
+        return None
+    if samples > _FEW and x.numel() < _LONG * samples:
+        return None
+    return Parameters(scale.reshape(samples, size), shift.reshape(samples, size), True)
 
 
 def by_part(call: Call) -> Call | None:
