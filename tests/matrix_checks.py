@@ -119,9 +119,7 @@ def _over_processes(
     if along is not None:
         sizes = [part[0].x.shape[split_dim(case)] for part in parts]
         cut = {
-            n: a.split(sizes, split_dim(case))
-            for n, a in along.items()
-            if not _is_whole(case, n)
+            n: a.split(sizes, split_dim(case)) for n, a in along.items() if not _is_whole(case, n)
         }
         alongs = [{**along, **{n: c[i] for n, c in cut.items()}} for i in range(len(parts))]
     each = [(case, layer, list(p), a) for p, a in zip(parts, alongs, strict=True)]

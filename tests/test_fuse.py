@@ -173,8 +173,18 @@ def test_dropout_of_nothing_stands_in_no_way() -> None:
     assert calls(dropping, x) == 0
 
 
-class Optional_(Residual):
-    def forward(self, x: Tensor, more: Any = None) -> Any:
+class Several(Residual):
+    def forward(self, x: Tensor, *more: Any) -> Any:
+        return super().forward(x)
+
+
+class Keyword(Residual):
+    def forward(self, x: Tensor, *, more: Any = None) -> Any:
+        return super().forward(x)
+
+
+class DefaultOfItsOwn(Residual):
+    def forward(self, x: Tensor, more: Any = ()) -> Any:
         return super().forward(x)
 
 
@@ -351,7 +361,16 @@ class OwnLayer(Residual):
         return self.act(self.bn1(x))
 
 
-LEFT_ALONE = [Optional_, ByTraining, ByValue, UsedTwice, OntoTheOther, InputOverwritten]
+LEFT_ALONE = [
+    Several,
+    Keyword,
+    DefaultOfItsOwn,
+    ByTraining,
+    ByValue,
+    UsedTwice,
+    OntoTheOther,
+    InputOverwritten,
+]
 LEFT_ALONE += [InAMode, Remembers, Constant, Random, ByGradients, ByType, ByTypeOfAValue]
 LEFT_ALONE += [ByCaughtError, ByBuffer, ByParameters, ByEnvironment, Prints, Lists, ListsItsOwn]
 LEFT_ALONE += [ResidualOverwritten, OverwrittenThroughAView, OwnActivation, OwnLayer]
@@ -619,3 +638,176 @@ def test_recomputing_twice_differentiable_and_fixed() -> None:
             (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
             found.append(torch.autograd.grad(g.square().sum(), x)[0])
         torch.testing.assert_close(*found)
+
+
+class WithOptions(Residual):
+    def forward(self, x: Tensor, mask: Any = None, scale: float = 1.0, how: str = "plain") -> Any:
+        y = self.act(self.bn1(self.conv1(x)))
+        if mask is not None:
+            y = y * mask
+        return y * scale if how == "plain" else -y
+
+
+def test_optional_arguments_that_a_call_leaves_out() -> None:
+    as_it_was, fused = pair(WithOptions("module"))
+    assert type(fused) is not WithOptions
+    x, mask = torch.randn(2, 6, 9, 7), torch.randn(2, 6, 9, 7)
+    same(as_it_was, fused, x)
+    found = []
+    for given in (
+        {},
+        {"mask": mask},
+        {"scale": 0.5},
+        {"how": "other"},
+        {"scale": True},
+        {"scale": 1},
+    ):
+        torch.testing.assert_close(fused(x, **given), as_it_was(x, **given))
+        found.append(calls(lambda x, given=given: fused(x, **given), x))  # type: ignore[misc]
+    assert found == [1, 0, 0, 0, 0, 0]
+    assert calls(lambda x: fused(x, None, 1.0), x) == 1
+    assert calls(lambda x: fused(x, mask), x) == 0
+    with pytest.raises(TypeError, match=r"forward\(\) got an unexpected keyword argument 'other'"):
+        fused(x, other=1)
+    torch.testing.assert_close(copy.deepcopy(fused)(x, mask), as_it_was(x, mask))
+
+
+# ---------------------------------------------------------------- scale and shift
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class DiTBlock(nn.Module):
+    """A diffusion transformer's, without its attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(24, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(24)
+        self.mix, self.mlp = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.ada = nn.Sequential(nn.SiLU(), nn.Linear(24, 6 * 24))
+
+    def forward(self, x: Tensor, c: Tensor) -> Any:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(c).chunk(6, dim=1)
+        x = x + gate1.unsqueeze(1) * self.mix(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FiLM(nn.Module):
+    """A diffusion U-Net's block; `how` picks the way it is written."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.norm, self.act = how, nn.GroupNorm(3, 6), nn.SiLU()
+        self.to_scale, self.to_shift = nn.Linear(24, 6), nn.Linear(24, 6)
+
+    def forward(self, x: Tensor, c: Tensor) -> Any:
+        scale, shift = (t(c)[:, :, None, None] for t in (self.to_scale, self.to_shift))
+        h = self.norm(x)
+        if self.how == "operators":
+            return self.act(h * (scale + 1.0) + shift)
+        if self.how == "methods":
+            return F.relu(h.mul(scale.add(1)).add_(shift))
+        if self.how == "in place":
+            h *= 1 + scale
+            h += shift
+            return F.silu(h)
+        if self.how == "functions":
+            return torch.add(shift, torch.mul(torch.add(1, scale), h))
+        if self.how == "scale alone":
+            return torch.tanh((1 + scale) * h)
+        by = 1 + scale  # used again
+        return (h * by + shift) * by
+
+
+MODULATED = ("operators", "methods", "in place", "functions", "scale alone", "used again")
+
+
+def modulated_calls(model: nn.Module, *inputs: Tensor) -> int:
+    """How many scales and shifts were a layer's own."""
+    count = 0
+    patched = truenorm._models.fusing.patterns
+    original = patched._against
+    with pytest.MonkeyPatch.context() as patch:
+
+        def against(t: Any, x: Any) -> Any:
+            nonlocal count
+            found = original(t, x)
+            count += found is not None
+            return found
+
+        patch.setattr(patched, "_against", against)
+        model(*inputs)
+    return count
+
+
+def test_a_transformers_blocks_scale_and_shift() -> None:
+    as_it_was, fused = pair(DiTBlock())
+    x, c = torch.randn(2, 7, 24), torch.randn(2, 24)
+    assert modulated_calls(fused, x, c) == 4
+    assert modulated_calls(as_it_was, x, c) == 0
+    torch.testing.assert_close(fused(x, c), as_it_was(x, c), rtol=1e-5, atol=1e-5)
+    inputs = [(x.clone().requires_grad_(), c.clone().requires_grad_()) for _ in range(2)]
+    grad = torch.randn(2, 7, 24)
+    for model, given in zip((as_it_was, fused), inputs, strict=True):
+        model(*given).backward(grad)
+    for one, other in zip(*inputs, strict=True):
+        assert relative(other.grad, one.grad) < FLOAT32_BETWEEN
+    for one, other in zip(as_it_was.parameters(), fused.parameters(), strict=True):
+        assert relative(other.grad, one.grad) < FLOAT32_BETWEEN
+    truenorm.unfuse(fused)
+    assert type(fused) is DiTBlock
+
+
+@pytest.mark.parametrize("how", MODULATED)
+def test_forms_of_scale_and_shift(how: str) -> None:
+    as_it_was, fused = pair(FiLM(how))
+    x, c = torch.randn(3, 6, 5, 4), torch.randn(3, 24)
+    assert modulated_calls(fused, x, c) == (1 if how == "scale alone" else 2)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [m(i, c) for m, i in zip((as_it_was, fused), inputs, strict=True)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(outputs[0])
+    for output in outputs:
+        output.backward(grad)
+    assert relative(inputs[1].grad, inputs[0].grad) < FLOAT32_BETWEEN
+
+
+def test_scale_and_shift_broadcast_and_promote_as_torchs() -> None:
+    class Free(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(5)
+
+        def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Any:
+            return self.norm(x) * (1 + scale) + shift
+
+    as_it_was, fused = pair(Free())
+    x = torch.randn(4, 4, 5)
+    for shape in ((5,), (4, 5), (4, 1, 5), (1, 4, 1), (2, 1, 4, 5), ()):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            scale, shift = (torch.randn(shape).to(dtype) for _ in range(2))
+            y, wanted = fused(x, scale, shift), as_it_was(x, scale, shift)
+            assert y.dtype == wanted.dtype
+            torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = x, torch.randn(4, 5), torch.randn(4, 5)
+        assert fused(*given).dtype == as_it_was(*given).dtype
+    torch.testing.assert_close(fused(x, 2.0, 3), as_it_was(x, 2.0, 3))
+
+
+def test_a_scale_that_is_overwritten_is_left_alone() -> None:
+    class Overwrites(FiLM):
+        def forward(self, x: Tensor, c: Tensor) -> Any:
+            scale, shift = (t(c)[:, :, None, None] for t in (self.to_scale, self.to_shift))
+            by = 1 + scale
+            scale.zero_()
+            return self.norm(x) * by + shift
+
+    as_it_was, fused = pair(Overwrites("operators"))
+    x, c = torch.randn(3, 6, 5, 4), torch.randn(3, 24)
+    with torch.no_grad():
+        assert modulated_calls(fused, x, c) == 0
+        torch.testing.assert_close(fused(x, c), as_it_was(x, c))

@@ -225,6 +225,13 @@ class Conditions:
         test = f"type({argument}) is Tensor" if exactly else f"isinstance({argument}, Tensor)"
         self._add(test)
 
+    def is_left_out(self, argument: str, default: Any) -> None:
+        if default is None:
+            self._add(f"{argument} is None")
+        else:
+            kind = self.name(type(default))
+            self._add(f"(type({argument}) is {kind} and {argument} == {default!r})")
+
     def source(self, arguments: Iterable[str]) -> str:
         plain, quick = (
             "\n        and ".join(dict.fromkeys(parts)) for parts in (self._plain, self._quick)

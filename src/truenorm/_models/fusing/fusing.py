@@ -22,13 +22,15 @@ M = TypeVar("M", bound=Module)
 def fuse(model: M) -> M:
     """Let each truenorm layer do the activation, and the addition, that follow it; in place.
 
-    y = act(norm(x)) and y = act(norm(x) + r), by one pass over the values in each direction, as
-    with `activation=` and `residual=`. Found are calls that follow one another in one module's
-    forward, read by torch.fx, module by module: layers in an `nn.Sequential`, and in a forward of
-    your own; activations as modules, functions and methods (ReLU, ReLU6, LeakyReLU, ELU, GELU,
-    SiLU, Hardswish), additions as `+`, `+=` and `torch.add`. Where the forward has optional
-    arguments, depends on its tensors' values or on anything that cannot be looked at again, or
-    differs in training and evaluation, it stays as it is.
+    y = act(norm(x)), y = act(norm(x) + r) and y = act(norm(x) · (1 + s) + t), by one pass over the
+    values in each direction, as with `activation=`, `residual=`, `scale=` and `shift=`. Found are
+    calls that follow one another in one module's forward, read by torch.fx, module by module:
+    layers in an `nn.Sequential`, and in a forward of your own; activations as modules, functions
+    and methods (ReLU, ReLU6, LeakyReLU, ELU, GELU, SiLU, Hardswish), additions and products as
+    operators, methods and functions of torch.
+    Of a forward with optional arguments calls without these are found. Where it depends on its
+    tensors' values or on anything that cannot be looked at again, or differs in training and
+    evaluation, it stays as it is.
 
     A module in which something was found has a class of its own from then on, derived from the one
     it had and of the same name. Each call compares all that the forward was seen to read

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.fx import Graph, Node
 from torch.nn import Module
 
@@ -19,6 +20,8 @@ from ..layers import has_hooks
 
 Act = tuple[int, float]
 _ADDS = {operator.add, operator.iadd, torch.add}
+_PRODUCTS = {operator.mul, operator.imul, torch.mul}
+_SUMS = {operator.add, torch.add, "add"}
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow}
 _FUNCTIONS = {
     F.relu: activation.RELU,
@@ -44,12 +47,17 @@ _PARAMETERS: dict[type, str] = {
 
 
 class Found(NamedTuple):
-    """A layer's call, and what one pass can do of what follows."""
+    """A layer's call, and what one pass can do of what follows.
+
+    between: the nodes from there to the last one. given: the call's arguments by name.
+    """
 
     norm: Node
-    add: Node | None
-    act: Node
+    between: tuple[Node, ...]
+    last: Node
     act_of: Act
+    given: dict[str, Node]
+    over_one: Node | None = None  # 1 + scale
 
 
 def _module(root: Module, node: Node) -> Module | None:
@@ -134,6 +142,76 @@ def _residual(norm: Node, add: Node) -> Node | None:
     return first if second is norm and not in_place else None
 
 
+def _scale(norm: Node, mul: Node) -> tuple[Node, Node] | None:
+    """(1 + scale, scale) where a product is of those and the layer's output."""
+    if mul.op == "call_function" and mul.target in _PRODUCTS:
+        in_place = mul.target is operator.imul
+    elif mul.op == "call_method" and mul.target in ("mul", "mul_"):
+        in_place = mul.target == "mul_"
+    else:
+        return None
+    if len(mul.args) != 2 or mul.kwargs:
+        return None
+    first, second = mul.args
+    if first is second or not (first is norm or (second is norm and not in_place)):
+        return None
+    by = second if first is norm else first
+    if not isinstance(by, Node) or by.target not in _SUMS or len(by.args) != 2 or by.kwargs:
+        return None
+    return None if (scale := _over_one(by)) is None else (by, scale)
+
+
+def _over_one(add: Node) -> Node | None:
+    """What 1 is added to."""
+    for one, other in (add.args, add.args[::-1]):
+        if type(one) in (int, float) and one == 1 and isinstance(other, Node):
+            return other
+    return None
+
+
+def _modulation(root: Module, norm: Node, mul: Node) -> Found | None:
+    """norm(x) · (1 + scale), with a shift and an activation behind it where they are."""
+    if (pair := _scale(norm, mul)) is None:
+        return None
+    by, scale = pair
+    between, last, given = [], mul, {"scale": scale}
+    user, add = _only_user(mul), mul
+    if user is not None and (shift := _residual(mul, user)) is not None:
+        between.append(mul)
+        last, add, given["shift"] = user, user, shift
+        user = _only_user(user)
+    act = None if user is None else _activation(root, user)
+    if user is not None and act is not None:
+        between.append(last)
+        last = user
+    written = {*between, last}
+    lasts = _lasts(root, norm.args[0], norm, last, written)
+    lasts = lasts and _lasts(root, scale, by, last, written)
+    if "shift" in given:
+        lasts = lasts and _lasts(root, given["shift"], add, last, written)
+    nothing = activation.NONE, 0.0
+    return Found(norm, tuple(between), last, act or nothing, given, by) if lasts else None
+
+
+def call_modulated(layer: Activated, x: Any, scale: Any, shift: Any, act_of: Act) -> Any:
+    """act(layer(x) · (1 + scale) + shift), as torch's operators broadcast and promote."""
+    given = [_against(t, x) for t in (scale, shift)]
+    if all(t is None or g is not None for t, g in zip((scale, shift), given, strict=True)):
+        return layer(x, scale=given[0], shift=given[1], _then=act_of)
+    y = layer(x) * (1 + scale)
+    return activation.act(y if shift is None else y + shift, *act_of)
+
+
+def _against(t: Any, x: Any) -> Tensor | None:
+    """A tensor that changes neither the shape nor the dtype of what it meets, seen against x."""
+    alike = isinstance(t, Tensor) and isinstance(x, Tensor) and t.dtype == x.dtype
+    if not alike or t.dim() > x.dim() or torch.is_autocast_enabled(x.device.type):
+        return None
+    sizes = (*(1,) * (x.dim() - t.dim()), *t.shape)
+    fits = all(n in (1, m) for n, m in zip(sizes, x.shape, strict=True))
+    return t.reshape(sizes) if fits else None
+
+
 def _is_norm(root: Module, node: Node) -> bool:
     module = _module(root, node)
     if not isinstance(module, Activated) or options_of(module).activation is not None:
@@ -186,13 +264,13 @@ def _is_alone(norm: Node) -> bool:
     return _memory(source) <= {source, norm} and isinstance(source, Node) and len(source.users) == 1
 
 
-def _lasts(root: Module, source: Any, first: Node, last: Node, but: Node | None) -> bool:
+def _lasts(root: Module, source: Any, first: Node, last: Node, but: Container[Node]) -> bool:
     """Whether `source` is the same at `last`, where it is read, as it was at `first`."""
     memory = _memory(source)
     node = first.next
     while node is not last:
         written = node.args[0] if node.args else None
-        if node is not but and written in memory and _overwrites(root, node):
+        if node not in but and written in memory and _overwrites(root, node):
             return False
         node = node.next
     return True
@@ -221,33 +299,40 @@ def find(root: Module, graph: Graph) -> list[Found]:
         if user is None or user in taken or not _is_norm(root, norm):
             continue
         source = norm.args[0]
-        if (act := _activation(root, user)) is not None and _lasts(root, source, norm, user, None):
-            found.append(Found(norm, None, user, act))
+        if (act := _activation(root, user)) is not None and _lasts(root, source, norm, user, ()):
+            found.append(Found(norm, (), user, act, {}))
+        elif (modulation := _modulation(root, norm, user)) is not None:
+            found.append(modulation)
+            taken.update((*modulation.between, modulation.last))
         elif (
             (added := _residual(norm, user)) is not None
             and (last := _only_user(user)) is not None
             and (act := _activation(root, last)) is not None
-            and _lasts(root, source, norm, last, user)
-            and _lasts(root, added, user, last, None)
+            and _lasts(root, source, norm, last, (user,))
+            and _lasts(root, added, user, last, ())
         ):
-            found.append(Found(norm, user, last, act))
+            found.append(Found(norm, (user,), last, act, {"residual": added}))
             taken.add(user)
     return found
 
 
 def replace(graph: Graph, found: list[Found]) -> None:
     """Make each of these one call of the layer."""
-    for norm, add, act, act_of in found:
-        given: dict[str, Any] = {"_then": act_of}
-        if add is not None:
-            given["residual"] = _residual(norm, add)
+    for norm, between, last, act_of, given, over_one in found:
         # where all that it needs has been made
-        with graph.inserting_before(act):
-            fused = graph.call_module(str(norm.target), norm.args, given)
-        act.replace_all_uses_with(fused)
-        for node in (act, add, norm):
-            if node is not None:
-                graph.erase_node(node)
+        with graph.inserting_before(last):
+            if "scale" in given:
+                layer = graph.get_attr(str(norm.target))
+                pair = given["scale"], given.get("shift")
+                fused = graph.call_function(call_modulated, (layer, *norm.args, *pair, act_of))
+            else:
+                named: dict[str, Any] = {"_then": act_of, **given}
+                fused = graph.call_module(str(norm.target), norm.args, named)
+        last.replace_all_uses_with(fused)
+        for node in (last, *reversed(between), norm):
+            graph.erase_node(node)
+        if over_one is not None and not over_one.users:
+            graph.erase_node(over_one)
 
 
 def requirements(
@@ -256,15 +341,15 @@ def requirements(
     """(module, whether it is no longer called as it was, attribute) for what `found` depends on."""
     for module in dropped:
         yield module, True, "p" if hasattr(module, "p") else ""
-    for norm, _, act, _ in found:
-        layer, last = _module(root, norm), _module(root, act)
+    for norm, _, end, *_ in found:
+        layer, last = _module(root, norm), _module(root, end)
         assert layer is not None
         yield layer, True, ""
         if last is not None:
             yield last, True, _PARAMETERS.get(type(last), "")
         # what does not write over its input now might do so later
         node = norm.next
-        while node is not act:
+        while node is not end:
             between = _module(root, node)
             if between is not None and hasattr(between, "inplace"):
                 yield between, False, "inplace"

@@ -93,7 +93,10 @@ def plan(root: Module, kind: type[Module], read: Read) -> Plan | None:
     conditions = Conditions(root, kind, read.asked_for_class)
     inputs = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
     for name in inputs:
-        conditions.is_input(name, read.asked_for_type)
+        if name in read.defaults:
+            conditions.is_left_out(name, read.defaults[name])
+        else:
+            conditions.is_input(name, read.asked_for_type)
     for fact in read.facts:
         conditions.is_as_read(fact, value_of(fact, MISSING))
     for module, replaced, attribute in patterns.requirements(root, graph, found, dropped):
@@ -107,4 +110,5 @@ def plan(root: Module, kind: type[Module], read: Read) -> Plan | None:
     calls = _detached(root, graph, conditions)
     forward = type(GraphModule({key: conditions.held[key] for key in calls}, graph)).forward
     name = getattr(type(root).forward, "__qualname__", "forward")
-    return Plan(conditions.source(inputs), conditions.held, name, forward, calls)
+    arguments = [f"{n}={read.defaults[n]!r}" if n in read.defaults else n for n in inputs]
+    return Plan(conditions.source(arguments), conditions.held, name, forward, calls)

@@ -17,6 +17,8 @@ from torch.nn import Module
 from ..leftovers import Attributes
 from .reading import Fact, Recorder, is_recorded
 
+_DEFAULTS = (type(None), bool, int, float, str)
+
 
 def _in_place(name: str) -> Any:
     operation = getattr(operator, name)
@@ -54,9 +56,12 @@ class _OneLevel(Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, recorder: Recorder, calls: tuple[Any, ...]) -> None:
+    def __init__(
+        self, recorder: Recorder, calls: tuple[Any, ...], defaults: dict[int, Any]
+    ) -> None:
         super().__init__(autowrap_functions=calls)
         self.recorder = recorder
+        self.defaults = defaults  # by place, of arguments that a call leaves out
 
     def trace(self, *args: Any, **kwargs: Any) -> Graph:
         self._outside = _modes()
@@ -67,8 +72,9 @@ class _OneLevel(Tracer):
 
         @functools.wraps(forward)
         def recorded(*inputs: Any) -> Any:
+            seen = [self.defaults.get(place, each) for place, each in enumerate(inputs)]
             with self.recorder.running(lambda: len(self.graph.nodes)):
-                return forward(*inputs)
+                return forward(*seen)
 
         return recorded, given
 
@@ -120,18 +126,30 @@ class Read(NamedTuple):
     facts: list[Fact]
     asked_for_type: bool  # of an input
     asked_for_class: bool  # of modules
+    defaults: dict[str, Any]  # what optional arguments are where the graph stands for the forward
+
+
+def _is_written(value: Any) -> bool:
+    """Whether its repr is it."""
+    return type(value) in _DEFAULTS and repr(value) not in ("nan", "inf", "-inf")
 
 
 def read(module: Module) -> Read | None:
-    """The module's forward, or None where no one graph stands for it."""
+    """The module's forward, or None where no one graph stands for it.
+
+    With the defaults of its optional arguments: which a call has may decide what is done.
+    """
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    if any(p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty for p in parameters):
-        return None  # which arguments a call has may decide what is done
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+        return None
+    if not all(p.default is p.empty or _is_written(p.default) for p in parameters):
+        return None
     if not all(is_recorded(m) for m in module.modules()):
         return None
     # where a helper beside the class looks into its tensors, it can stay a call
-    found = _read(module, ())
-    return _read(module, _helpers(module)) if found is None else found
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    found = _read(module, (), defaults)
+    return _read(module, _helpers(module), defaults) if found is None else found
 
 
 def _helpers(module: Module) -> tuple[Any, ...]:
@@ -143,25 +161,27 @@ def _helpers(module: Module) -> tuple[Any, ...]:
     )
 
 
-def _read(module: Module, calls: tuple[Any, ...]) -> Read | None:
+def _read(module: Module, calls: tuple[Any, ...], defaults: dict[str, Any]) -> Read | None:
     """The graph of the forward, the functions in `calls` being calls in it."""
     modules = list(module.modules())
     modes = [m.training for m in modules]
     attributes = Attributes(modules)
     recorder = Recorder(module)
     graphs = []
+    names = list(inspect.signature(type(module).forward).parameters)
+    by_place = {names.index(name): value for name, value in defaults.items()}
     try:
         for training in (True, False):
             for m in modules:
                 m.training = training
-            graphs.append(_OneLevel(recorder, calls).trace(module))
+            graphs.append(_OneLevel(recorder, calls, by_place).trace(module))
         for m, mode in zip(modules, modes, strict=True):
             m.training = mode
         graph, other = graphs
         if attributes.restore() or str(graph) != str(other):
             return None
         facts = recorder.finish()
-        return Read(graph, facts, recorder.asked_for_type, recorder.asked_for_class)
+        return Read(graph, facts, recorder.asked_for_type, recorder.asked_for_class, defaults)
     except Exception:  # whatever a forward raises on what stands for a tensor
         return None
     finally:
