@@ -53,12 +53,66 @@ def _convnext() -> tuple[Module, Step]:
     return made, lambda m: m(pixel_values=pixels.to(next(m.parameters()).dtype)).logits
 
 
+class _DiTBlock(Module):
+    """Peebles and Xie 2023: scale, shift and gate of each sample by what it is conditioned on."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = torch.nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm2 = torch.nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.qkv, self.out = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
+        self.mlp = torch.nn.Sequential(
+            torch.nn.Linear(width, 4 * width),
+            torch.nn.GELU("tanh"),
+            torch.nn.Linear(4 * width, width),
+        )
+        self.modulation = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Linear(width, 6 * width))
+        self.heads = heads
+
+    def attention(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        given = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
+        x = x + given[2] * self.attention(self.norm1(x) * (1 + given[1]) + given[0])
+        return x + given[5] * self.mlp(self.norm2(x) * (1 + given[4]) + given[3])
+
+
+class _DiT(Module):
+    def __init__(self, width: int = 384, depth: int = 6) -> None:
+        super().__init__()
+        self.into = torch.nn.Linear(16, width)
+        self.blocks = torch.nn.ModuleList(_DiTBlock(width, 6) for _ in range(depth))
+        self.norm, self.back = torch.nn.LayerNorm(width), torch.nn.Linear(width, 16)
+
+    def forward(self, patches: Tensor, condition: Tensor) -> Tensor:
+        x = self.into(patches)
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.back(self.norm(x))  # type: ignore[no-any-return]
+
+
+def _dit() -> tuple[Module, Step]:
+    generator = torch.Generator().manual_seed(1)
+    patches = torch.randn(4, 256, 16, generator=generator)
+    condition = torch.randn(4, 384, generator=generator)
+
+    def step(m: Module) -> Tensor:
+        dtype = next(m.parameters()).dtype
+        return m(patches.to(dtype), condition.to(dtype))  # type: ignore[no-any-return]
+
+    return _DiT(), step
+
+
 MODELS: dict[str, Callable[[], tuple[Module, Step]]] = {
     "Llama": lambda: _of_text("LlamaConfig", "LlamaForCausalLM"),
     "Qwen3": lambda: _of_text("Qwen3Config", "Qwen3ForCausalLM", head_dim=64, **_KV),
     "Gemma": lambda: _of_text("GemmaConfig", "GemmaForCausalLM", head_dim=64, **_KV),
     "BERT": lambda: _of_text("BertConfig", "BertForMaskedLM"),
     "ConvNeXt": _convnext,
+    "DiT": _dit,
 }
 
 
@@ -104,6 +158,8 @@ def measure(name: str, dtype: torch.dtype, rounds: int) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     ours = truenorm.convert(copy.deepcopy(model))
+    if name == "DiT":
+        truenorm.fuse(ours)
     bare = _without_norms(model)
     with torch.no_grad():
         logits = step(model)
