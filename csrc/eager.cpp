@@ -3,6 +3,7 @@
 // before anything is changed; _core/eager.py then goes the long way, where errors are worded.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <bit>
 #include <stdexcept>
 #include <string>
@@ -172,6 +173,142 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, con
   return {found(made.x), found(made.weight), found(made.bias), found(made.residual)};
 }
 
+// --- h = x + other, and y = norm(h) over trailing dimensions: both are given back
+
+// Some rows at a time, so that what one pass writes the next finds in cache.
+struct Blocks {
+  const Geometry& g;
+  int64_t rows, count;
+
+  template <class T>
+  Blocks(const Geometry& of, T)
+      : g(of),
+        rows(std::clamp<int64_t>(kInCache / (4 * of.c * int64_t(sizeof(T))), 1, of.n)),
+        count(ceil_div(of.n, rows)) {}
+
+  // body(block, its first row, its geometry)
+  template <class Body>
+  void each(const Body& body) const {
+    const auto block = [&](int64_t i) {
+      const Geometry some = samples_of(g, std::min(rows, g.n - i * rows));
+      body(i, i * rows, some);
+    };
+    if (busy(count)) return parallel(count, rows * g.c, block);
+    for (int64_t i = 0; i < count; ++i) block(i);
+  }
+};
+
+template <class T>
+const T* values_of(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* room_of(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_norm(const Tensor& x, const Tensor& other, Maybe weight,
+                                            Maybe bias, int64_t bits, double eps) {
+  const Form form{bits};
+  Call call{.x = x,
+            .axes = {},
+            .eps = eps,
+            .weight = given(weight),
+            .bias = given(bias),
+            .residual = &other};
+  const Geometry& g = call.g;
+  in_order([&] {
+    call.axes = axes_of(x, form);
+    call.read();
+    expect(form.feature_dims() > 0 && !call.by_part && form.act() == Act::none,
+           "`form` must be one over trailing dimensions, without an activation");
+    for (const Tensor* p : {call.weight, call.bias})
+      expect(!p || p->scalar_type() != ScalarType::Double || x.element_size() == 8,
+             "`weight` and `bias` must not be wider than float32 beside a narrower `x`");
+  });
+  const Tensor one = laid_out(x, g), two = laid_out(other, g);
+  const Tensor y = new_result(g, x.scalar_type()), h = new_result(g, x.scalar_type());
+  const Tensor record = form.wants_gradient() ? Kept{form, eps, 0.0}.record(g) : Tensor();
+  Room<double> unsaved;
+  double* const mean = form.wants_gradient() ? doubles(record) : unsaved.of(2 * g.n);
+  with_type(x, [&]<class T>(T) {
+    const Kernels<T>& use = table<T>(kernels());
+    const Values<compute_t<T>> weights(call.weight, form.one_plus()), biases(call.bias);
+    Blocks(g, T{}).each([&](int64_t, int64_t first, const Geometry& some) {
+      const int64_t at = first * g.c;
+      use.add(values_of<T>(one) + at, values_of<T>(two) + at, room_of<T>(h) + at, some.numel(),
+              false);
+      Forward<T> f{
+          some,          use,          eps,          values_of<T>(h) + at, room_of<T>(y) + at,
+          weights.get(), biases.get(), mean + first, mean + g.n + first,   false,
+          streams<T>(g)};
+      f.rounds = form.rounds();
+      forward_rows(f);
+    });
+  });
+  return {y, h, record};
+}
+
+// Gradients of x (and the same of other), weight and bias, from those of y and of h.
+std::tuple<Tensor, Tensor, Tensor> add_norm_backward(const Tensor& grad, const Tensor& grad_h,
+                                                     const Tensor& h, const Tensor& record,
+                                                     Maybe weight) {
+  Call call{.x = h, .axes = {}, .weight = given(weight), .grad = &grad};
+  Form form{0};
+  const Geometry& g = call.g;
+  in_order([&] {
+    const Kept kept = Kept::of(record);
+    form = kept.form;
+    call.axes = axes_of(h, form);
+    call.eps = kept.eps;
+    call.needs = form.needs();
+    call.one_plus = form.one_plus();
+    call.read();
+    check::gradient(grad_h, h, g);
+    expect(form.feature_dims() > 0 && !call.by_part && (form.needs() & kInput),
+           "`record` must be of a call over trailing dimensions whose input has a gradient");
+    if (record.numel() != Kept::record_size(g))
+      check::wrong_record(record, "of an x of this shape");
+  });
+  const Gradients made(call);
+  const Tensor of_y = laid_out_like(h, grad, g), of_h = laid_out_like(h, grad_h, g);
+  const Tensor x = laid_out(h, g);
+  const double* const mean = doubles(record);
+  const bool params = made.weight || made.bias;
+  with_type(h, [&]<class T>(T) {
+    const Kernels<T>& use = table<T>(kernels());
+    const bool stream = streams<T>(g);
+    const Values<compute_t<T>> weights(call.weight, form.one_plus());
+    T* const to = room_of<T>(*made.x);
+    const Blocks blocks(g, T{});
+    const auto sums = scratch<GradSums>(params ? blocks.count * g.c : 0);
+    blocks.each([&](int64_t i, int64_t first, const Geometry& some) {
+      const int64_t at = first * g.c;
+      Backward<T> b{
+          some,    use,           call.eps,     values_of<T>(of_y) + at, values_of<T>(x) + at,
+          to + at, weights.get(), mean + first, mean + g.n + first,      false,
+          false};
+      b.sums = params ? sums.get() + i * g.c : nullptr;
+      backward_rows(b);
+      use.add(to + at, values_of<T>(of_h) + at, to + at, some.numel(), stream);
+      fence(stream);
+    });
+    if (!params) return;
+    Room<double> room;
+    double* const totals = room.of(2 * g.c);
+    for (int64_t c = 0; c < g.c; ++c) {
+      GradSums total;
+      for (int64_t i = 0; i < blocks.count; ++i) total.add(sums[i * g.c + c]);
+      totals[c] = total.grad_x_hat;
+      totals[g.c + c] = total.grad;
+    }
+    if (made.weight) store(totals, *made.weight);
+    if (made.bias) store(totals + g.c, *made.bias);
+  });
+  const auto found = [](const Maybe& t) { return t ? *t : Tensor(); };
+  return {*made.x, found(made.weight), found(made.bias)};
+}
+
 }  // namespace
 }  // namespace truenorm
 
@@ -180,4 +317,6 @@ STABLE_TORCH_LIBRARY_IMPL(truenorm, CPU, m) {
   m.impl("eager_norm_given", TORCH_BOX(&truenorm::norm_given));
   m.impl("eager_norm_more", TORCH_BOX(&truenorm::norm_more));
   m.impl("eager_norm_backward", TORCH_BOX(&truenorm::norm_backward));
+  m.impl("eager_add_norm", TORCH_BOX(&truenorm::add_norm));
+  m.impl("eager_add_norm_backward", TORCH_BOX(&truenorm::add_norm_backward));
 }

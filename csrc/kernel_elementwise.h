@@ -153,6 +153,14 @@ void apply_row(const T* x, T* y, int64_t len, const RowAffine<T>& by, bool strea
 }
 
 template <class T>
+void add(const T* one, const T* other, T* to, int64_t len, bool stream) {
+  using P = AnyOrder<T>;
+  map<P, 2>({one, other}, to, len, stream, [](const P* v, int64_t) TN_FLAT {
+    return P{v[0].v[0] + v[1].v[0], v[0].v[1] + v[1].v[1]};
+  });
+}
+
+template <class T>
 void grad_apply(const T* grad, const T* x, T* grad_x, int64_t runs, int64_t len,
                 const GradAffine<compute_t<T>>* by, bool stream) {
   using P = AnyOrder<T>;

@@ -70,6 +70,9 @@ struct Kernels {
   void (*act_row)(const ActInputs<T>& in, T* out, int64_t len, const RowAffine<T>& by,
                   Activation act, bool stream);
 
+  // one + other; `to` may be one of them
+  void (*add)(const T* one, const T* other, T* to, int64_t len, bool stream);
+
   GradSums (*grad_sums)(const T* grad, const T* x, int64_t runs, int64_t len, int64_t stride,
                         double mean, double rstd);
   void (*column_grad_sums)(const T* grad, const T* x, int64_t rows, int64_t cols, int64_t ld,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from ._core import added as _added
 from ._core import checks, eager, geometry, masks, modulation, recomputed
 from ._core.call import CONSTANT, UNCENTRED, Call, Form, Running
 from ._core.geometry import RMS_EPS
@@ -23,6 +24,8 @@ from ._core.normalize import normalize, normalize_with_statistics
 from .moments import Moments
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "batch_norm",
     "group_norm",
     "instance_norm",
@@ -533,6 +536,68 @@ def in_torchs_memory_format(y: Tensor, input: Tensor) -> Tensor:
         if input.dim() == dims and input.is_contiguous(memory_format=form):
             return y.contiguous(memory_format=form)
     return y
+
+
+def add_layer_norm(
+    input: Tensor,
+    other: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of a sum, and the sum: (layer_norm(h), h), h = input + other.
+
+    h is rounded to its dtype before it is normalized, as by the two calls. Where both are of one
+    shape, and large, it is normalized while it is in cache, and its gradient is added to the norm's
+    likewise. The same in training and evaluation.
+
+    Shapes: input, other (*, *normalized_shape), or what torch's addition takes; weight, bias
+    normalized_shape; both outputs like the sum.
+
+    Errors: TypeError where input or other is no tensor; else as for `layer_norm`.
+
+    Source: Xiong et al. 2020, https://arxiv.org/abs/2002.04745 (the norm at a block's beginning).
+    """
+    if _added.is_large(input, other):
+        call = layer_call(input, normalized_shape, weight, bias, eps)
+        found = _added.at_once(input, other, call)
+        if found is not None:
+            return found
+    h = _sum(input, other)
+    return layer_norm(h, normalized_shape, weight, bias, eps), h
+
+
+def add_rms_norm(
+    input: Tensor,
+    other: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of a sum, and the sum: (rms_norm(h), h), h = input + other.
+
+    As `add_layer_norm`, with the formula of `rms_norm`.
+
+    Shapes: input, other (*, *normalized_shape), or what torch's addition takes; weight
+    normalized_shape; both outputs like the sum.
+
+    Errors: TypeError where input or other is no tensor; else as for `rms_norm`.
+
+    Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
+    """
+    if _added.is_large(input, other):
+        found = _added.at_once(input, other, rms_call(input, normalized_shape, weight, eps))
+        if found is not None:
+            return found
+    h = _sum(input, other)
+    return rms_norm(h, normalized_shape, weight, eps), h
+
+
+def _sum(input: Tensor, other: Tensor) -> Tensor:
+    checks.check_tensor("input", input)
+    checks.check_tensor("other", other)
+    return input + other
 
 
 def local_response_norm(

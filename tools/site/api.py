@@ -63,6 +63,8 @@ _CALL = {
     "padding_value": "what the output holds elsewhere",
     "scale": "y times 1 + scale ([scale and shift](../howto/scale-and-shift.md))",
     "shift": "what is added to that",
+    "add": "what is added to the input first; the sum is given back too "
+    "([a sum before the norm](../howto/activation.md#a-sum-before-the-norm))",
     "residual": "what is added before the activation ([residual](../howto/activation.md))",
 }
 

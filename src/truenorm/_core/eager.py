@@ -115,6 +115,20 @@ def call(
     return y  # type: ignore[no-any-return]
 
 
+def is_plain(x: Tensor, *others: Any) -> bool:
+    """Whether nobody transforms, traces or stands in for these tensors on a CPU with kernels."""
+    return not (
+        not x.is_cpu
+        or has_torch_function_variadic(x, *others)
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+        or _dispatch_modes()
+        or _is_tracing()
+        or _trace._trace_module_map is not None
+        or NATIVE is None
+    )
+
+
 def _modulated(
     op: Any, x: Tensor, weight: Any, bias: Any, form: int, eps: float, statistics: tuple[Any, ...],
     after: After,
@@ -207,7 +221,7 @@ class Normalize(Function):
             or forward_ad._current_level >= 0
             or _dispatch_modes()
         ):
-            found = _pull_back(ctx.kept, grad, *saved)
+            found = pull_back(ctx.kept, grad, *saved)
         elif len(saved) == 2:
             x, weight = saved
             of_x, of_weight, of_bias, _ = _norm_backward(grad, x, ctx.kept[0], weight)
@@ -223,7 +237,7 @@ class Normalize(Function):
         return *found[:3], None, of_residual
 
 
-def _pull_back(
+def pull_back(
     kept: Any, grad: Tensor, x: Tensor, weight: Any, bias: Any = None, residual: Any = None
 ) -> list[Any]:
     """The gradients, in a way that can itself be differentiated."""

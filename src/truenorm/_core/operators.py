@@ -70,6 +70,11 @@ _EAGER = {
     " float momentum, Tensor? residual=None, float parameter=0.0) -> (Tensor, Tensor)",
     "eager_norm_backward": "(Tensor grad, Tensor x, Tensor record, Tensor? weight,"
     " Tensor? bias=None, Tensor? residual=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    # norm(h), h = x + other, and what the backward needs, which takes the gradients of both
+    "eager_add_norm": "(Tensor x, Tensor other, Tensor? weight, Tensor? bias, int form, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    "eager_add_norm_backward": "(Tensor grad, Tensor grad_h, Tensor h, Tensor record,"
+    " Tensor? weight) -> (Tensor, Tensor, Tensor)",
 }
 
 defined = arguments.Library("truenorm")
@@ -287,3 +292,5 @@ eager_norm = _operators.eager_norm.default
 eager_norm_given = _operators.eager_norm_given.default
 eager_norm_more = _operators.eager_norm_more.default
 eager_norm_backward = _operators.eager_norm_backward.default
+eager_add_norm = _operators.eager_add_norm.default
+eager_add_norm_backward = _operators.eager_add_norm_backward.default

@@ -115,8 +115,13 @@ class Direct(Traceable, Configurable):
         residual: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
+        add: Tensor | None = None,
         _then: tuple[int, float] | None = None,
-    ) -> Tensor:
+    ) -> Any:
+        if add is not None:
+            of_norm = mask, lengths, padding_value, residual, scale, shift
+            given = {n: v for n, v in zip(BESIDE, of_norm, strict=False) if v is not BESIDE[n]}
+            return self._of_sum(input, add, given)
         if mask is None and lengths is None:
             modulated = scale is not None or shift is not None
             alone = residual is None and _then is None and not modulated
@@ -137,11 +142,19 @@ class Direct(Traceable, Configurable):
                 direct = self._directly(input, after)
                 if direct is not None:
                     return direct
-        beside = mask, lengths, padding_value, residual, scale, shift, _then
         if self._is_traced(input):
+            beside = mask, lengths, padding_value, residual, scale, shift, add, _then
             named = zip(BESIDE, beside, strict=True)
             return self._as_leaf(input, **{n: v for n, v in named if v is not BESIDE[n]})
-        return self._long_way(input, *beside)  # type: ignore[no-any-return]
+        return self._long_way(input, mask, lengths, padding_value, residual, scale, shift, _then)
+
+    def _of_sum(self, input: Any, other: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The output for a sum, and the sum."""
+        if not (self._is_traced(input) or self._is_traced(other)):
+            checks.check_tensor("input", input)
+            checks.check_tensor("add", other)
+        h = input + other
+        return self.forward(h, **given), h
 
     def _slow_forward(self, *input: Any, **beside: Any) -> Any:
         """What torch calls for `forward` while it traces.
@@ -165,6 +178,7 @@ BESIDE: dict[str, Any] = {
     "residual": None,
     "scale": None,
     "shift": None,
+    "add": None,
     "_then": None,
 }
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._core import checks, masks
+from .._core import activation, added, checks, masks
 from ._base import Arranged, Direct
 from ._options import Option
 
@@ -52,10 +52,20 @@ class Padded(Direct):
         return torch.nested.nested_tensor_from_jagged(y[inside], offsets)
 
 
+_NOTHING = activation.NONE, 0.0
+
+
 class PaddedRows(Direct):
     """A layer over trailing dimensions, that takes a mask."""
 
     normalized_shape: tuple[int, ...]
+
+    def _of_sum(self, input: Any, other: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if not given and added.is_large(input, other) and self._act() == _NOTHING:
+            found = added.at_once(input, other, self._call(input, None))
+            if found is not None:
+                return found
+        return super()._of_sum(input, other, given)
 
     def _arranged(
         self, input: Tensor, mask: Tensor | None, lengths: Tensor | None, padding_value: float

@@ -53,7 +53,7 @@ class RMSNorm(Activated, PaddedRows, torch.nn.RMSNorm):
         return eager.call(eager.OWN, input, weight, None, form, eps, (), after)
 
     # named as torch names it
-    def forward(self, x: Tensor, **more: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, **more: Any) -> Any:  # type: ignore[override]
         return super().forward(x, **more)
 
     def _call(self, x: Tensor, mask: Tensor | None) -> Call:

@@ -281,7 +281,7 @@ class Ruled(Module):
             exact = x.dtype == torch.float32 or self._rounding == "once"
             # torch's exponentials take less time, where no gradient is to pass through both
             if act is not None and (act[2] or (exact and torch.is_grad_enabled())):
-                return self._ours.forward(self, x, _then=act[:2])  # type: ignore[arg-type]
+                return self._ours.forward(self, x, _then=act[:2])  # type: ignore[arg-type,no-any-return]
         return self._followed(self._ours.forward(self, x))  # type: ignore[arg-type]
 
     def __prepare_scriptable__(self) -> Any:

@@ -1,0 +1,81 @@
+"""norm(h) and h = x + other, as a residual stream takes them: by one pass where both are large.
+
+Row by row h is added, written, and normalized while it is in cache: 4 tensors moved where addition
+and norm move 5, and backward, with the gradient that comes for h, 4 for 6. Elsewhere it is
+an addition and a norm, which take fewer steps to call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.compiler import is_compiling
+
+from . import eager, operators
+from .call import NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT, Call
+
+# bytes of a tensor from which on passes over memory take longer than calls
+LARGE = 1 << 20
+
+
+def is_large(x: Any, other: Any) -> bool:
+    """Whether both are tensors of one kind, for which a pass less is worth a step more."""
+    return (
+        isinstance(x, Tensor)
+        and isinstance(other, Tensor)
+        and x.is_cpu
+        and x.numel() * x.itemsize >= LARGE
+        and x.dtype == other.dtype
+        and x.shape == other.shape
+    )
+
+
+def at_once(x: Tensor, other: Tensor, call: Call) -> tuple[Tensor, Tensor] | None:
+    """(norm(h), h) of a call over trailing dimensions whose x is yet to be added to."""
+    weight, bias, form = call.weight, call.bias, call.form
+    if is_compiling() or not eager.is_plain(x, other, weight, bias):
+        return None
+    bits, eps, _ = form.numbers(x)
+    if torch.is_grad_enabled():
+        bits |= NEEDS_INPUT * (x.requires_grad or other.requires_grad)
+        bits |= NEEDS_WEIGHT * (weight is not None and weight.requires_grad)
+        bits |= NEEDS_BIAS * (bias is not None and bias.requires_grad)
+        if bits & (NEEDS_WEIGHT | NEEDS_BIAS) and not bits & NEEDS_INPUT:
+            return None
+    try:
+        made = operators.eager_add_norm._op(x, other, weight, bias, bits, eps)
+    except RuntimeError:  # what is merely unusual
+        return None
+    y, h, record = made
+    if not bits & NEEDS_INPUT:
+        return y, h
+    return AddNorm.apply(x, other, weight, bias, (y, h, record, bits, eps))  # type: ignore[no-any-return,no-untyped-call]
+
+
+class AddNorm(Function):
+    """The graph's node for what the operator has made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, other: Any, weight: Any, bias: Any, made: Any) -> Any:
+        y, h, record, bits, eps = made
+        ctx.save_for_backward(h, weight)
+        ctx.kept = record, bits, eps, 0.0
+        ctx.set_materialize_grads(False)
+        return y, h
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any, grad_h: Any) -> Any:
+        if grad is None:
+            return grad_h, grad_h, None, None, None
+        h, weight = ctx.saved_tensors
+        plain = type(grad) is Tensor and not (is_compiling() or torch.is_grad_enabled())
+        if plain and type(grad_h) is Tensor and eager.is_plain(grad, grad_h):
+            made = operators.eager_add_norm_backward._op(grad, grad_h, h, ctx.kept[0], weight)
+            of_x, of_weight, of_bias = made
+        else:
+            of_x, of_weight, of_bias, _ = eager.pull_back(ctx.kept, grad, h, weight)
+            of_x = of_x if grad_h is None else of_x + grad_h
+        return of_x, of_x, of_weight, of_bias, None
