@@ -46,13 +46,15 @@ struct Kept {
 
 // What is not in order, in the words of checks.h.
 template <class Body>
-void in_order(const Body& body) {
+void in_order(const Body& body, const char* of = "") {
   try {
     body();
   } catch (const std::runtime_error& error) {
-    throw std::runtime_error(std::string("truenorm: no call for the short way: ") + error.what());
+    throw std::runtime_error(std::string("truenorm: no call for the short way") + of + ": " +
+                             error.what());
   }
 }
+constexpr const char* kRecorded = ", with a form that `record` holds";
 
 void expect(bool held, const char* words) {
   if (!held) throw std::runtime_error(words);
@@ -153,19 +155,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, con
             .bias = given(bias),
             .residual = given(residual),
             .grad = &grad};
-  in_order([&] {
-    const Kept kept = Kept::of(record);
-    call.axes = axes_of(x, kept.form);
-    call.eps = kept.eps;
-    call.act = {kept.form.act(), kept.parameter};
-    call.needs = kept.form.needs();
-    call.constant = kept.form.constant();
-    call.rounds = kept.form.rounds();
-    call.one_plus = kept.form.one_plus();
-    call.read();
-    if (record.numel() != Kept::record_size(call.g))
-      check::wrong_record(record, "of an x of this shape");
-  });
+  in_order(
+      [&] {
+        const Kept kept = Kept::of(record);
+        call.axes = axes_of(x, kept.form);
+        call.eps = kept.eps;
+        call.act = {kept.form.act(), kept.parameter};
+        call.needs = kept.form.needs();
+        call.constant = kept.form.constant();
+        call.rounds = kept.form.rounds();
+        call.one_plus = kept.form.one_plus();
+        call.read();
+        if (record.numel() != Kept::record_size(call.g))
+          check::wrong_record(record, "of an x of this shape");
+      },
+      kRecorded);
   const double* const mean = doubles(record);
   const Gradients made(call);
   backward_into(call, mean, mean + call.g.num_statistics(), made);
@@ -220,8 +224,9 @@ std::tuple<Tensor, Tensor, Tensor> add_norm(const Tensor& x, const Tensor& other
   in_order([&] {
     call.axes = axes_of(x, form);
     call.read();
-    expect(form.feature_dims() > 0 && !call.by_part && form.act() == Act::none,
-           "`form` must be one over trailing dimensions, without an activation");
+    expect(form.feature_dims() > 0 && g.c > 1 && !call.by_part && form.act() == Act::none,
+           "`form` must be one over trailing dimensions of more than one value, without an "
+           "activation");
     for (const Tensor* p : {call.weight, call.bias})
       expect(!p || p->scalar_type() != ScalarType::Double || x.element_size() == 8,
              "`weight` and `bias` must not be wider than float32 beside a narrower `x`");
@@ -251,31 +256,33 @@ std::tuple<Tensor, Tensor, Tensor> add_norm(const Tensor& x, const Tensor& other
 
 // Gradients of x (and the same of other), weight and bias, from those of y and of h.
 std::tuple<Tensor, Tensor, Tensor> add_norm_backward(const Tensor& grad, const Tensor& grad_h,
-                                                     const Tensor& h, const Tensor& record,
+                                                     const Tensor& x, const Tensor& record,
                                                      Maybe weight) {
-  Call call{.x = h, .axes = {}, .weight = given(weight), .grad = &grad};
+  Call call{.x = x, .axes = {}, .weight = given(weight), .grad = &grad};
   Form form{0};
   const Geometry& g = call.g;
-  in_order([&] {
-    const Kept kept = Kept::of(record);
-    form = kept.form;
-    call.axes = axes_of(h, form);
-    call.eps = kept.eps;
-    call.needs = form.needs();
-    call.one_plus = form.one_plus();
-    call.read();
-    check::gradient(grad_h, h, g);
-    expect(form.feature_dims() > 0 && !call.by_part && (form.needs() & kInput),
-           "`record` must be of a call over trailing dimensions whose input has a gradient");
-    if (record.numel() != Kept::record_size(g))
-      check::wrong_record(record, "of an x of this shape");
-  });
+  in_order(
+      [&] {
+        const Kept kept = Kept::of(record);
+        form = kept.form;
+        call.axes = axes_of(x, form);
+        call.eps = kept.eps;
+        call.needs = form.needs();
+        call.one_plus = form.one_plus();
+        call.read();
+        check::gradient(grad_h, x, g);
+        expect(form.feature_dims() > 0 && !call.by_part && (form.needs() & kInput),
+               "`record` must be of a call over trailing dimensions whose input has a gradient");
+        if (record.numel() != Kept::record_size(g))
+          check::wrong_record(record, "of an x of this shape");
+      },
+      kRecorded);
   const Gradients made(call);
-  const Tensor of_y = laid_out_like(h, grad, g), of_h = laid_out_like(h, grad_h, g);
-  const Tensor x = laid_out(h, g);
+  const Tensor of_y = laid_out_like(x, grad, g), of_h = laid_out_like(x, grad_h, g);
+  const Tensor h = laid_out(x, g);
   const double* const mean = doubles(record);
   const bool params = made.weight || made.bias;
-  with_type(h, [&]<class T>(T) {
+  with_type(x, [&]<class T>(T) {
     const Kernels<T>& use = table<T>(kernels());
     const bool stream = streams<T>(g);
     const Values<compute_t<T>> weights(call.weight, form.one_plus());
@@ -285,7 +292,7 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_backward(const Tensor& grad, const T
     blocks.each([&](int64_t i, int64_t first, const Geometry& some) {
       const int64_t at = first * g.c;
       Backward<T> b{
-          some,    use,           call.eps,     values_of<T>(of_y) + at, values_of<T>(x) + at,
+          some,    use,           call.eps,     values_of<T>(of_y) + at, values_of<T>(h) + at,
           to + at, weights.get(), mean + first, mean + g.n + first,      false,
           false};
       b.sums = params ? sums.get() + i * g.c : nullptr;

@@ -50,7 +50,8 @@ def _shapes(draw: random.Random, names: list[str]) -> tuple[tuple[int, ...], tup
     if "form" not in names:
         return shape, (0, 0, True)
     groups = draw.choice((0, 1, 2, shape[1]))
-    if "sums" not in names and draw.random() < 0.4:
+    of_rows = "other" in names or "grad_h" in names
+    if of_rows or ("sums" not in names and draw.random() < 0.4):
         return shape, (1, draw.randint(1, len(shape)), draw.random() < 0.5)
     return shape, (groups, 0, True)
 
@@ -64,6 +65,8 @@ def _form(draw: random.Random, operator: str, axes: tuple[int, int, bool]) -> in
     flags = draw.randint(0, 15) | draw.choice((0, KEEP)) | (0 if centred else UNCENTRED)
     if operator == "eager_norm_backward":
         flags |= draw.randint(0, 8) << ACT
+    if operator == "eager_add_norm_backward":
+        flags |= 1
     if not operator.startswith("eager_"):
         flags |= draw.choice((0, CONSTANT)) | draw.randint(0, 8) << ACT
     return flags | dims << FEATURES | (0 if dims else groups) << GROUPS
@@ -91,6 +94,8 @@ def valid(operator: str, draw: random.Random) -> dict[str, Any]:
 
     made: dict[str, Any] = {
         "x": x,
+        "other": torch.randn(shape).to(dtype),
+        "grad_h": torch.randn(shape).to(dtype),
         "grad": torch.randn(shape).to(dtype),
         "residual": torch.randn(shape).to(dtype) if draw.random() < 0.7 else None,
         "mask": torch.rand(shape[: len(shape) - dims] if dims else shape[:1] + shape[2:]) < 0.6,
@@ -121,7 +126,7 @@ def valid(operator: str, draw: random.Random) -> dict[str, Any]:
             made["mean"] = made["var"] = None
     if operator == "move_" or operator == "move_once_":
         made["record"] = per(3 * shape[1] * draw.choice((1, 4))).view(3, -1)
-    if operator == "eager_norm_backward":
+    if operator in ("eager_norm_backward", "eager_add_norm_backward"):
         bits = torch.tensor([form]).view(torch.float64)
         made["record"] = torch.cat([per(2 * statistics), bits, torch.tensor([1e-5, 0.3]).double()])
     return {name: made[name] for name in names}

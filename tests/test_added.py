@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.library import opcheck
 
 import truenorm
 from truenorm import functional
@@ -204,6 +205,15 @@ def test_bad_input() -> None:
             function(x, r, (699,))
         with pytest.raises(RuntimeError, match="must match the size"):
             function(x, r[:2], (700,))
+
+
+def test_schemas() -> None:
+    _, (x, r, grad, grad_h) = made("LayerNorm", SMALL, torch.float32)
+    weight, bias, form = torch.randn(24), torch.randn(24), layer_form(1) | 7
+    check: dict[str, Any] = {"test_utils": "test_schema"}
+    opcheck(operators.eager_add_norm, (x, r, weight, bias, form, 1e-5), **check)
+    _, h, record = operators.eager_add_norm(x, r, weight, bias, form, 1e-5)
+    opcheck(operators.eager_add_norm_backward, (grad, grad_h, h, record, weight), **check)
 
 
 def test_the_operators_look_at_their_arguments() -> None:

@@ -23,7 +23,8 @@ NAMES = truenorm.nn.__all__
 LAZY = [name for name in NAMES if name.startswith("Lazy")]
 EVERY = pytest.mark.parametrize("case", CASES, ids=IDS)
 WITH_WEIGHT = [case for case in CASES if case.layer != "LocalResponseNorm"]
-FUNCTIONS = F.__all__
+# torch has none of a sum
+FUNCTIONS = [name for name in F.__all__ if not name.startswith("add_")]
 # of truenorm's layers, beyond torch's
 OWN_ARGUMENTS = {
     "process_group": None,
@@ -89,7 +90,9 @@ def test_functional_signatures(name: str) -> None:
     count = len(theirs.parameters)
     extra = {each.name: each for each in list(ours.parameters.values())[count:]}
     masked = name in ("batch_norm", "instance_norm", "group_norm")
-    assert list(extra) == (["mask", "lengths", "padding_value"] if masked else [])
+    own = ["mask", "lengths", "padding_value"] if masked else []
+    own += ["scale", "shift"] if name != "local_response_norm" else []
+    assert list(extra) == own
     assert all(each.kind is inspect.Parameter.KEYWORD_ONLY for each in extra.values())
     ours = ours.replace(parameters=list(ours.parameters.values())[:count])
     for one, other in zip(ours.parameters.values(), theirs.parameters.values(), strict=True):

@@ -125,6 +125,8 @@ def test_functions(name: str, arguments: tuple[Any, ...], message: str) -> None:
 @pytest.mark.parametrize("name", truenorm.functional.__all__)
 def test_functions_of_no_tensor(name: str) -> None:
     extra: tuple[Any, ...] = {"batch_norm": (None, None), "instance_norm": ()}.get(name, (1,))
+    if name.startswith("add_"):
+        extra = X, (3,)
     with pytest.raises(TypeError, match=NO_TENSOR.format("list")):
         getattr(truenorm.functional, name)([[1.0]], *extra)
 

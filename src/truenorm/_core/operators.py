@@ -73,7 +73,7 @@ _EAGER = {
     # norm(h), h = x + other, and what the backward needs, which takes the gradients of both
     "eager_add_norm": "(Tensor x, Tensor other, Tensor? weight, Tensor? bias, int form, float eps)"
     " -> (Tensor, Tensor, Tensor)",
-    "eager_add_norm_backward": "(Tensor grad, Tensor grad_h, Tensor h, Tensor record,"
+    "eager_add_norm_backward": "(Tensor grad, Tensor grad_h, Tensor x, Tensor record,"
     " Tensor? weight) -> (Tensor, Tensor, Tensor)",
 }
 
