@@ -52,7 +52,7 @@ CLASSES: dict[str, tuple[Any, str]] = {
     ),
     "FalconH1, norm first": (
         lambda: of(f"{HF}.falcon_h1.modeling_falcon_h1.FalconH1RMSNormGated", SIZE, n_groups=3),
-        "rms, once, in groups, then · silu(gate)",
+        "rms, once, in groups, with · silu(gate)",
     ),
     "Qwen3-Next": (
         lambda: of(f"{HF}.qwen3_next.modeling_qwen3_next.Qwen3NextRMSNormGated", SIZE),
@@ -60,7 +60,7 @@ CLASSES: dict[str, tuple[Any, str]] = {
     ),
     "Kimi-Linear": (
         lambda: of(f"{HF}.kimi_linear.modeling_kimi_linear.KimiLinearRMSNormGated", SIZE),
-        "rms, once, then · sigmoid(gate)",
+        "rms, once, with · sigmoid(gate)",
     ),
 }
 PAIRS = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16)]

@@ -36,7 +36,8 @@ class Rule(NamedTuple):
     after: names of the submodules that the result goes through, in their order.
     wide_output: of "once": whether the output has the dtype that weight and input promote to.
     gate: where a second input counts: "before", x · act(gate) is what is normalized, in float32;
-        "after", the result is multiplied by act(gate), in float32, and cast to the input's dtype.
+        "within", the result is multiplied by act(gate) in float32, before its cast; "after", after
+        that cast, in float32 again, and then cast to the input's dtype.
     gate_act: "silu" or "sigmoid".
     group_size: in the place of groups, how many features each has: an attribute, or the number.
     """
@@ -52,7 +53,7 @@ class Rule(NamedTuple):
     groups: str | int | None = None
     after: tuple[str, ...] = ()
     wide_output: bool = False
-    gate: Literal["before", "after"] | None = None
+    gate: Literal["before", "within", "after"] | None = None
     gate_act: str = "silu"
     group_size: str | int | None = None
 
@@ -68,6 +69,7 @@ class Rule(NamedTuple):
         if self.group_size or (self.groups and self.kind == "rms"):
             said.append("in groups")
         if self.gate:
-            said.append(f"{'of x' if self.gate == 'before' else 'then'} · {self.gate_act}(gate)")
+            at = {"before": "of x ·", "within": "with ·", "after": "then ·"}[self.gate]
+            said.append(f"{at} {self.gate_act}(gate)")
         said += [f"then {name}" for name in self.after]
         return ", ".join(said)

@@ -141,12 +141,11 @@ def gated(
 ) -> Tensor:
     """An RMSNorm of x · act(gate), or one of x, times act(gate): act in float32."""
     by = ACTS[rule.gate_act](gate.float())
+    if rule.gate == "within":
+        weight = None if weight is None else weight.float()
+        return (_in_groups(x.float(), weight, eps, rule, groups) * by).to(x.dtype)
     if rule.gate == "after":
-        if rule.rounding == "once":
-            y = _in_groups(x.float(), None if weight is None else weight.float(), eps, rule, groups)
-        else:
-            y = _in_groups(x, weight, eps, rule, groups)
-        return (y * by).to(x.dtype)
+        return (_in_groups(x, weight, eps, rule, groups) * by).to(x.dtype)
     wide = x * by
     if rule.rounding == "once" or x.dtype == output_dtype(x, weight, rule) == torch.float32:
         weight = None if weight is None else weight.float()

@@ -88,7 +88,8 @@ def formula(
         by, shift = (None if t is None else t.float() for t in (by, shift))
     y = normal if by is None else by * normal
     y = y if shift is None else y + shift
-    if rule.gate == "after":
+    if rule.gate in ("within", "after"):
         assert gate is not None
+        y = y if rule.gate == "within" else y.to(out)
         return (y * ACTS[rule.gate_act](gate.float())).to(x.dtype)
     return y.to(out)

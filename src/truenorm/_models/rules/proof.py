@@ -129,7 +129,7 @@ def shapes_of(rule: Rule, module: Any) -> dict[int, tuple[int, ...]]:
         sides = (2 * each + 5 for each in module.kernel_size)
         return {4: (2, module.in_channels, *sides)}
     features = features_of(module)
-    ranks = {"frozen": (4,), "group": (3, 4), "response": (4,)}.get(rule.kind, (2, 3, 4))
+    ranks = {"frozen": (4,), "group": (3, 4, 5), "response": (4,)}.get(rule.kind, (2, 3, 4))
     held = getattr(module, rule.weight) if rule.weight else None
     if held is not None and held.dim() > 1:
         # (1, 1, 1, C) is broadcast against x, (C, 1, 1) against a sample

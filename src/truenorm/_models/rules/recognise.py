@@ -130,11 +130,12 @@ def _by_formula(module: Module) -> Iterator[Rule]:
     for eps in names or _EPS:
         base = Rule("rms", weight=weight, bias=bias, eps=eps)
         if gated:
-            for gate in ("before", "after"):
-                for act in ACTS:
-                    rule = base._replace(gate=gate, gate_act=act)
-                    yield rule
-                    yield rule._replace(rounding="cast_first")
+            for act in ACTS:
+                rule = base._replace(gate_act=act)
+                for rounding in ("once", "cast_first"):
+                    yield rule._replace(rounding=rounding, gate="before")
+                    yield rule._replace(rounding=rounding, gate="after")
+                yield rule._replace(gate="within")
             continue
         for axis in (-1, 1):
             for kind in ("rms", "layer"):

@@ -60,7 +60,11 @@ def obstacle(theirs: Kind, rule: Rule) -> str | None:
 
 def computed(rule: Rule, rounding: str) -> Rule:
     """What is computed for a module: its own rule, or the same formula rounded once."""
-    if rounding == "module" or rule.rounding in ("once", "steps"):
+    if rounding == "module":
+        return rule
+    if rule.gate == "after":
+        return rule._replace(rounding="once", gate="within")
+    if rule.rounding in ("once", "steps"):
         return rule
     # the output keeps the dtype that the module's has
     return rule._replace(rounding="once", wide_output=True)

@@ -42,14 +42,14 @@ def _gated(module: Any, eps: str) -> Iterable[Rule]:
         groups="n_groups" if "n_groups" in held else None,
         group_size="group_size" if "group_size" in held else None,
     )
-    after = rule._replace(gate="after")
+    within = rule._replace(gate="within")
     if held.get("norm_before_gate"):
-        return [after]
+        return [within]
     return [
         rule._replace(rounding="cast_first"),  # Mamba2, Bamba, Zamba2, NemotronH
         rule,  # FalconH1
-        after._replace(rounding="cast_first"),  # Qwen3-Next, Qwen3.5, OLMo-hybrid
-        after,  # Kimi-Linear, Bailing
+        rule._replace(rounding="cast_first", gate="after"),  # Qwen3-Next, Qwen3.5, OLMo-hybrid
+        within,  # Kimi-Linear, Bailing
     ]
 
 
