@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 import truenorm
+from truenorm._models.rules import recognise as recognition
 from truenorm._models.rules.recognise import recognise
 from truenorm.nn._ruled import Ruled
 
@@ -84,6 +85,19 @@ CASES: dict[str, tuple[Any, tuple[int, ...], str]] = {
         "l2, steps, over channels",
     ),
 }  # fmt: skip
+
+
+def test_a_convolution_of_another_size_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = []
+    real = recognition.prove
+    monkeypatch.setattr(recognition, "prove", lambda *a: tried.append(a) or real(*a))
+    monkeypatch.setattr(recognition, "_found", {})
+    sizes = ((8, 8, 3), (16, 24, 3), (6144, 8, 1), (8, 16, 1))
+    model = nn.Sequential(*(of(f"{STD}.ScaledStdConv2d", *size) for size in sizes))
+    assert truenorm.survey(model).swappable == 4
+    assert len(tried) == 2
 
 
 @pytest.fixture(params=CASES)

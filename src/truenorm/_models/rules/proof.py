@@ -53,7 +53,11 @@ class Proof(NamedTuple):
 
 
 def apart(
-    actual: Tensor, expected: Tensor, steep: bool = False, step: torch.dtype | None = None
+    actual: Tensor,
+    expected: Tensor,
+    steep: bool = False,
+    step: torch.dtype | None = None,
+    terms: int = 1,
 ) -> str:
     """How two outputs differ by more than float32's rounding; "" where they do not.
 
@@ -61,6 +65,7 @@ def apart(
         took.
     step: the dtype that x̂ is rounded to before the affine step: a tie there is decided by float32's
         rounding.
+    terms: how many products a value is the sum of, whose roundings add up.
     """
     if not isinstance(actual, Tensor):
         return f"its output is a {type(actual).__name__}"
@@ -74,7 +79,8 @@ def apart(
     if dtype not in _UNIT:
         scale = other.abs().amax().clamp(min=1.0)
         worst = float((error / scale).max())
-        return "" if worst <= FLOAT32 else f"its output is off by {worst:.1e}"
+        bound = FLOAT32 * max(1.0, terms / 1024) ** 0.5
+        return "" if worst <= bound else f"its output is off by {worst:.1e}"
     unit, least = _UNIT[dtype]
     if step is not None:
         unit *= 2  # x̂'s, and where its product is rounded too
@@ -217,7 +223,8 @@ def compared(subject: Subject, made: Module, x: Tensor, against: Module | None =
     step = {"cast_first": x.dtype, "to_weight": outputs[0].dtype}.get(rule.rounding)
     # where a rounded product and a bias cancel, the product's units are left too
     steep = bool(rule.after) or (step is not None and rule.bias is not None)
-    return apart(outputs[0], outputs[1], steep, step) or _gradients_apart(
+    terms = made.weight[0].numel() if rule.kind == "weight" else 1  # type: ignore[index]
+    return apart(outputs[0], outputs[1], steep, step, terms) or _gradients_apart(
         grads[0], grads[1], x.dtype
     )
 

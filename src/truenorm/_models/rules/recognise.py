@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Conv2d, Module
 
 from ..._core.rule import Rule
 from ...nn._ruled import ACTS, Ruled, groups_of
@@ -55,10 +55,12 @@ def looks_like_norm(module: Module) -> bool:
 def _attributes(module: Module) -> tuple[Any, ...]:
     """What a class's forward may choose by; the number of features is one, whatever it is."""
     features = features_of(module)
+    # a convolution's sizes, and timm's scale that goes with them
+    sizes = ("in_channels", "out_channels", "scale") if isinstance(module, Conv2d) else ()
     held = (
         (n, _unsized(v, features))
         for n, v in vars(module).items()
-        if _is_told(n, v) and not shadows(module, n)
+        if _is_told(n, v) and n not in sizes and not shadows(module, n)
     )
     absent = (n for place in (module._parameters, module._buffers) for n in place)
     children = ((n, type(m)) for n, m in module._modules.items())

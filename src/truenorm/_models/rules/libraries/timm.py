@@ -36,6 +36,8 @@ _RULES: dict[str, Rule | tuple[Rule, ...]] = {
     "norm_act.LayerNormActFp32": _LAYER._replace(after=_AFTER),
     "norm_act.LayerNormAct2d": _LAYER._replace(axis=1, after=_AFTER),
     "norm_act.LayerNormAct2dFp32": _LAYER._replace(axis=1, after=_AFTER),
+    "norm_act.RmsNormAct2d": _RMS._replace(axis=1, rounding="steps", after=_AFTER),
+    "norm_act.RmsNormAct2dFp32": _RMS._replace(axis=1, after=_AFTER),
 }
 
 

@@ -82,6 +82,8 @@ def read(module: Any, kind: type) -> Rule | Iterable[Rule] | None:
     held = vars(module)
     if name == "ConvNextV2GRN":
         return Rule("response", "steps", bias="bias", eps=1e-6)
+    if name == "BitGroupNormActivation":
+        return Rule("group", bias="bias", axis=1, groups="num_groups", after=("activation",))
     if name == "WeightStandardizedConv2d":  # BiT's
         return Rule("weight", "steps", weight=None)
     eps = next((n for n in ("variance_epsilon", "eps", "epsilon") if n in held), None)
