@@ -1,4 +1,4 @@
-"""A model of another library, whose norms are its own classes: a small Llama of transformers'."""
+"""A model of another library, whose norms are its own classes: a small Qwen3 of transformers'."""
 
 from __future__ import annotations
 
@@ -88,17 +88,17 @@ def _tokens() -> Tensor:
 
 def train(steps: int, seed: int, on_step: Callable[[], None]) -> LibraryRun:
     """Train it to write on; needs transformers, and no network."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokens = _tokens()
-    config = LlamaConfig(
+    config = Qwen3Config(
         vocab_size=int(tokens.max()) + 1, hidden_size=128, intermediate_size=256,
-        num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=LENGTH,
-        pad_token_id=None, bos_token_id=None, eos_token_id=None,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+        max_position_embeddings=LENGTH, pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        theirs: nn.Module = LlamaForCausalLM(config)
+        theirs: nn.Module = Qwen3ForCausalLM(config)
     ours = convert(deepcopy(theirs))
     library, truenorm, nudged = _Runner(theirs), _Runner(ours), _Runner(_nudged(theirs))
     generator = torch.Generator().manual_seed(seed + 1)
@@ -112,7 +112,7 @@ def train(steps: int, seed: int, on_step: Callable[[], None]) -> LibraryRun:
         on_step()
     found = survey(ours)
     return LibraryRun(
-        model="Llama",
+        model="Qwen3",
         norm=found.norms[0].kind.rpartition(".")[2],
         layers=found.swapped,
         losses_library=library.losses,
