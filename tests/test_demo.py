@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from truenorm._tools.cli import main
-from truenorm._tools.demo import folder
-from truenorm._tools.extras import CommandError
+from truenorm._tools.demo import command, folder
+from truenorm._tools.extras import CommandError, has
 
 image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -64,6 +64,29 @@ def test_page_shows_every_picture_and_number(made: Path, results: Any) -> None:
     for training in results["training"]:
         assert f"<td>{training['accuracy_truenorm']:.1%}</td>" in page
         assert f"{training['time_ratio']:.2f}" in page
+
+
+def test_a_model_of_another_library(made: Path, results: Any) -> None:
+    page = (made / "index.html").read_text(encoding="utf-8")
+    run = results["library"]
+    if not has("transformers"):
+        assert run is None
+        assert "transformers is not installed here" in page
+        return
+    assert (run["norm"], run["layers"]) == ("Qwen3RMSNorm", 13)
+    assert run["largest_loss_difference"] < 10 * run["largest_nudged_difference"] < 1e-2
+    assert run["losses_truenorm"][-1] < 0.9 * run["losses_truenorm"][0]
+    assert f"{run['time_ratio']:.2f} <small>" in page
+
+
+def test_without_transformers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "has", lambda package: False)
+    assert main(["demo", "--quick", "--out", str(tmp_path / "demo")]) == 0
+    assert "transformers is not installed" in capsys.readouterr().out
+    page = (tmp_path / "demo" / "index.html").read_text(encoding="utf-8")
+    assert "transformers is not installed here" in page
 
 
 def _numbers(value: Any) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -88,6 +89,42 @@ def test_tokens_digits() -> None:
     # roundings grow by the step
     assert abs(found["channel_axis=-1"][0] - loss) < 0.02
     assert min(right, found["channel_axis=-1"][1]) > 85.0
+
+
+def losses(printed: str) -> list[tuple[float, float]]:
+    """Of the network as it was, and of the one converted: the first and the last."""
+    found = re.findall(r"loss ([\d.]+) to ([\d.]+)", printed)
+    assert len(found) == 2
+    return [(float(first), float(last)) for first, last in found]
+
+
+def no_further_apart_than_a_last_bit(printed: str) -> None:
+    apart, nudged = re.search(
+        r"most ([\d.e+-]+) apart; by a last bit ([\d.e+-]+)", printed
+    ).groups()
+    assert float(apart) < 10 * float(nudged) < 1e-1
+
+
+def test_diffusion_block() -> None:
+    printed = output("diffusion_block", "--steps", "30")
+    assert "13 normalization layers, 13 of them truenorm's" in printed
+    assert "rms, cast_first" in printed
+    (first, last), converted = losses(printed)
+    assert last < 0.7 * first
+    assert converted == (first, last)
+    no_further_apart_than_a_last_bit(printed)
+
+
+def test_timm_digits() -> None:
+    printed = output("timm_digits", "--steps", "12")
+    if importlib.util.find_spec("timm") is None:
+        assert printed == "timm is not installed: pip install timm\n"
+        return
+    assert "13 of them truenorm's" in printed
+    (first, last), converted = losses(printed)
+    assert last < 0.8 * first
+    assert converted[0] == first
+    no_further_apart_than_a_last_bit(printed)
 
 
 def test_llama_text() -> None:

@@ -126,6 +126,10 @@ CLASSES: dict[str, tuple[Any, str]] = {
         lambda: of("timm.layers.norm_act.GroupNormAct", 36, num_groups=4),
         "group, once, over channels, then drop, then act",
     ),
+    "timm's RmsNormAct2d": (
+        lambda: of("timm.layers.norm_act.RmsNormAct2d", SIZE),
+        "rms, steps, over channels, then drop, then act",
+    ),
     "diffusers' RMSNorm": (
         lambda: of("diffusers.models.normalization.RMSNorm", SIZE, 1e-5, bias=True),
         "rms, to_weight",

@@ -33,6 +33,7 @@ class Case(NamedTuple):
     input: Input
     dtypes: tuple[torch.dtype, ...] = (F32, BF16)
     training: bool = True
+    gate: bool = False  # whether a second input of the same shape goes with it
 
 
 def _of(path: str, *args: Any, **kwargs: Any) -> Callable[[], Module]:
@@ -64,12 +65,26 @@ def _transformers() -> Iterator[Case]:
         yield Case(f"{kind} (4, 64, 1024)", _of(models + path, 1024), wide)
         yield Case(f"{kind} (2, 16, 64)", _of(models + path, 64), small)
     yield Case("LlamaRMSNorm of heads, strided", _of(models + llama, 64), _heads)
+    gated = {
+        "mamba2.modeling_mamba2.MambaRMSNormGated": {"group_size": 512},
+        "qwen3_next.modeling_qwen3_next.Qwen3NextRMSNormGated": {},
+        "kimi_linear.modeling_kimi_linear.KimiLinearRMSNormGated": {},
+    }
+    for path, options in gated.items():
+        kind = path.rpartition(".")[2]
+        for rows, size in (((4, 64, 1024), 1024), ((2, 16, 64), 64), ((2, 64), 64)):
+            few = {key: min(value, size) for key, value in options.items()}
+            made = _of(models + path, size, **few)
+            yield Case(f"{kind} {rows}", made, _rows(*rows), gate=True)
     deberta = _of(models + "deberta.modeling_deberta.DebertaLayerNorm", 768)
     yield Case("DebertaLayerNorm (4, 64, 768)", deberta, _rows(4, 64, 768))
     convnext = models + "convnext.modeling_convnext.ConvNextLayerNorm"
     over = _of(convnext, 96, data_format="channels_first")
     yield Case("ConvNextLayerNorm (2, 96, 56, 56)", over, _rows(2, 96, 56, 56))
     yield Case("ConvNextLayerNorm channels_last", over, _last(2, 96, 56, 56))
+    grn = _of(models + "convnextv2.modeling_convnextv2.ConvNextV2GRN", 384)
+    yield Case("ConvNextV2GRN (4, 28, 28, 384)", grn, _rows(4, 28, 28, 384), (F32,))
+    yield Case("ConvNextV2GRN (1, 4, 4, 384)", grn, _rows(1, 4, 4, 384), (F32,))
 
 
 def _timm() -> Iterator[Case]:
@@ -88,6 +103,14 @@ def _timm() -> Iterator[Case]:
     yield Case("timm LayerNorm2d (8, 64, 28, 28)", _of(layers + "LayerNorm2d", 64), images)
     yield Case("timm LayerNorm2d channels_last", _of(layers + "LayerNorm2d", 64), last)
     yield Case("timm RmsNorm (8, 197, 384)", _of(layers + "RmsNorm", 384), tokens)
+    for kind in ("StdConv2d", "ScaledStdConv2dSame"):
+        for size, side in ((64, 28), (256, 14), (512, 7), (8, 4)):
+            conv = _of(f"{layers}std_conv.{kind}", size, size, 3)
+            yield Case(
+                f"{kind} (4, {size}, {side}, {side})", conv, _rows(4, size, side, side), (F32,)
+            )
+    grn = _of(layers + "grn.GlobalResponseNorm", 256, channels_last=False)
+    yield Case("GlobalResponseNorm (4, 256, 28, 28)", grn, _rows(4, 256, 28, 28), (F32,))
     group = _of(layers + "GroupNormAct", 64, 32, act_layer=torch.nn.SiLU)
     yield Case("GroupNormAct SiLU (8, 64, 28, 28)", group, images)
     yield Case("GroupNorm1 (8, 64, 28, 28)", _of(layers + "GroupNorm1", 64), images)
@@ -97,6 +120,9 @@ def _diffusers() -> Iterator[Case]:
     module = "diffusers.models.normalization."
     tokens = _rows(2, 256, 1152)
     yield Case("diffusers RMSNorm", _of(module + "RMSNorm", 1152, 1e-6), tokens)
+    wan = _of("diffusers.models.autoencoders.autoencoder_kl_wan.WanRMS_norm", 96)
+    yield Case("WanRMS_norm (2, 96, 48, 48)", wan, _rows(2, 96, 48, 48), (F32,))
+    yield Case("WanRMS_norm channels_last", wan, _last(2, 96, 48, 48), (F32,))
     yield Case("diffusers FP32LayerNorm", _of(module + "FP32LayerNorm", 1152), tokens)
 
 
@@ -108,28 +134,28 @@ def cases() -> Iterator[Case]:
             print(f"{library.__name__.strip('_')} is left out: {error}")
 
 
-def _once(module: Module, x: Tensor, grad: Tensor | None) -> float:
+def _once(module: Module, given: tuple[Tensor, ...], grad: Tensor | None) -> float:
     begin = time.perf_counter()
-    y = module(x)
+    y = module(*given)
     if grad is not None:
         y.backward(grad)
     return time.perf_counter() - begin
 
 
-def ratios(theirs: Module, ours: Module, x: Tensor, rounds: int) -> Iterator[float]:
+def ratios(theirs: Module, ours: Module, given: tuple[Tensor, ...], rounds: int) -> Iterator[float]:
     """Their time over ours, forward, then with the backward."""
     for backward in (False, True):
         with torch.set_grad_enabled(backward):
-            x = x.detach().requires_grad_(backward)
-            grad = torch.randn_like(theirs(x)) if backward else None
+            given = tuple(x.detach().requires_grad_(backward) for x in given)
+            grad = torch.randn_like(theirs(*given)) if backward else None
             # short calls in bursts, so that a pair is longer than the clock's grain
             start = time.perf_counter()
             for _ in range(3):
-                _once(theirs, x, grad)
+                _once(theirs, given, grad)
             times = max(1, int(3e-3 / max((time.perf_counter() - start) / 3, 1e-7)))
             found = []
             for _ in range(rounds):
-                pair = [sum(_once(m, x, grad) for _ in range(times)) for m in (theirs, ours)]
+                pair = [sum(_once(m, given, grad) for _ in range(times)) for m in (theirs, ours)]
                 found.append(pair[0] / pair[1])
             yield statistics.median(found[1:])
 
@@ -148,7 +174,8 @@ def main() -> None:
             theirs = case.make().to(dtype).train(case.training)
             ours = truenorm.convert(torch.nn.Sequential(copy.deepcopy(theirs)))[0]
             swapped = "" if type(ours) is not type(theirs) else "  (not swapped)"
-            pair = list(ratios(theirs, ours, case.input(dtype), options.rounds))
+            given = tuple(case.input(dtype) for _ in range(1 + case.gate))
+            pair = list(ratios(theirs, ours, given, options.rounds))
             for kept, ratio in zip(every, pair, strict=True):
                 kept.append(ratio)
             said = ", ".join(f"{ratio:.2f}" for ratio in pair)

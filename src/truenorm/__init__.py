@@ -25,6 +25,7 @@ from ._models.folding import fold
 from ._models.freezing import freeze, unfreeze
 from ._models.fusing import fuse, unfuse
 from ._models.inspecting import inspect
+from ._models.kernelizing import kernel_mapping
 from ._models.quantizing import fuse_config
 from ._models.recalibrating import recalibrate
 from ._models.rules import Rule, register_norm
@@ -50,6 +51,7 @@ __all__ = [
     "fuse_config",
     "info",
     "inspect",
+    "kernel_mapping",
     "nn",
     "recalibrate",
     "recompute_outputs",

@@ -22,6 +22,7 @@ from .._core.call import ONE_PLUS, ROUNDS
 from .._core.library import NATIVE
 from .._core.normalize import normalize
 from .._core.rule import Rule
+from . import _unlike
 from ._base import Direct
 from ._options import STORE, Attribute
 
@@ -29,6 +30,14 @@ _PLAIN = (Parameter, Tensor)
 _RMS, _LAYER = eager.rms(1), eager.layer(1)
 # values, of which a call's time is what calls cost
 _SMALL = 4096
+_SMALL_UNLIKE = 65_536
+
+# kinds whose weights have a shape of their own
+_UNLIKE = ("l2", "response", "weight")
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+}
 
 Pair = tuple[torch.dtype, torch.dtype]  # of the input, and of the weight
 
@@ -43,15 +52,15 @@ def _kernel(
 
     flags: ROUNDS for each step in x's dtype, ONE_PLUS for 1 + weight.
     """
-    form = flags | (_RMS if kind == "rms" else _LAYER)
+    form = flags | (_LAYER if kind == "layer" else _RMS)
     direct = eager.call(eager.OWN, x, weight, bias, form, eps, (), None)
     if direct is not None:
         return direct
     shape = (x.shape[-1],)
-    if kind == "rms":
-        call = functional.rms_call(x, shape, weight, eps)
-    else:
+    if kind == "layer":
         call = functional.layer_call(x, shape, weight, bias, eps)
+    else:
+        call = functional.rms_call(x, shape, weight, eps)
     steps = bool(flags & ROUNDS), bool(flags & ONE_PLUS)
     same = call.form._replace(rounds=steps[0], one_plus=steps[1])
     return normalize(call._replace(form=same, bias=bias))
@@ -86,7 +95,7 @@ def compute(
     out = output_dtype(x, weight, rule)
     plus = ONE_PLUS if rule.offset == 1.0 and rule.wide_offset else 0
     if rule.rounding == "once" and out == x.dtype and (plus or not rule.offset):
-        if bias is None or rule.kind != "rms":
+        if bias is None or rule.kind == "layer":
             return _kernel(x, weight, bias, eps, rule.kind, plus)
     elif (
         out == x.dtype
@@ -108,6 +117,41 @@ def compute(
         y = _kernel(x, None, None, eps, rule.kind)
     y = y if by is None else by * y
     return y if bias is None else y + bias
+
+
+def groups_of(module: Any, rule: Rule, features: int) -> int:
+    """How many groups the features are normalized in."""
+    if rule.group_size is not None:
+        size = rule.group_size
+        return features // (getattr(module, size) if isinstance(size, str) else size)
+    groups = rule.groups
+    return int(getattr(module, groups) if isinstance(groups, str) else groups or 1)
+
+
+def _in_groups(x: Tensor, weight: Tensor | None, eps: float, rule: Rule, groups: int) -> Tensor:
+    if groups == 1:
+        return compute(x, weight, None, eps, rule)
+    rows = x.unflatten(-1, (groups, -1))
+    y = compute(rows, None, None, eps, rule).flatten(-2)
+    return y if weight is None else weight * y
+
+
+def gated(
+    x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, rule: Rule, groups: int
+) -> Tensor:
+    """An RMSNorm of x · act(gate), or one of x, times act(gate): act in float32."""
+    by = ACTS[rule.gate_act](gate.float())
+    if rule.gate == "within":
+        weight = None if weight is None else weight.float()
+        return (_in_groups(x.float(), weight, eps, rule, groups) * by).to(x.dtype)
+    if rule.gate == "after":
+        return (_in_groups(x, weight, eps, rule, groups) * by).to(x.dtype)
+    wide = x * by
+    if rule.rounding == "once" or x.dtype == output_dtype(x, weight, rule) == torch.float32:
+        weight = None if weight is None else weight.float()
+        return _in_groups(wide, weight, eps, rule, groups).to(output_dtype(x, weight, rule))
+    y = _in_groups(wide, None, eps, rule, groups).to(x.dtype)
+    return y if weight is None else weight * y
 
 
 def _in_order(x: Tensor) -> tuple[list[int], list[int]] | None:
@@ -204,7 +248,7 @@ class Ruled(Module):
     _is_torchs: ClassVar[bool]  # whether the class's own forward is torch's layer_norm
     _ours: ClassVar[type[Direct] | None]  # whose forward serves it, where torch's class is its own
 
-    def _serve(self, x: Any) -> Tensor | None:
+    def _serve(self, x: Any, gate: Any = None) -> Tensor | None:
         """The output by truenorm's kernels; None where the class's own forward is to run."""
         if STORE in vars(self) and self._ours is not None:
             return self._finished(x)  # of frozen statistics or a process group it knows nothing
@@ -222,7 +266,7 @@ class Ruled(Module):
             return None
         if torch.is_autocast_enabled(x.device.type) or exporting.wanted():
             return None
-        if self._is_torchs and _is_faster_there(x, rule):
+        if (self._is_torchs or rule.kind in _UNLIKE) and _is_faster_there(self, x, rule):
             return None
         layer: Any = self
         ours = self._ours
@@ -232,13 +276,19 @@ class Ruled(Module):
                 return y  # type: ignore[no-any-return]
         channels = (x.shape[rule.axis],)
         for each in (weight, bias):
-            if each is not None and (each.shape != channels or type(each) not in _PLAIN):
+            if each is None:
+                continue
+            if type(each) not in _PLAIN or (each.shape != channels and rule.kind not in _UNLIKE):
                 return None
         eps = getattr(self, rule.eps) if isinstance(rule.eps, str) else rule.eps
         if eps is None:
             eps = torch.finfo(x.dtype if x.dtype.itemsize > 2 else torch.float32).eps
-        if not eps >= 0 or not x.numel() or not _has_kernel(x) or _is_watched(x, weight, bias):
+        if not eps >= 0 or not x.numel() or not _has_kernel(x):
             return None
+        if _is_watched(x, weight, bias, gate):
+            return None
+        if rule.gate is not None:
+            return self._gated(x, gate, weight, float(eps))
         if ours is not None:
             return self._finished(x)
         y = self._placed(x, weight, bias, float(eps))
@@ -257,9 +307,19 @@ class Ruled(Module):
         if rule.kind == "frozen":
             mean, var = self.running_mean, self.running_var
             return functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)  # type: ignore[arg-type]
+        if rule.kind == "weight":
+            return self._standardized(x, weight, eps)
+        if rule.kind == "response":
+            assert weight is not None
+            assert bias is not None
+            return _unlike.response(x, weight, bias, eps, rule.axis)
+        if rule.kind == "l2":
+            # F.normalize divides by at least eps: that counts where ‖x‖ is no larger
+            weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
+            eps = eps * eps / x.shape[rule.axis]
         if rule.kind == "group":
-            groups = getattr(self, rule.groups) if isinstance(rule.groups, str) else rule.groups
-            return functional.group_norm(x, groups, weight, bias, eps)  # type: ignore[arg-type]
+            groups = groups_of(self, rule, 0)
+            return functional.group_norm(x, groups, weight, bias, eps)
         if rule.axis == 1:
             last = x.movedim(1, -1)
             if self._keeps and not last.is_contiguous():
@@ -270,6 +330,24 @@ class Ruled(Module):
         if (orders := _in_order(x)) is None:
             return None
         return compute(x.permute(orders[0]), weight, bias, eps, rule).permute(orders[1])
+
+    def _gated(self, x: Tensor, gate: Any, weight: Tensor | None, eps: float) -> Tensor | None:
+        if type(gate) is not Tensor or gate.shape != x.shape or gate.dtype != x.dtype:
+            return None
+        groups = groups_of(self, self._rule, x.shape[-1])
+        if x.is_contiguous() or not self._keeps:
+            return gated(x.contiguous(), gate, weight, eps, self._rule, groups)
+        if (orders := _in_order(x)) is None:
+            return None
+        x, gate = x.permute(orders[0]), gate.permute(orders[0])
+        return gated(x, gate, weight, eps, self._rule, groups).permute(orders[1])
+
+    def _standardized(self, x: Tensor, gain: Tensor | None, eps: float) -> Tensor | None:
+        weight: Any = self.weight
+        if type(weight) not in _PLAIN or weight.dtype != x.dtype or _is_watched(weight):
+            return None
+        gain = None if gain is None else gain * getattr(self, "scale", 1.0)
+        return _unlike.convolved(x, self, _unlike.standardized(weight, gain, eps))
 
     def _finished(self, x: Tensor) -> Tensor:
         """By the layer of truenorm's whose state this one has, with what comes after it."""
@@ -307,9 +385,33 @@ def forward_of(own: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _is_faster_there(x: Tensor, rule: Rule) -> bool:
-    """Whether torch's layer_norm takes less time: docs/performance.md has the figures."""
-    return x.is_cpu and (x.numel() < _SMALL or (rule.axis == 1 and x.dtype == torch.float32))
+def gated_forward_of(own: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a class that takes a gate too; without one its own forward serves."""
+
+    names = list(inspect.signature(own).parameters)[1:3]
+
+    @functools.wraps(own)
+    def forward(self: Ruled, *args: Any, **kwargs: Any) -> Any:
+        if len(args) + len(kwargs) == 2:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if given.keys() == set(names) and given[names[1]] is not None:
+                y = self._serve(given[names[0]], given[names[1]])
+                if y is not None:
+                    return y
+        return own(self, *args, **kwargs)
+
+    return forward
+
+
+def _is_faster_there(layer: Any, x: Tensor, rule: Rule) -> bool:
+    """Whether torch takes less time: its layer_norm, or a class's own steps in small sizes."""
+    if not x.is_cpu or rule.kind == "l2":
+        return False
+    if rule.kind == "weight":
+        return bool(layer.weight.numel() < _SMALL_UNLIKE)
+    if rule.kind == "response":
+        return x.numel() < _SMALL_UNLIKE
+    return x.numel() < _SMALL or (rule.axis == 1 and x.dtype == torch.float32)
 
 
 def _has_kernel(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._core.rule import Rule
-from ...nn._ruled import output_dtype, scaled_by
+from ...nn._ruled import ACTS, output_dtype, scaled_by
 
 
 def _normalized(x: Tensor, dims: tuple[int, ...], eps: float, centred: bool) -> Tensor:
@@ -24,12 +24,37 @@ def _along(t: Tensor | None, x: Tensor, axis: int) -> Tensor | None:
     return t if t is None or axis == -1 else t.reshape(-1, *(1,) * (x.dim() - 2))
 
 
-def formula(x: Tensor, tensors: dict[str, Any], eps: float, rule: Rule, groups: int = 0) -> Tensor:
+def _response(x: Tensor, weight: Tensor, bias: Tensor, eps: float, axis: int) -> Tensor:
+    dims = [d for d in range(1, x.dim()) if d != axis % x.dim()]
+    sizes = x.pow(2).sum(dims, keepdim=True).sqrt()
+    share = sizes / (sizes.mean(axis, keepdim=True) + eps)
+    weight, bias = (t.reshape(share[:1].shape) for t in (weight, bias))
+    return x + weight * (x * share) + bias
+
+
+def standardized(weight: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    """The weights of a convolution, each output's by itself."""
+    normal = _normalized(weight, (1, 2, 3), eps, True)
+    return normal if gain is None else gain.reshape(-1, 1, 1, 1) * normal
+
+
+def formula(
+    x: Tensor,
+    tensors: dict[str, Any],
+    eps: float,
+    rule: Rule,
+    groups: int = 0,
+    gate: Tensor | None = None,
+) -> Tensor:
     """y of a rule, with what comes `after` left out.
 
     tensors: weight and bias, and of "frozen" running_mean and running_var.
     """
     weight, bias = tensors.get("weight"), tensors.get("bias")
+    if rule.kind == "response":
+        return _response(x, tensors["weight"], tensors["bias"], eps, rule.axis)
+    if rule.kind == "l2":
+        weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
     out = output_dtype(x, weight, rule)
     if rule.kind == "frozen":
         scale = (tensors["running_var"] + eps).rsqrt()
@@ -45,6 +70,14 @@ def formula(x: Tensor, tensors: dict[str, Any], eps: float, rule: Rule, groups: 
     elif rule.kind == "batch":
         dims = (0, *range(2, x.dim()))
         normal = _normalized(x, dims, eps, True)
+    elif rule.kind == "l2":
+        size = x.pow(2).sum(rule.axis, keepdim=True).sqrt().clamp(min=eps)
+        normal = x / size * x.shape[rule.axis] ** 0.5
+    elif rule.gate is not None:
+        assert gate is not None
+        wide = x.float() * ACTS[rule.gate_act](gate.float()) if rule.gate == "before" else x
+        split = wide.unflatten(-1, (groups, -1))
+        normal = _normalized(split, (-1,), eps, False).flatten(-2)
     else:
         normal = _normalized(x, (rule.axis,), eps, rule.kind == "layer")
     if rule.rounding == "cast_first":
@@ -55,4 +88,8 @@ def formula(x: Tensor, tensors: dict[str, Any], eps: float, rule: Rule, groups: 
         by, shift = (None if t is None else t.float() for t in (by, shift))
     y = normal if by is None else by * normal
     y = y if shift is None else y + shift
+    if rule.gate in ("within", "after"):
+        assert gate is not None
+        y = y if rule.gate == "within" else y.to(out)
+        return (y * ACTS[rule.gate_act](gate.float())).to(x.dtype)
     return y.to(out)

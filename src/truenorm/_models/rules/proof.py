@@ -20,8 +20,9 @@ from torch.nn import Module
 
 from ..._core.rule import Rule
 from ...nn._ruled import Pair
+from ...nn._unlike import convolved
 from . import trial
-from .formulas import formula
+from .formulas import formula, standardized
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # float32 weights first: those of half precision are rounded from them
@@ -52,7 +53,11 @@ class Proof(NamedTuple):
 
 
 def apart(
-    actual: Tensor, expected: Tensor, steep: bool = False, step: torch.dtype | None = None
+    actual: Tensor,
+    expected: Tensor,
+    steep: bool = False,
+    step: torch.dtype | None = None,
+    terms: int = 1,
 ) -> str:
     """How two outputs differ by more than float32's rounding; "" where they do not.
 
@@ -60,6 +65,7 @@ def apart(
         took.
     step: the dtype that x̂ is rounded to before the affine step: a tie there is decided by float32's
         rounding.
+    terms: how many products a value is the sum of, whose roundings add up.
     """
     if not isinstance(actual, Tensor):
         return f"its output is a {type(actual).__name__}"
@@ -73,7 +79,8 @@ def apart(
     if dtype not in _UNIT:
         scale = other.abs().amax().clamp(min=1.0)
         worst = float((error / scale).max())
-        return "" if worst <= FLOAT32 else f"its output is off by {worst:.1e}"
+        bound = FLOAT32 * max(1.0, terms / 1024) ** 0.5
+        return "" if worst <= bound else f"its output is off by {worst:.1e}"
     unit, least = _UNIT[dtype]
     if step is not None:
         unit *= 2  # x̂'s, and where its product is rounded too
@@ -122,9 +129,17 @@ def _shape(features: int, rank: int, axis: int) -> tuple[int, ...]:
     )
 
 
-def shapes_of(rule: Rule, features: int) -> dict[int, tuple[int, ...]]:
+def shapes_of(rule: Rule, module: Any) -> dict[int, tuple[int, ...]]:
     """By rank, the inputs that a class is tried on."""
-    ranks = {"frozen": (4,), "group": (3, 4)}.get(rule.kind, (2, 3, 4))
+    if rule.kind == "weight":
+        sides = (2 * each + 5 for each in module.kernel_size)
+        return {4: (2, module.in_channels, *sides)}
+    features = features_of(module)
+    ranks = {"frozen": (4,), "group": (3, 4, 5), "response": (4,)}.get(rule.kind, (2, 3, 4))
+    held = getattr(module, rule.weight) if rule.weight else None
+    if held is not None and held.dim() > 1:
+        # (1, 1, 1, C) is broadcast against x, (C, 1, 1) against a sample
+        ranks = (held.dim() + (rule.axis == 1),)
     if rule.axis == 1:
         ranks = tuple(rank for rank in ranks if rank > 2 or rule.kind == "batch")
     return {rank: _shape(features, rank, rule.axis) for rank in ranks}
@@ -144,41 +159,44 @@ class Subject(NamedTuple):
     groups: int
     names: dict[str, str]  # of weight, bias, running_mean and running_var: the module's own
 
-    def expected(self, made: Module, x: Tensor) -> Tensor:
+    def expected(self, made: Any, x: Tensor, gate: Tensor | None = None) -> Tensor:
         tensors = {role: getattr(made, name) for role, name in self.names.items()}
         eps = self.eps
         if eps is None:
             eps = torch.finfo(x.dtype if x.dtype.itemsize > 2 else F32).eps
         rule = self.rule
+        if rule.kind == "weight":
+            gain = None if rule.weight is None else tensors["weight"] * getattr(made, "scale", 1.0)
+            return convolved(x, made, standardized(made.weight, gain, eps))
         if rule.kind == "batch" and not made.training:
             y = _by_running(x, tensors, eps)
         else:
-            y = formula(x, tensors, eps, rule, self.groups)
+            y = formula(x, tensors, eps, rule, self.groups, gate)
         for name in self.rule.after:
             y = getattr(made, name)(y)
         return y
 
 
 def features_of(module: Module) -> int:
-    """How many values share a weight each: sizes of a norm's tensors, or what it says."""
+    """How many features have a weight each: sizes of a norm's tensors, or what it says."""
     for place in (module._parameters, module._buffers):
         for value in place.values():
             if value is not None and value.dim():
-                return value.shape[-1]
+                # (C,), or one that is broadcast: (1, 1, 1, C), (C, 1, 1)
+                return value.shape[-1] if value.shape[-1] > 1 else value.numel()
     shape = getattr(module, "normalized_shape", None)
     return int(shape[-1]) if isinstance(shape, (tuple, list)) and shape else 48
 
 
-def takes_one_tensor(forward: Any) -> bool:
-    """Whether a class's forward can be called with nothing but an input, and mostly is."""
+def takes(forward: Any, gate: bool) -> bool:
+    """Whether a class's forward can be called with an input and a gate, or an input alone."""
     try:
         signature = inspect.signature(forward)
-        signature.bind(None, None)
-        if "gate" in signature.parameters:
-            return False
+        signature.bind(*(None,) * (3 if gate else 2))
     except (TypeError, ValueError):
         return False
-    return True
+    # one that may have a gate mostly has one
+    return gate or "gate" not in signature.parameters
 
 
 def compared(subject: Subject, made: Module, x: Tensor, against: Module | None = None) -> str:
@@ -186,24 +204,27 @@ def compared(subject: Subject, made: Module, x: Tensor, against: Module | None =
 
     Raises what the stand-in's forward raises.
     """
+    rule = subject.rule
     grads = []
     outputs = []
     held = [made, made if against is None else against]
     for index, module in enumerate(held):
-        leaf = x.clone().requires_grad_()
-        tensors = [leaf, *(p for p in module._parameters.values() if p is not None)]
-        y = subject.expected(module, leaf) if index and against is None else module(leaf)
+        given = [x.clone().requires_grad_()]
+        if rule.gate is not None:
+            given.append(trial.gate(x).requires_grad_())
+        tensors = [*given, *(p for p in module._parameters.values() if p is not None)]
+        y = subject.expected(module, *given) if index and against is None else module(*given)
         if not isinstance(y, Tensor):
             return f"its output is a {type(y).__name__}"
         outputs.append(y)
         if not y.requires_grad:
             return "its output has no gradient"
         grads.append(_gradients(y, tensors))
-    rule = subject.rule
     step = {"cast_first": x.dtype, "to_weight": outputs[0].dtype}.get(rule.rounding)
     # where a rounded product and a bias cancel, the product's units are left too
     steep = bool(rule.after) or (step is not None and rule.bias is not None)
-    return apart(outputs[0], outputs[1], steep, step) or _gradients_apart(
+    terms = made.weight[0].numel() if rule.kind == "weight" else 1  # type: ignore[index]
+    return apart(outputs[0], outputs[1], steep, step, terms) or _gradients_apart(
         grads[0], grads[1], x.dtype
     )
 
@@ -213,8 +234,8 @@ def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> P
 
     tensors: those that the rule names, by the module's names.
     """
-    rule, features = subject.rule, features_of(subject.module)
-    if not takes_one_tensor(kind.forward):
+    rule = subject.rule
+    if not takes(kind.forward, rule.gate is not None):
         return Proof(reason="its forward takes more than an input")
     pairs, ranks = set(), set()
     with trial.quiet():
@@ -223,7 +244,7 @@ def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> P
         except (trial.Unfit, RuntimeError, TypeError) as error:
             return Proof(reason=str(error))
         eps = subject.eps or 1e-6
-        shapes = shapes_of(rule, features)
+        shapes = shapes_of(rule, subject.module)
         why = ""
         for training in (True, False):
             made.train(training)
@@ -242,8 +263,9 @@ def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> P
             return Proof(reason=why)
         rank = max(ranks)
         x = trial.inputs(shapes[rank], rule, eps, F32)
-        x = x if rule.axis == 1 or rank < 3 else x.transpose(0, 1)
-        keeps = made(x).stride() == x.stride()
+        x = x if rule.axis == 1 or rank < 3 or rule.kind == "weight" else x.transpose(0, 1)
+        given = (x,) if rule.gate is None else (x, trial.gate(x))
+        keeps = made(*given).stride() == x.stride()
         for pair in PAIRS if rule.rounding != "steps" else PAIRS[:1]:
             if not tensors and pair[0] != pair[1]:
                 continue
@@ -268,8 +290,7 @@ def agrees(
     tensors: dict[str, Tensor],
 ) -> str:
     """How truenorm's layer differs from the class in what was proven; "" where it does not."""
-    features = features_of(subject.module)
-    shape = shapes_of(subject.rule, features)[max(proof.ranks)]
+    shape = shapes_of(subject.rule, subject.module)[max(proof.ranks)]
     with trial.quiet():
         one, other = (trial.stand_in(subject.module, k, tensors) for k in (ours, theirs))
         for pair in (pair for pair in PAIRS if pair in proof.pairs):

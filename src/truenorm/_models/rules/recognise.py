@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Conv2d, Module
 
 from ..._core.rule import Rule
-from ...nn._ruled import Ruled
+from ...nn._ruled import ACTS, Ruled, groups_of
 from .. import swap
 from ..swap import Kind
 from . import register, swapping
 from .libraries import READERS
-from .proof import Subject, agrees, features_of, prove, takes_one_tensor
+from .proof import Subject, agrees, features_of, prove, takes
 from .trial import shadows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,10 +55,12 @@ def looks_like_norm(module: Module) -> bool:
 def _attributes(module: Module) -> tuple[Any, ...]:
     """What a class's forward may choose by; the number of features is one, whatever it is."""
     features = features_of(module)
+    # a convolution's sizes, and timm's scale that goes with them
+    sizes = ("in_channels", "out_channels", "scale") if isinstance(module, Conv2d) else ()
     held = (
         (n, _unsized(v, features))
         for n, v in vars(module).items()
-        if _is_told(n, v) and not shadows(module, n)
+        if _is_told(n, v) and n not in sizes and not shadows(module, n)
     )
     absent = (n for place in (module._parameters, module._buffers) for n in place)
     children = ((n, type(m)) for n, m in module._modules.items())
@@ -99,7 +101,9 @@ def _tensors(module: Module, rule: Rule) -> dict[str, str] | str:
             return f"its {name!r} is a {type(value).__name__}: convert the model before"
         if value.is_quantized or value.dtype not in DTYPES:
             return f"its {name!r} is {value.dtype}, which only its own class serves"
-        if value.dim() != 1:
+        if value.dim() != 1 and (
+            rule.kind not in ("l2", "response", "weight") or value.numel() != max(value.shape)
+        ):
             return f"its {name!r} has {value.dim()} dimensions, not 1"
         names[role] = name
     return names
@@ -124,8 +128,17 @@ def _by_formula(module: Module) -> Iterator[Rule]:
     if params.get(bias or "") is None:
         bias = None
     names = [n for n, v in vars(module).items() if "eps" in n.lower() and type(v) is float]
+    gated = not takes(type(module).forward, False)
     for eps in names or _EPS:
         base = Rule("rms", weight=weight, bias=bias, eps=eps)
+        if gated:
+            for act in ACTS:
+                rule = base._replace(gate_act=act)
+                for rounding in ("once", "cast_first"):
+                    yield rule._replace(rounding=rounding, gate="before")
+                    yield rule._replace(rounding=rounding, gate="after")
+                yield rule._replace(gate="within")
+            continue
         for axis in (-1, 1):
             for kind in ("rms", "layer"):
                 for offset in (0.0, 1.0) if weight is not None else (0.0,):
@@ -162,9 +175,10 @@ def _try(module: Module, kind: Kind, rule: Rule) -> tuple[Found, bool]:
         return Found(rule, None, names), True
     if (why := swapping.obstacle(kind, rule)) is not None:
         return Found(rule, None, why), True
-    tensors = {name: getattr(module, name) for name in names.values()}
+    held = (*names.values(), "weight", "bias") if rule.kind == "weight" else names.values()
+    tensors = {name: getattr(module, name) for name in held if getattr(module, name) is not None}
     eps = getattr(module, rule.eps, None) if isinstance(rule.eps, str) else rule.eps
-    groups = getattr(module, rule.groups) if isinstance(rule.groups, str) else rule.groups or 0
+    groups = groups_of(module, rule, features_of(module))
     if eps is not None and not isinstance(eps, float):
         eps = float(eps)
     subject = Subject(module, rule, eps, groups, names)
@@ -213,7 +227,7 @@ def recognise(module: Module) -> Found | None:
         tried = kind, _attributes(module), register.version(), _described(module)
         if (found := _found.get(tried)) is None:
             for rule in candidates:
-                if not takes_one_tensor(kind.forward):
+                if not takes(kind.forward, rule.gate is not None):
                     first = Found(None, None, "its forward takes more than an input, as a gate")
                     last = True
                     break

@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from ... import nn
 from ..._core.rule import Rule
-from ...nn._ruled import FromModule, Hidden, Ruled, forward_of
+from ...nn._ruled import FromModule, Hidden, Ruled, forward_of, gated_forward_of
 from .. import swap
 from ..swap import Kind
 from .proof import Proof
@@ -42,7 +42,7 @@ def torchs(theirs: Kind, rule: Rule) -> Kind | None:
     base = next((k for k in theirs.__mro__ if k in _TORCHS), None)
     if base is not None:
         return base
-    if rule.offset or rule.axis != -1 or (rule.bias and rule.kind == "rms"):
+    if rule.offset or rule.axis != -1 or rule.gate or (rule.bias and rule.kind == "rms"):
         return None
     return _BY_KIND.get(rule.kind)
 
@@ -52,13 +52,19 @@ def obstacle(theirs: Kind, rule: Rule) -> str | None:
     base = torchs(theirs, rule)
     ours = Ruled if base is None else _TORCHS[base]
     within = base if base is not None and issubclass(theirs, base) else Module
+    if rule.kind == "weight" and issubclass(theirs, torch.nn.Conv2d):
+        within = torch.nn.Conv2d
     own = swap.overridden(theirs, within, ours, _FREE)
     return None if own is None else f"its class has {own!r} of its own"
 
 
 def computed(rule: Rule, rounding: str) -> Rule:
     """What is computed for a module: its own rule, or the same formula rounded once."""
-    if rounding == "module" or rule.rounding in ("once", "steps"):
+    if rounding == "module":
+        return rule
+    if rule.gate == "after":
+        return rule._replace(rounding="once", gate="within")
+    if rule.rounding in ("once", "steps"):
         return rule
     # the output keeps the dtype that the module's has
     return rule._replace(rounding="once", wide_output=True)
@@ -77,7 +83,7 @@ def derived(theirs: Kind, rule: Rule, proof: Proof, rounding: str = "module") ->
         "__module__": theirs.__module__,
         "__qualname__": theirs.__qualname__,
         "__doc__": theirs.__doc__,
-        "forward": forward_of(theirs.forward),
+        "forward": (gated_forward_of if rule.gate else forward_of)(theirs.forward),
         "_read": rule,
         "_rule": computed(rule, rounding),
         "_rounding": rounding,

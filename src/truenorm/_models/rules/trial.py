@@ -129,6 +129,12 @@ def quiet() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
+def gate(x: Tensor) -> Tensor:
+    """A second input like this one."""
+    generator = torch.Generator().manual_seed(23)
+    return torch.randn(x.shape, generator=generator).to(x.dtype)
+
+
 def inputs(shape: tuple[int, ...], rule: Rule, eps: float, dtype: torch.dtype) -> Tensor:
     """What shares a statistic is of one size, some of it so small that eps counts."""
     generator = torch.Generator().manual_seed(21)

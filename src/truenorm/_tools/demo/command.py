@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..extras import CommandError, require
+from ..extras import CommandError, has, require
 from ..progress import reporting
 from .folder import MADE_BY, MARK, check, whole
 
@@ -52,7 +52,7 @@ def _environment() -> dict[str, Any]:
 def _make(folder: Path, epochs: int) -> None:
     """Write every file of the demonstration into an empty folder."""
     # these need the optional packages
-    from . import charts, photo, train
+    from . import charts, library, photo, train
     from .examples import explain_all
     from .page import page
     from .results import EXAMPLES, Results
@@ -62,11 +62,17 @@ def _make(folder: Path, epochs: int) -> None:
     steps = epochs * train.steps_per_epoch(digits)
     # photographs and pictures take about as long as this many steps
     other = 0.4 * 2 * steps
-    with reporting(2 * steps + other) as report:
+    quick = epochs == QUICK_EPOCHS
+    library_steps = (library.QUICK_STEPS if quick else library.STEPS) if has("transformers") else 0
+    with reporting(2 * steps + library_steps + other) as report:
         trainings = []
         for layer in train.NORMS:
             report.begin(f"training with {layer}, torch.nn and truenorm")
             trainings.append(train.train(layer, digits, epochs, SEED, report.advance))
+        borrowed = None
+        if library_steps:
+            report.begin("training a model of transformers, as it is and converted")
+            borrowed = library.train(library_steps, SEED, report.advance)
         report.begin("normalizing photographs")
         x = photo.load()
         photo_errors = photo.errors(x)
@@ -77,7 +83,9 @@ def _make(folder: Path, epochs: int) -> None:
         report.advance(other / 3)
         report.begin("explaining")
         explained = explain_all(EXAMPLES, folder)
-    results = Results(trainings, photo_errors, explained, epochs, time.perf_counter() - start)
+    results = Results(
+        trainings, borrowed, photo_errors, explained, epochs, time.perf_counter() - start
+    )
     contents = results.to_dict(MADE_BY, _environment())
     (folder / MARK).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
     (folder / "index.html").write_text(page(results, _environment()), encoding="utf-8")
@@ -101,6 +109,17 @@ def run(args: argparse.Namespace) -> int:
             f"{t['accuracy_truenorm']:.1%} with truenorm; losses at most "
             f"{t['largest_loss_difference']:.1e} apart; time per step {t['time_ratio']:.2f} of "
             "torch.nn's"
+        )
+    if (run := results["library"]) is None:
+        print(
+            "a model of another library: transformers is not installed: "
+            'pip install "truenorm[models]"'
+        )
+    else:
+        print(
+            f"transformers' {run['model']}, {run['layers']} times {run['norm']}: losses at most "
+            f"{run['largest_loss_difference']:.1e} apart; time per step {run['time_ratio']:.2f} "
+            "of its own"
         )
     worst = max(results["photograph"], key=lambda e: float(e["torch"]))
     print(

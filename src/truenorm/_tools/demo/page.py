@@ -85,6 +85,28 @@ def _training_table(r: Results) -> str:
     return _table(["network with", *(t.layer for t in r.trainings)], rows)
 
 
+def _library(r: Results) -> str:
+    run = r.library
+    if run is None:
+        return (
+            "<p>transformers is not installed here: with <code>pip install "
+            "&quot;truenorm[models]&quot;</code> this page shows one of its models.</p>"
+        )
+    low, high = run.ratio_quartiles
+    rows = [
+        ["largest difference in loss", _number(run.largest_loss_difference)],
+        ["for scale: transformers, nudged", _number(run.largest_nudged_difference)],
+        [
+            "time per step, converted / transformers",
+            f"{run.ratio:.2f} <small>({low:.2f} to {high:.2f})</small>",
+        ],
+    ]
+    return f"""<p>transformers’ {run.model}, small and untrained, learns to write on, letter by
+letter. Its {run.layers} norms are of a class of its own, {run.norm}, and keep their own order of
+roundings after <code>truenorm.convert(model)</code>.</p>
+{_table([f"{run.model}, {len(run.losses_library)} steps", ""], rows)}"""
+
+
 def _photo_table(r: Results) -> str:
     rows = [
         [
@@ -147,6 +169,11 @@ process; the ratio is the median over pairs of steps, with its quartiles.</p>
 <p class="note">Training amplifies roundings. The nudged run shows by how much: it is torch.nn
 again, from weights one floating point number away.</p>
 {_figure(loss, PICTURES[loss])}
+</section>
+
+<section>
+<h2>A model of another library</h2>
+{_library(r)}
 </section>
 
 <section>

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .library import LibraryRun
 from .photo import PhotoError
 from .train import Training
 
@@ -26,11 +27,13 @@ FILES = ("index.html", "results.json", *PICTURES, *(file for file, _, _ in EXAMP
 class Results:
     """All numbers of the page.
 
+    library: a model of another library; None without transformers.
     explained: by picture, the title and the largest difference of truenorm and of torch from the
         result by hand.
     """
 
     trainings: list[Training]
+    library: LibraryRun | None
     photo_errors: list[PhotoError]
     explained: dict[str, tuple[str, float, float]]
     epochs: int
@@ -53,6 +56,15 @@ class Results:
                 }
                 for t in self.trainings
             ],
+            "library": None
+            if self.library is None
+            else {
+                **asdict(self.library),
+                "largest_loss_difference": self.library.largest_loss_difference,
+                "largest_nudged_difference": self.library.largest_nudged_difference,
+                "time_ratio": self.library.ratio,
+                "time_ratio_quartiles": list(self.library.ratio_quartiles),
+            },
             "photograph": [asdict(e) for e in self.photo_errors],
             "explained": {
                 file: {"title": title, "truenorm": ours, "torch": theirs}

@@ -13,6 +13,13 @@ def read(module: Any, kind: type) -> Rule | Iterable[Rule] | None:
     held = module._parameters
     weight = "weight" if held.get("weight") is not None else None
     bias = "bias" if held.get("bias") is not None else None
+    short = kind.__name__
+    if short.endswith(("GlobalResponseNorm", "GRN")) and "gamma" in held:
+        return Rule("response", "steps", "gamma", "beta", eps=1e-6)
+    if "scale" in vars(module) and "gamma" in held and short.lower().endswith(("norm", "norm3d")):
+        # Wan's, QwenImage's, HunyuanVideo 1.5's: the channels are first unless told otherwise
+        axis = 1 if getattr(module, "channel_first", True) else -1
+        return Rule("l2", "steps", "gamma", bias, eps=1e-12, axis=axis)
     match name:
         case "normalization.RMSNorm":
             return Rule("rms", "once" if weight is None else "to_weight", weight, bias)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...._core.rule import Rule
 
+_CONV = Rule("weight", "steps", weight=None)
 _AFTER = ("drop", "act")
 _GROUP = Rule("group", bias="bias", axis=1, groups="num_groups")
 _LAYER = Rule("layer", bias="bias")
@@ -23,6 +24,10 @@ _RULES: dict[str, Rule | tuple[Rule, ...]] = {
     "norm.RmsNormFp32": _RMS,
     "norm.RmsNorm2d": _RMS._replace(axis=1, rounding="steps"),
     "norm.RmsNorm2dFp32": _RMS._replace(axis=1),
+    "std_conv.StdConv2d": _CONV,
+    "std_conv.StdConv2dSame": _CONV,
+    "std_conv.ScaledStdConv2d": _CONV._replace(weight="gain"),
+    "std_conv.ScaledStdConv2dSame": _CONV._replace(weight="gain"),
     "norm_act.BatchNormAct2d": Rule("batch", bias="bias", axis=1, after=_AFTER),
     "norm_act.FrozenBatchNormAct2d": Rule("frozen", "steps", bias="bias", axis=1, after=_AFTER),
     "norm_act.GroupNormAct": _GROUP._replace(after=_AFTER),
@@ -31,8 +36,14 @@ _RULES: dict[str, Rule | tuple[Rule, ...]] = {
     "norm_act.LayerNormActFp32": _LAYER._replace(after=_AFTER),
     "norm_act.LayerNormAct2d": _LAYER._replace(axis=1, after=_AFTER),
     "norm_act.LayerNormAct2dFp32": _LAYER._replace(axis=1, after=_AFTER),
+    "norm_act.RmsNormAct2d": _RMS._replace(axis=1, rounding="steps", after=_AFTER),
+    "norm_act.RmsNormAct2dFp32": _RMS._replace(axis=1, after=_AFTER),
 }
 
 
 def read(module: Any, kind: type) -> Rule | Iterable[Rule] | None:
-    return _RULES.get(f"{kind.__module__}.{kind.__qualname__}".removeprefix("timm.layers."))
+    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("timm.layers.")
+    if name == "grn.GlobalResponseNorm":
+        axis = 1 if module.channel_dim == 1 else -1
+        return Rule("response", "steps", bias="bias", axis=axis)
+    return _RULES.get(name)

@@ -31,6 +31,28 @@ def _rms(eps: str, weight: str | None) -> Iterable[Rule]:
     ]
 
 
+def _gated(module: Any, eps: str) -> Iterable[Rule]:
+    """An RMSNorm that takes a gate too: three orders, and groups."""
+    held = vars(module)
+    rule = Rule(
+        "rms",
+        eps=eps,
+        gate="before",
+        gate_act=held.get("activation", "silu"),
+        groups="n_groups" if "n_groups" in held else None,
+        group_size="group_size" if "group_size" in held else None,
+    )
+    within = rule._replace(gate="within")
+    if held.get("norm_before_gate"):
+        return [within]
+    return [
+        rule._replace(rounding="cast_first"),  # Mamba2, Bamba, Zamba2, NemotronH
+        rule,  # FalconH1
+        rule._replace(rounding="cast_first", gate="after"),  # Qwen3-Next, Qwen3.5, OLMo-hybrid
+        within,  # Kimi-Linear, Bailing
+    ]
+
+
 def _layer(module: Any, kind: type, eps: str) -> Iterable[Rule]:
     held = module._parameters
     weight = "weight" if held.get("weight") is not None else None
@@ -58,11 +80,19 @@ def read(module: Any, kind: type) -> Rule | Iterable[Rule] | None:
     if name == "OlmoLayerNorm":
         return Rule("layer", weight=None, eps=1e-5)
     held = vars(module)
+    if name == "ConvNextV2GRN":
+        return Rule("response", "steps", bias="bias", eps=1e-6)
+    if name == "BitGroupNormActivation":
+        return Rule("group", bias="bias", axis=1, groups="num_groups", after=("activation",))
+    if name == "WeightStandardizedConv2d":  # BiT's
+        return Rule("weight", "steps", weight=None)
     eps = next((n for n in ("variance_epsilon", "eps", "epsilon") if n in held), None)
     if eps is None:
         return None
     params = module._parameters
     weight = "weight" if params.get("weight") is not None else None
+    if name.endswith("RMSNormGated"):
+        return _gated(module, eps)
     if name.endswith("RMSNorm") or (name.endswith("LayerNorm") and "T5" in name):
         return _rms(eps, weight) if len([p for p in params.values() if p is not None]) < 2 else None
     if "LayerNorm" in name and "normalized_shape" in held:
