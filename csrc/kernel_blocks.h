@@ -9,7 +9,7 @@ namespace {
 
 // Values of a row that are summed side by side: a cache line of what they are computed in.
 template <class T>
-constexpr int kPlaces = 64 / int(sizeof(compute_t<T>));
+constexpr int kRowStep = 64 / int(sizeof(compute_t<T>));
 
 constexpr int kWide = 4;  // blocks of 16 columns that are kept in registers together
 

@@ -146,7 +146,7 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
                         double* sum_grad, double* sum_grad_x_hat) {
   using A = compute_t<T>;
   using V = typename Lane<T>::V;
-  constexpr int P = kPlaces<T>, L = Lane<T>::lanes, N = P / L;
+  constexpr int P = kRowStep<T>, L = Lane<T>::lanes, N = P / L;
   constexpr int room = std::max(R, L);
   A hi[R], lo[R], scale[R];
   for (int r = 0; r < R; ++r) {
@@ -159,6 +159,7 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
   int steps = 0;
   const auto flush = [&]() TN_FLAT {
     V g[R], gx[R];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       for (int width = N / 2; width > 0; width /= 2)
         for (int n = 0; n < width; ++n) {
@@ -172,6 +173,7 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
     A sum_g[room], sum_gx[room];
     sum_lanes(g, sum_g);
     sum_lanes(gx, sum_gx);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       of_rows.grad[r] += double(sum_g[r]);
       of_rows.grad_x_hat[r] += double(sum_gx[r]);
@@ -188,8 +190,8 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         if constexpr (ahead) {
-          __builtin_prefetch(grad + (r + R) * ld + at);
-          __builtin_prefetch(x + (r + R) * ld + at);
+          __builtin_prefetch(grad + R * len + at * R + r * L);
+          __builtin_prefetch(x + R * len + at * R + r * L);
         }
         const V grads = Lane<T>::load(grad + r * ld + at);
         const V x_hat = ((Lane<T>::load(x + r * ld + at) - hi[r]) - lo[r]) * scale[r];
@@ -208,8 +210,8 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
   };
   int64_t i = 0;
   const auto all = [](V v, int) TN_FLAT { return v; };
-  // the rows that come next, for a few values of each of many rows are no stream
-  if (R > 1 && len >= kLeastAhead && len <= kMostAhead)
+  // the rows that come next, as they lie in memory: a few values of each of many are no stream
+  if (R > 1 && ld == len && len >= kLeastAhead && len <= kMostAhead)
     for (; i + P <= len; i += P) step(i, all, std::true_type{});
   for (; i + P <= len; i += P) step(i, all, std::false_type{});
   const auto some = [&](V v, int place) TN_FLAT {
@@ -220,14 +222,14 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
   flush();
 }
 
-// A row shorter than kPlaces is read with what follows it; where nothing may be, rows are copied.
+// A row shorter than kRowStep is read with what follows it; where nothing may be, rows are copied.
 template <class T>
 void row_grad_sums(const T* grad, const T* x, int64_t rows, int64_t len, int64_t ld,
                    int64_t readable, const double* mean, const double* rstd,
                    const compute_t<T>* weight, const RowSums& of_rows, double* sum_grad,
                    double* sum_grad_x_hat) {
   using A = compute_t<T>;
-  constexpr int64_t P = kPlaces<T>;
+  constexpr int64_t P = kRowStep<T>;
   const bool few = len < P;
   Padded<A, P> weights;
   T grads[kRowsTogether * P], values[kRowsTogether * P];

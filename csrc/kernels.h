@@ -3,10 +3,11 @@
 // threads or layers.
 //
 // Promises, kept by every function: moments are summed in float64; sums of gradients in the type
-// they are computed in, for eight steps at most, and then in float64; both over fixed lanes, so a
-// result depends on the values and their number alone, never on alignment or threads; tails run the
-// same vector code on a padded copy, so a value's result does not depend on its place; and nothing
-// is contracted to a fused multiply-add but squares that are exact, nor fused where it is asked for
+// they are computed in, for eight steps at most (of a row a cache line each, whose lanes are added
+// in it too), and then in float64; both over fixed lanes, so a result depends on the values and
+// their number alone, never on alignment or threads; tails run the same vector code on a padded
+// copy, so a value's result does not depend on its place; and nothing is contracted to a fused
+// multiply-add but squares that are exact, nor fused where it is asked for
 // (`fused` in simd.h) with other bits, so that every instruction set gives the same.
 #pragma once
 

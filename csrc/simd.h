@@ -381,6 +381,7 @@ TN_INLINE void sum_lanes(const V (&v)[R], A* sums) {
   constexpr int lanes = int(sizeof(V) / sizeof(A)), width = W ? W : lanes;
   constexpr int pairs = (R + 1) / 2;
   V halves[pairs];
+#pragma GCC unroll 8
   for (int r = 0; r < pairs; ++r)
     halves[r] = add_halves<width>(v[2 * r], v[R == 1 ? 0 : 2 * r + 1],
                                   std::make_integer_sequence<int, lanes>());
