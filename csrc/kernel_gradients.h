@@ -181,7 +181,7 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
     steps = 0;
   };
   // counts(v, place): v, with zero for what does not count; place is that of its first lane
-  const auto step = [&](int64_t i, const auto& counts, auto ahead) TN_FLAT {
+  const auto step = [&](int64_t i, const auto& counts, auto ahead, bool few) TN_FLAT {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       const int64_t at = i + n * L;
@@ -196,12 +196,18 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
         const V grads = Lane<T>::load(grad + r * ld + at);
         const V x_hat = ((Lane<T>::load(x + r * ld + at) - hi[r]) - lo[r]) * scale[r];
         const V g = counts(grads, n * L), gx = counts(grads * x_hat, n * L);
-        column_g += g;
-        column_gx += gx;
+        if (few && sum_grad) {
+          // columns so few that their sums are float64 throughout
+          add_doubles(sum_grad + at, g);
+          add_doubles(sum_grad_x_hat + at, gx);
+        } else {
+          column_g += g;
+          column_gx += gx;
+        }
         part_g[r][n] += g * w;
         part_gx[r][n] += gx * w;
       }
-      if (sum_grad) {
+      if (sum_grad && !few) {
         add_doubles(sum_grad + at, column_g);
         add_doubles(sum_grad_x_hat + at, column_gx);
       }
@@ -212,13 +218,13 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
   const auto all = [](V v, int) TN_FLAT { return v; };
   // the rows that come next, as they lie in memory: a few values of each of many are no stream
   if (R > 1 && ld == len && len >= kLeastAhead && len <= kMostAhead)
-    for (; i + P <= len; i += P) step(i, all, std::true_type{});
-  for (; i + P <= len; i += P) step(i, all, std::false_type{});
+    for (; i + P <= len; i += P) step(i, all, std::true_type{}, false);
+  for (; i + P <= len; i += P) step(i, all, std::false_type{}, false);
   const auto some = [&](V v, int place) TN_FLAT {
     return len < P ? first_of<InOrder<T>>(v, place, 0, int(len))
                    : unread<InOrder<T>>(v, place, 0, int(i + P - len));
   };
-  if (i < len) step(std::max<int64_t>(len - P, 0), some, std::false_type{});
+  if (i < len) step(std::max<int64_t>(len - P, 0), some, std::false_type{}, len < P);
   flush();
 }
 

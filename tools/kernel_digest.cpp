@@ -106,7 +106,8 @@ void run(const Kernels<T>& k, Digest& digest) {
       for (bool stream : {false, true}) {
         k.apply(x.data(), out.data(), 2, len, by, stream), add_out(2 * len);
         k.apply_each(x.data(), out.data(), 3, len, each, stream), add_out(3 * len);
-        for (const A* bias : {b.data(), static_cast<const A*>(nullptr)}) {
+        for (const bool biased : {true, false}) {
+          const A* const bias = biased ? b.data() : nullptr;
           const RowAffine<T> rows[2] = {{mean[0], rstd[0], a.data(), bias, false},
                                         {mean[1], rstd[1], a.data(), bias, false}};
           k.apply_rows(x.data(), out.data(), 2, len, rows, stream), add_out(2 * len);
