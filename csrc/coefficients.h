@@ -103,6 +103,7 @@ struct RowAffine {
   const A *weight, *bias;
   bool rounds;  // each step to the dtype of x, as operators of that dtype one after the other
 
+  RowAffine() = default;
   RowAffine(double mean, double rstd_, const A* w, const A* b, bool rounds_)
       : hi(A(mean)),
         lo(A(mean - double(hi))),

@@ -235,7 +235,7 @@ void act_row(const ActInputs<T>& in, T* out, int64_t len, const RowAffine<T>& by
     if (by.weight) row.weight = Padded<A, kStep>::fill(weight, by.weight, len, A{});
     if (by.bias) row.bias = Padded<A, kStep>::fill(bias, by.bias, len, A{});
   }
-  const V hi = splat<V>(row.hi), lo = splat<V>(row.lo), rstd = splat<V>(row.rstd);
+  const auto of_row = RowVectors<T>::of(row);
   with_activation<T>(in, act, [&]<class G, class R>(const auto& made, G, R) TN_FLAT {
     const auto z_of = [&](const P& x, const P* residual, int64_t i) TN_FLAT {
       if (residual && act.by_output) return *residual;
@@ -246,16 +246,17 @@ void act_row(const ActInputs<T>& in, T* out, int64_t len, const RowAffine<T>& by
         const V b = row.bias ? load_raw<V>(row.bias + at) : V{};
         if constexpr (is_half<T>) {
           if (row.rounds) {
-            z.v[k] = affine_in_steps(x.v[k], row, at);
+            z.v[k] = affine_in_steps(x.v[k], of_row, row.weight ? row.weight + at : nullptr,
+                                     row.bias ? row.bias + at : nullptr);
             if (residual) z.v[k] = rounded<T>(z.v[k] + residual->v[k]);
             continue;
           }
           vf near, rest;
-          x_hat_twice(x.v[k], row, near, rest);
+          x_hat_twice(x.v[k], of_row, near, rest);
           z.v[k] = residual ? sum_exactly(w, near, b, residual->v[k], w * rest)
                             : fused(w, rest, fused(w, near, b));
         } else {
-          z.v[k] = ((x.v[k] - hi) - lo) * rstd;
+          z.v[k] = ((x.v[k] - of_row.hi) - of_row.lo) * of_row.rstd;
           if (row.weight) z.v[k] *= w;
           if (row.bias) z.v[k] += b;
           if (residual) z.v[k] += residual->v[k];

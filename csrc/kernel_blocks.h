@@ -7,6 +7,10 @@
 namespace truenorm {
 namespace {
 
+// Values of a row that are summed side by side: a cache line of what they are computed in.
+template <class T>
+constexpr int kRowStep = 64 / int(sizeof(compute_t<T>));
+
 constexpr int kWide = 4;  // blocks of 16 columns that are kept in registers together
 
 // How a run of `len` values is read, N at a time: body(first, keep) for whole blocks with keep 0,

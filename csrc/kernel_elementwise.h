@@ -68,15 +68,71 @@ void apply_each(const T* x, T* y, int64_t rows, int64_t len, const Affines<T>& b
   });
 }
 
+// A coefficient of rows so short that several of them are one run, value by value.
+template <class A>
+struct Spread {
+  using V = std::conditional_t<std::is_same_v<A, double>, vd, vf>;
+  static constexpr int lanes = int(sizeof(V) / sizeof(A));
+  // a step past the last row, which begins before a step has ended
+  A values[(kRowsTogether + 1) * kStep];
+
+  // what `len` values from `at` on have, and some more until these are put
+  TN_FLAT void put(int64_t at, int64_t len, A value) {
+    for (int i = 0; i < len; i += lanes) store_raw(values + at + i, splat<V>(value));
+  }
+  TN_FLAT void put(int64_t at, int64_t len, const A (&from)[kStep]) {
+    for (int i = 0; i < len; i += lanes) store_raw(values + at + i, load_raw<V>(from + i));
+  }
+  TN_FLAT V at(int64_t i) const { return load_raw<V>(values + i); }
+};
+
+// The same of weight or bias, which rows share or have of their own.
+template <class A>
+struct SpreadParameter : Spread<A> {
+  const A* last = nullptr;
+  A copy[kStep];
+
+  TN_FLAT void put(int64_t at, int64_t len, const A* from, A without) {
+    if (at == 0 || from != last) {
+      for (A& value : copy) value = without;
+      if (from) std::memcpy(copy, from, size_t(len) * sizeof(A));
+      last = from;
+    }
+    Spread<A>::put(at, len, copy);
+  }
+};
+
+// RowAffine as vectors.
+template <class T>
+struct RowVectors {
+  using V = typename Lane<T>::V;
+  V hi, lo, rstd;
+  V base, rstd_rest, offset, offset_rest;
+
+  // from what f makes of each
+  template <class Of, class F>
+  TN_INLINE RowVectors made(const Of& of, const F& f) {
+    RowVectors v;
+    v.hi = f(of.hi), v.lo = f(of.lo), v.rstd = f(of.rstd);
+    if constexpr (is_half<T>) {
+      v.base = f(of.base), v.rstd_rest = f(of.rstd_rest);
+      v.offset = f(of.offset), v.offset_rest = f(of.offset_rest);
+    }
+    return v;
+  }
+  TN_INLINE RowVectors of(const RowAffine<T>& by) {
+    return made(by, [](compute_t<T> value) TN_FLAT { return splat<V>(value); });
+  }
+};
+
 // x̂ as two floats: the one nearest on a grid of RowAffine::kGrid, from which the difference is
 // exact as long as x̂ is less than 2^10, and the rest.
 template <class T>
-TN_INLINE void x_hat_twice(vf x, const RowAffine<T>& by, vf& near, vf& rest) {
-  const vf d = x - by.base, rstd = splat<vf>(by.rstd), offset = splat<vf>(by.offset);
+TN_INLINE void x_hat_twice(vf x, const RowVectors<T>& by, vf& near, vf& rest) {
+  const vf d = x - by.base;
   constexpr float to_grid = float(0x1.8p23 * RowAffine<T>::kGrid);
-  near = (fused(d, rstd, offset) + to_grid) - to_grid;
-  rest =
-      fused(d, rstd, offset - near) + fused(d, splat<vf>(by.rstd_rest), splat<vf>(by.offset_rest));
+  near = (fused(d, by.rstd, by.offset) + to_grid) - to_grid;
+  rest = fused(d, by.rstd, by.offset - near) + fused(d, by.rstd_rest, by.offset_rest);
 }
 
 // To the nearest value of T.
@@ -89,67 +145,92 @@ TN_INLINE vf rounded(vf v) {
 
 // x̂ · weight + bias of one vector, each step rounded.
 template <class T>
-TN_INLINE vf affine_in_steps(vf x, const RowAffine<T>& by, int64_t at) {
+TN_INLINE vf affine_in_steps(vf x, const RowVectors<T>& by, const float* weight,
+                             const float* bias) {
   vf y = rounded<T>(((x - by.hi) - by.lo) * by.rstd);
-  if (by.weight) y = rounded<T>(y * load_raw<vf>(by.weight + at));
-  if (by.bias) y = rounded<T>(y + load_raw<vf>(by.bias + at));
+  if (weight) y = rounded<T>(y * load_raw<vf>(weight));
+  if (bias) y = rounded<T>(y + load_raw<vf>(bias));
   return y;
 }
 
-template <class T>
-void map_row_in_steps(const T* x, T* y, int64_t len, const RowAffine<T>& by, bool stream) {
-  using P = InOrder<T>;
-  map<P, 1>({x}, y, len, stream, [&](const P* v, int64_t i) TN_FLAT {
-    P out;
-    for (int k = 0; k < 2; ++k) out.v[k] = affine_in_steps(v->v[k], by, i + k * P::lanes);
-    return out;
-  });
-}
-
-template <class T, bool Weight, bool Bias>
-TN_INLINE void map_row(const T* x, T* y, int64_t len, const RowAffine<T>& by, bool stream) {
+// y of one run, by(i) being the coefficients of what follows value i.
+template <class T, bool Weight, bool Bias, class By>
+TN_INLINE void map_row(const T* x, T* y, int64_t len, const compute_t<T>* weights,
+                       const compute_t<T>* biases, bool rounds, bool stream, const By& by_of) {
   using P = InOrder<T>;
   using V = typename P::V;
-  const V hi = splat<V>(by.hi), lo = splat<V>(by.lo), rstd = splat<V>(by.rstd);
-  map<P, 1>({x}, y, len, stream, [&](const P* v, int64_t i) TN_FLAT {
-    P out;
-    for (int k = 0; k < 2; ++k) {
-      const int64_t at = i + k * P::lanes;
-      if constexpr (is_half<T> && Bias) {
-        vf near, rest;
-        x_hat_twice(v->v[k], by, near, rest);
-        const vf weight = Weight ? load_raw<vf>(by.weight + at) : splat<vf>(1.0f);
-        out.v[k] = fused(weight, rest, fused(weight, near, load_raw<vf>(by.bias + at)));
-      } else {
-        out.v[k] = ((v->v[k] - hi) - lo) * rstd;
-        if constexpr (Weight) out.v[k] *= load_raw<V>(by.weight + at);
-        if constexpr (Bias) out.v[k] += load_raw<V>(by.bias + at);
+  const auto run = [&]<bool Rounds>(std::bool_constant<Rounds>) TN_FLAT {
+    map<P, 1>({x}, y, len, stream, [&](const P* v, int64_t i) TN_FLAT {
+      P out;
+      for (int k = 0; k < 2; ++k) {
+        const int64_t at = i + k * P::lanes;
+        const RowVectors<T>& by = by_of(at);
+        if constexpr (Rounds) {
+          out.v[k] = affine_in_steps(v->v[k], by, Weight ? weights + at : nullptr,
+                                     Bias ? biases + at : nullptr);
+        } else if constexpr (is_half<T> && Bias) {
+          vf near, rest;
+          x_hat_twice(v->v[k], by, near, rest);
+          const vf weight = Weight ? load_raw<vf>(weights + at) : splat<vf>(1.0f);
+          out.v[k] = fused(weight, rest, fused(weight, near, load_raw<vf>(biases + at)));
+        } else {
+          out.v[k] = ((v->v[k] - by.hi) - by.lo) * by.rstd;
+          if constexpr (Weight) out.v[k] *= load_raw<V>(weights + at);
+          if constexpr (Bias) out.v[k] += load_raw<V>(biases + at);
+        }
       }
-    }
-    return out;
-  });
+      return out;
+    });
+  };
+  if constexpr (is_half<T>) {
+    if (rounds) return run(std::true_type{});
+  }
+  run(std::false_type{});
+}
+
+template <class T, class By>
+TN_INLINE void map_row(const T* x, T* y, int64_t len, const compute_t<T>* weights,
+                       const compute_t<T>* biases, bool rounds, bool stream, const By& by_of) {
+  if (weights && biases)
+    map_row<T, true, true>(x, y, len, weights, biases, rounds, stream, by_of);
+  else if (weights)
+    map_row<T, true, false>(x, y, len, weights, biases, rounds, stream, by_of);
+  else if (biases)
+    map_row<T, false, true>(x, y, len, weights, biases, rounds, stream, by_of);
+  else
+    map_row<T, false, false>(x, y, len, weights, biases, rounds, stream, by_of);
 }
 
 template <class T>
-void apply_row(const T* x, T* y, int64_t len, const RowAffine<T>& by, bool stream) {
+void apply_rows(const T* x, T* y, int64_t rows, int64_t len, const RowAffine<T>* by, bool stream) {
   using A = compute_t<T>;
-  RowAffine<T> row = by;
-  Padded<A, kStep> weight, bias;
-  if (len < kStep) {
-    if (by.weight) row.weight = Padded<A, kStep>::fill(weight, by.weight, len, A{});
-    if (by.bias) row.bias = Padded<A, kStep>::fill(bias, by.bias, len, A{});
+  if (len >= kStep) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto row = RowVectors<T>::of(by[r]);
+      map_row(x + r * len, y + r * len, len, by[r].weight, by[r].bias, by[r].rounds, stream,
+              [&](int64_t) TN_FLAT -> const RowVectors<T>& { return row; });
+    }
+    return;
   }
-  if constexpr (is_half<T>) {
-    if (by.rounds) return map_row_in_steps(x, y, len, row, stream);
+  struct {
+    Spread<A> hi, lo, rstd, base, rstd_rest, offset, offset_rest;
+  } all;
+  SpreadParameter<A> weight, bias;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = r * len;
+    all.hi.put(at, len, by[r].hi), all.lo.put(at, len, by[r].lo), all.rstd.put(at, len, by[r].rstd);
+    if constexpr (is_half<T>) {
+      all.base.put(at, len, by[r].base), all.rstd_rest.put(at, len, by[r].rstd_rest);
+      all.offset.put(at, len, by[r].offset), all.offset_rest.put(at, len, by[r].offset_rest);
+    }
+    if (by->weight) weight.put(at, len, by[r].weight, A{});
+    if (by->bias) bias.put(at, len, by[r].bias, A{});
   }
-  if (by.weight && by.bias)
-    map_row<T, true, true>(x, y, len, row, stream);
-  else if (by.weight)
-    map_row<T, true, false>(x, y, len, row, stream);
-  else if (by.bias)
-    map_row<T, false, true>(x, y, len, row, stream);
-  else
-    map_row<T, false, false>(x, y, len, row, stream);
+  map_row(x, y, rows * len, by->weight ? weight.values : nullptr, by->bias ? bias.values : nullptr,
+          by->rounds, stream, [&](int64_t i) TN_FLAT {
+            return RowVectors<T>::made(all,
+                                       [&](const Spread<A>& each) TN_FLAT { return each.at(i); });
+          });
 }
 
 template <class T>
@@ -195,31 +276,60 @@ void grad_apply_each(const T* grad, const T* x, T* grad_x, int64_t rows, int64_t
   });
 }
 
-template <class T>
-void grad_apply_row(const T* grad, const T* x, T* grad_x, int64_t len, const compute_t<T>* weight,
-                    const GradAffine<compute_t<T>>& by, bool stream) {
-  using A = compute_t<T>;
+// Of one run: by(i) is the weight, hi, rstd, slope and shift of what follows value i.
+template <class T, class By>
+TN_INLINE void map_grad_row(const T* grad, const T* x, T* grad_x, int64_t len, bool stream,
+                            const By& by_of) {
   using P = InOrder<T>;
-  using V = typename P::V;
-  const V hi = splat<V>(by.hi), rstd = splat<V>(by.rstd), slope = splat<V>(by.slope),
-          shift = splat<V>(by.shift);
+  map<P, 2>({grad, x}, grad_x, len, stream, [&](const P* v, int64_t i) TN_FLAT {
+    P out;
+    for (int k = 0; k < 2; ++k) {
+      const auto [weight, hi, rstd, slope, shift] = by_of(i + k * P::lanes);
+      out.v[k] = v[0].v[k] * weight * rstd + ((v[1].v[k] - hi) * rstd * slope + shift);
+    }
+    return out;
+  });
+}
+
+template <class T>
+void grad_apply_rows(const T* grad, const T* x, T* grad_x, int64_t rows, int64_t len, int64_t ld,
+                     const compute_t<T>* weight, const double* mean, const double* rstds,
+                     const RowSums& means, bool stream) {
+  using A = compute_t<T>;
+  using V = typename Lane<T>::V;
+  struct Terms {
+    V weight, hi, rstd, slope, shift;
+  };
+  GradAffine<A> by[kRowsTogether];
+  for (int64_t r = 0; r < rows; ++r)
+    by[r] = {mean[r], rstds[r], 1.0, means.grad[r], means.grad_x_hat[r]};
+  if (len < kStep && ld == len) {
+    Spread<A> hi, rstd, slope, shift;
+    SpreadParameter<A> weights;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * len;
+      hi.put(at, len, by[r].hi), rstd.put(at, len, by[r].rstd);
+      slope.put(at, len, by[r].slope), shift.put(at, len, by[r].shift);
+      weights.put(at, len, weight, A(1));
+    }
+    return map_grad_row(grad, x, grad_x, rows * len, stream, [&](int64_t i) TN_FLAT {
+      return Terms{weights.at(i), hi.at(i), rstd.at(i), slope.at(i), shift.at(i)};
+    });
+  }
   Padded<A, kStep> padded;
   if (weight && len < kStep) weight = Padded<A, kStep>::fill(padded, weight, len, A{});
-  const auto run = [&]<bool Weight>(std::bool_constant<Weight>) TN_FLAT {
-    map<P, 2>({grad, x}, grad_x, len, stream, [&](const P* v, int64_t i) TN_FLAT {
-      P out;
-      for (int k = 0; k < 2; ++k) {
-        V g = v[0].v[k];
-        if constexpr (Weight) g *= load_raw<V>(weight + i + k * P::lanes);
-        out.v[k] = g * rstd + ((v[1].v[k] - hi) * rstd * slope + shift);
-      }
-      return out;
-    });
-  };
-  if (weight)
-    run(std::true_type{});
-  else
-    run(std::false_type{});
+  for (int64_t r = 0; r < rows; ++r) {
+    const V hi = splat<V>(by[r].hi), rstd = splat<V>(by[r].rstd), slope = splat<V>(by[r].slope),
+            shift = splat<V>(by[r].shift);
+    const int64_t at = r * ld;
+    if (weight)
+      map_grad_row(grad + at, x + at, grad_x + at, len, stream, [&](int64_t i) TN_FLAT {
+        return Terms{load_raw<V>(weight + i), hi, rstd, slope, shift};
+      });
+    else
+      map_grad_row(grad + at, x + at, grad_x + at, len, stream,
+                   [&](int64_t) TN_FLAT { return Terms{splat<V>(A(1)), hi, rstd, slope, shift}; });
+  }
 }
 
 template <class T>

@@ -1,6 +1,8 @@
 // Sums of gradients along runs, down columns, and for element-wise parameters.
 #pragma once
 
+#include <algorithm>
+
 #include "kernel_blocks.h"
 
 namespace truenorm {
@@ -15,12 +17,12 @@ TN_INLINE double without_rest(double sum_gx, double sum_g, double mean, double r
   return sum_gx - (mean - double(A(mean))) * rstd * sum_g;
 }
 
-// Sums of g and of g · x̂ along runs, g being the gradient times `weight` where there is one.
-template <class T, class P, bool Weight>
-TN_INLINE GradSums sum_gradients(const T* grad, const T* x, int64_t runs, int64_t len,
-                                 int64_t stride, double mean, double rstd,
-                                 const compute_t<T>* weight) {
+// Sums of g and of g · x̂ along runs.
+template <class T>
+GradSums grad_sums(const T* grad, const T* x, int64_t runs, int64_t len, int64_t stride,
+                   double mean, double rstd) {
   using A = compute_t<T>;
+  using P = AnyOrder<T>;
   using V = typename P::V;
   constexpr int N = kStep / P::size;
   const V hi = splat<V>(A(mean)), scale = splat<V>(A(rstd));
@@ -36,13 +38,12 @@ TN_INLINE GradSums sum_gradients(const T* grad, const T* x, int64_t runs, int64_
       }
     steps = 0;
   };
-  const auto add = [&](const T* g_from, const T* x_from, const A* w_from, int keep) TN_FLAT {
+  const auto add = [&](const T* g_from, const T* x_from, int keep) TN_FLAT {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       const P g_pair = P::load(g_from + n * P::size), x_pair = P::load(x_from + n * P::size);
       for (int k = 0; k < 2; ++k) {
         V g = g_pair.v[k];
-        if constexpr (Weight) g *= load_raw<V>(w_from + n * P::size + k * P::lanes);
         V gx = g * ((x_pair.v[k] - hi) * scale);
         if (keep) {
           g = unread<P>(g, n * P::size, k, keep);
@@ -55,7 +56,6 @@ TN_INLINE GradSums sum_gradients(const T* grad, const T* x, int64_t runs, int64_
     if (++steps == kSteps) flush();
   };
   Padded<T, kStep> grad_copy, x_copy;
-  Padded<A, kStep> weight_copy;
   for (int64_t run = 0; run < runs; ++run) {
     const T *g = grad + run * stride, *v = x + run * stride;
     if (run + kRunsAhead < runs) {
@@ -64,58 +64,13 @@ TN_INLINE GradSums sum_gradients(const T* grad, const T* x, int64_t runs, int64_
     }
     if (len < kStep)
       add(Padded<T, kStep>::fill(grad_copy, g, len, T{}),
-          Padded<T, kStep>::fill(x_copy, v, len, v[0]),
-          Weight ? Padded<A, kStep>::fill(weight_copy, weight, len, A{}) : nullptr, 0);
+          Padded<T, kStep>::fill(x_copy, v, len, v[0]), 0);
     else
-      blocks<kStep>(len, [&](int64_t i, int keep)
-                             TN_FLAT { add(g + i, v + i, Weight ? weight + i : nullptr, keep); });
+      blocks<kStep>(len, [&](int64_t i, int keep) TN_FLAT { add(g + i, v + i, keep); });
   }
   flush();
   const double total = Totals::sum<P>(sum_g);
   return {total, without_rest<A>(Totals::sum<P>(sum_gx), total, mean, rstd)};
-}
-
-template <class T>
-GradSums grad_sums(const T* grad, const T* x, int64_t runs, int64_t len, int64_t stride,
-                   double mean, double rstd) {
-  return sum_gradients<T, AnyOrder<T>, false>(grad, x, runs, len, stride, mean, rstd, nullptr);
-}
-
-template <class T>
-GradSums row_grad_sums(const T* grad, const T* x, int64_t len, double mean, double rstd,
-                       const compute_t<T>* weight) {
-  return weight ? sum_gradients<T, InOrder<T>, true>(grad, x, 1, len, 0, mean, rstd, weight)
-                : sum_gradients<T, AnyOrder<T>, false>(grad, x, 1, len, 0, mean, rstd, nullptr);
-}
-
-// Sums down B · 16 neighbouring columns, added to what is there: of g, and of g · (x − hi) · rstd,
-// at(row, n) being hi and rstd of vector n in that row.
-template <class T, int B, class At>
-TN_INLINE void sum_columns(const T* grad, const T* x, int64_t rows, int64_t ld, const At& at,
-                           double* sum_grad, double* sum_grad_x_hat) {
-  using V = typename Lane<T>::V;
-  constexpr int L = Lane<T>::lanes, N = B * kLanes / L;
-  for (int64_t first = 0; first < rows; first += kSteps) {
-    const int64_t last = first + kSteps < rows ? first + kSteps : rows;
-    V part_g[N] = {}, part_gx[N] = {};
-    for (int64_t row = first; row < last; ++row) {
-      const auto& by = at(row);
-      if constexpr (is_half<T>) {  // of wider types two streams are enough to fill the bus
-        foresee(grad + (row + kRowsAhead) * ld, B * kLanes);
-        foresee(x + (row + kRowsAhead) * ld, B * kLanes);
-      }
-#pragma GCC unroll 64
-      for (int n = 0; n < N; ++n) {
-        const V g = Lane<T>::load(grad + row * ld + n * L);
-        part_g[n] += g;
-        part_gx[n] += g * by.x_hat(n, Lane<T>::load(x + row * ld + n * L));
-      }
-    }
-    for (int n = 0; n < N; ++n) {
-      add_doubles(sum_grad + n * L, part_g[n]);
-      add_doubles(sum_grad_x_hat + n * L, part_gx[n]);
-    }
-  }
 }
 
 template <class T, int B>
@@ -125,24 +80,38 @@ TN_INLINE void column_grad_block(const T* grad, const T* x, int64_t rows, int64_
   using A = compute_t<T>;
   using V = typename Lane<T>::V;
   constexpr int L = Lane<T>::lanes, N = B * kLanes / L;
-  struct Columns {
-    V hi[N], rstd[N];
-    TN_FLAT V x_hat(int n, V v) const { return (v - hi[n]) * rstd[n]; }
-  } columns;
+  V his[N], rstds[N];
   for (int n = 0; n < N; ++n) {
     A hi[L], r[L];
     for (int i = 0; i < L; ++i) {
       hi[i] = A(mean[n * L + i]);
       r[i] = A(rstd[n * L + i]);
     }
-    columns.hi[n] = load_raw<V>(hi);
-    columns.rstd[n] = load_raw<V>(r);
+    his[n] = load_raw<V>(hi);
+    rstds[n] = load_raw<V>(r);
   }
   std::memset(sum_grad, 0, B * kLanes * sizeof(double));
   std::memset(sum_grad_x_hat, 0, B * kLanes * sizeof(double));
-  sum_columns<T, B>(
-      grad, x, rows, ld, [&](int64_t) TN_FLAT -> const Columns& { return columns; }, sum_grad,
-      sum_grad_x_hat);
+  for (int64_t first = 0; first < rows; first += kSteps) {
+    const int64_t last = first + kSteps < rows ? first + kSteps : rows;
+    V part_g[N] = {}, part_gx[N] = {};
+    for (int64_t row = first; row < last; ++row) {
+      if constexpr (is_half<T>) {  // of wider types two streams are enough to fill the bus
+        foresee(grad + (row + kRowsAhead) * ld, B * kLanes);
+        foresee(x + (row + kRowsAhead) * ld, B * kLanes);
+      }
+#pragma GCC unroll 64
+      for (int n = 0; n < N; ++n) {
+        const V g = Lane<T>::load(grad + row * ld + n * L);
+        part_g[n] += g;
+        part_gx[n] += g * ((Lane<T>::load(x + row * ld + n * L) - his[n]) * rstds[n]);
+      }
+    }
+    for (int n = 0; n < N; ++n) {
+      add_doubles(sum_grad + n * L, part_g[n]);
+      add_doubles(sum_grad_x_hat + n * L, part_gx[n]);
+    }
+  }
   for (int c = 0; c < B * kLanes; ++c)
     sum_grad_x_hat[c] = without_rest<A>(sum_grad_x_hat[c], sum_grad[c], mean[c], rstd[c]);
 }
@@ -168,41 +137,138 @@ void column_grad_sums(const T* grad, const T* x, int64_t rows, int64_t cols, int
       [&](int64_t c) { block(c, std::integral_constant<int, 1>{}); });
 }
 
-// Every row has a mean of its own, as two numbers.
-template <class T>
-struct RowXHat {
+constexpr int64_t kLeastAhead = 32, kMostAhead = 512;  // values of a row
+
+// Sums of R rows and of their columns in one pass: see row_grad_sums in kernels.h.
+template <class T, int R>
+TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, const double* mean,
+                        const double* rstd, const compute_t<T>* weight, const RowSums& of_rows,
+                        double* sum_grad, double* sum_grad_x_hat) {
+  using A = compute_t<T>;
   using V = typename Lane<T>::V;
-  V hi, lo, rstd;
-
-  TN_INLINE RowXHat of(double mean, double rstd) {
-    using A = compute_t<T>;
-    const A hi = A(mean);
-    return {splat<V>(hi), splat<V>(A(mean - double(hi))), splat<V>(A(rstd))};
+  constexpr int P = kRowStep<T>, L = Lane<T>::lanes, N = P / L;
+  constexpr int room = std::max(R, L);
+  A hi[R], lo[R], scale[R];
+  for (int r = 0; r < R; ++r) {
+    hi[r] = A(mean[r]);
+    lo[r] = A(mean[r] - double(hi[r]));
+    scale[r] = A(rstd[r]);
+    of_rows.grad[r] = of_rows.grad_x_hat[r] = 0.0;
   }
-  TN_FLAT V x_hat(int, V x) const { return ((x - hi) - lo) * rstd; }
-};
-
-// As column_blocks, but no column twice: the last ones that fill no vector go to rest(column).
-template <class T>
-void row_param_sums(const T* grad, const T* x, int64_t rows, int64_t cols, int64_t ld,
-                    const double* mean, const double* rstd, double* sum_grad,
-                    double* sum_grad_x_hat) {
-  const auto block = [&]<int B>(int64_t c, std::integral_constant<int, B>) TN_FLAT {
-    sum_columns<T, B>(
-        grad + c, x + c, rows, ld,
-        [&](int64_t row) TN_FLAT { return RowXHat<T>::of(mean[row], rstd[row]); }, sum_grad + c,
-        sum_grad_x_hat + c);
-  };
-  int64_t c = 0;
-  for (; c + kWide * kLanes <= cols; c += kWide * kLanes)
-    block(c, std::integral_constant<int, kWide>{});
-  for (; c + kLanes <= cols; c += kLanes) block(c, std::integral_constant<int, 1>{});
-  for (; c < cols; ++c)
-    for (int64_t row = 0; row < rows; ++row) {
-      const double g = to_double(grad[row * ld + c]);
-      sum_grad[c] += g;
-      sum_grad_x_hat[c] += g * ((to_double(x[row * ld + c]) - mean[row]) * rstd[row]);
+  V part_g[R][N] = {}, part_gx[R][N] = {};
+  int steps = 0;
+  const auto flush = [&]() TN_FLAT {
+    V g[R], gx[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      for (int width = N / 2; width > 0; width /= 2)
+        for (int n = 0; n < width; ++n) {
+          part_g[r][n] += part_g[r][n + width];
+          part_gx[r][n] += part_gx[r][n + width];
+        }
+      g[r] = part_g[r][0];
+      gx[r] = part_gx[r][0];
+      for (int n = 0; n < N; ++n) part_g[r][n] = part_gx[r][n] = V{};
     }
+    A sum_g[room], sum_gx[room];
+    sum_lanes(g, sum_g);
+    sum_lanes(gx, sum_gx);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      of_rows.grad[r] += double(sum_g[r]);
+      of_rows.grad_x_hat[r] += double(sum_gx[r]);
+    }
+    steps = 0;
+  };
+  // counts(v, place): v, with zero for what does not count; place is that of its first lane
+  const auto step = [&](int64_t i, const auto& counts, auto ahead, bool few) TN_FLAT {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const int64_t at = i + n * L;
+      const V w = weight ? load_raw<V>(weight + at) : splat<V>(A(1));
+      V column_g = {}, column_gx = {};
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        if constexpr (ahead) {
+          __builtin_prefetch(grad + R * len + at * R + r * L);
+          __builtin_prefetch(x + R * len + at * R + r * L);
+        }
+        const V grads = Lane<T>::load(grad + r * ld + at);
+        const V x_hat = ((Lane<T>::load(x + r * ld + at) - hi[r]) - lo[r]) * scale[r];
+        const V g = counts(grads, n * L), gx = counts(grads * x_hat, n * L);
+        if (few && sum_grad) {
+          // columns so few that their sums are float64 throughout
+          add_doubles(sum_grad + at, g);
+          add_doubles(sum_grad_x_hat + at, gx);
+        } else {
+          column_g += g;
+          column_gx += gx;
+        }
+        part_g[r][n] += g * w;
+        part_gx[r][n] += gx * w;
+      }
+      if (sum_grad && !few) {
+        add_doubles(sum_grad + at, column_g);
+        add_doubles(sum_grad_x_hat + at, column_gx);
+      }
+    }
+    if (++steps == kSteps) flush();
+  };
+  int64_t i = 0;
+  const auto all = [](V v, int) TN_FLAT { return v; };
+  // the rows that come next, as they lie in memory: a few values of each of many are no stream
+  if (R > 1 && ld == len && len >= kLeastAhead && len <= kMostAhead)
+    for (; i + P <= len; i += P) step(i, all, std::true_type{}, false);
+  for (; i + P <= len; i += P) step(i, all, std::false_type{}, false);
+  const auto some = [&](V v, int place) TN_FLAT {
+    return len < P ? first_of<InOrder<T>>(v, place, 0, int(len))
+                   : unread<InOrder<T>>(v, place, 0, int(i + P - len));
+  };
+  if (i < len) step(std::max<int64_t>(len - P, 0), some, std::false_type{}, len < P);
+  flush();
+}
+
+// A row shorter than kRowStep is read with what follows it; where nothing may be, rows are copied.
+template <class T>
+void row_grad_sums(const T* grad, const T* x, int64_t rows, int64_t len, int64_t ld,
+                   int64_t readable, const double* mean, const double* rstd,
+                   const compute_t<T>* weight, const RowSums& of_rows, double* sum_grad,
+                   double* sum_grad_x_hat) {
+  using A = compute_t<T>;
+  constexpr int64_t P = kRowStep<T>;
+  const bool few = len < P;
+  Padded<A, P> weights;
+  T grads[kRowsTogether * P], values[kRowsTogether * P];
+  double sums[2][P];
+  double *const to_grad = sum_grad, *const to_grad_x_hat = sum_grad_x_hat;
+  if (few) {
+    if (weight) weight = Padded<A, P>::fill(weights, weight, len, A{});
+    if (sum_grad) {
+      std::memset(sums, 0, sizeof(sums));
+      sum_grad = sums[0], sum_grad_x_hat = sums[1];
+    }
+    if (readable < (rows - 1) * ld + P) {
+      std::memset(grads, 0, sizeof(grads));
+      std::memset(values, 0, sizeof(values));
+      for (int64_t r = 0; r < rows; ++r) {
+        std::memcpy(grads + r * P, grad + r * ld, size_t(len) * sizeof(T));
+        std::memcpy(values + r * P, x + r * ld, size_t(len) * sizeof(T));
+      }
+      grad = grads, x = values, ld = P;
+    }
+  }
+  if (rows == kRowsTogether)
+    sum_rows<T, kRowsTogether>(grad, x, len, ld, mean, rstd, weight, of_rows, sum_grad,
+                               sum_grad_x_hat);
+  else
+    for (int64_t r = 0; r < rows; ++r)
+      sum_rows<T, 1>(grad + r * ld, x + r * ld, len, ld, mean + r, rstd + r, weight,
+                     of_rows.from(r), sum_grad, sum_grad_x_hat);
+  if (!few || !to_grad) return;
+  for (int64_t i = 0; i < len; ++i) {
+    to_grad[i] += sum_grad[i];
+    to_grad_x_hat[i] += sum_grad_x_hat[i];
+  }
 }
 
 }  // namespace

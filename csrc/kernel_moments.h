@@ -6,23 +6,47 @@
 namespace truenorm {
 namespace {
 
-// Count, Σ(x − shift) and Σ(x − shift)² in float64, the shift being the value of `origin`; without
-// one the squares are exact, and may be fused.
+// Of kStep places in double: place i plus i + 16, + 8, and so on, to one vector.
+template <class P, int N, int H>
+TN_INLINE vd fold(vd (&v)[N][2][H]) {
+  if constexpr (P::place(1, 0) == 1) {
+    // even and odd places: to one pair of vectors, in place order then
+    for (int width = N * H / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i)
+        for (int k = 0; k < 2; ++k) v[i / H][k][i % H] += v[(i + width) / H][k][(i + width) % H];
+    return add_pairs(v[0][0][0], v[0][1][0], std::make_integer_sequence<int, D>());
+  } else {
+    vd all[2 * N * H];
+    std::memcpy(all, v, sizeof(all));
+    for (int width = N * H; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) all[i] += all[i + width];
+    return all[0];
+  }
+}
+
+// Σ(x − shift) and Σ(x − shift)² in float64, not yet over all lanes of a vector.
+struct Folded {
+  vd sum, square;
+};
+
+// The shift is the value of `origin`; without one the squares are exact, and may be fused. A run
+// shorter than a step may be `readable` beyond its end, else it is copied.
 template <class T, bool shifted>
-TN_INLINE Moments sums_about(const T* x, int64_t runs, int64_t len, int64_t stride, T origin) {
+TN_INLINE Folded sums_about(const T* x, int64_t runs, int64_t len, int64_t stride, T origin,
+                            bool readable) {
   using P = AnyOrder<T>;
   using V = typename P::V;
   constexpr int N = kStep / P::size, H = P::lanes / D;
   const V unread_value = splat<V>(compute_t<T>(to_double(origin)));
   const vd shift = splat<vd>(to_double(origin));
   vd sums[N][2][H] = {}, squares[N][2][H] = {};
-  const auto add = [&](const T* from, int keep) TN_FLAT {
+  // counts(v, start, k): v, with what changes nothing for what does not count
+  const auto add = [&](const T* from, const auto& counts) TN_FLAT {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       const P pair = P::load(from + n * P::size);
       for (int k = 0; k < 2; ++k) {
-        V v = pair.v[k];
-        if (keep) v = unread<P>(v, n * P::size, k, keep, unread_value);
+        const V v = counts(pair.v[k], n * P::size, k);
         vd part[H];
         doubles_of(v, part);
         for (int h = 0; h < H; ++h) {
@@ -42,15 +66,29 @@ TN_INLINE Moments sums_about(const T* x, int64_t runs, int64_t len, int64_t stri
   for (int64_t run = 0; run < runs; ++run) {
     const T* p = x + run * stride;
     if (run + kRunsAhead < runs) foresee(p + kRunsAhead * stride, len);
-    if (len < kStep)
-      add(Padded<T, kStep>::fill(padded, p, len, origin), 0);
-    else
-      blocks<kStep>(len, [&](int64_t i, int keep) TN_FLAT { add(p + i, keep); });
+    if (len < kStep) {
+      add(readable ? p : Padded<T, kStep>::fill(padded, p, len, origin),
+          [&](V v, int start, int k)
+              TN_FLAT { return first_of<P>(v, start, k, int(len), unread_value); });
+      continue;
+    }
+    int64_t i = 0;
+    for (; i + kStep <= len; i += kStep) add(p + i, [](V v, int, int) TN_FLAT { return v; });
+    if (i < len)
+      add(p + len - kStep, [&](V v, int start, int k) TN_FLAT {
+        return unread<P>(v, start, k, int(i + kStep - len), unread_value);
+      });
   }
-  Totals sum, square;
-  std::memcpy(sum.values, sums, sizeof(sums));
-  std::memcpy(square.values, squares, sizeof(squares));
-  return {double(runs * len), Totals::sum<P>(sum), Totals::sum<P>(square)};
+  return {fold<P>(sums), fold<P>(squares)};
+}
+
+template <class T, bool shifted>
+TN_INLINE Moments sums_about(const T* x, int64_t runs, int64_t len, int64_t stride, T origin) {
+  const auto [sum, square] = sums_about<T, shifted>(x, runs, len, stride, origin, false);
+  double s[D], q[D];
+  sum_lanes({sum}, s);
+  sum_lanes({square}, q);
+  return {double(runs * len), s[0], q[0]};
 }
 
 // The squares of float and narrower are exact in float64, so sums about zero lose nothing but what
@@ -77,6 +115,36 @@ Moments moments(const T* x, int64_t runs, int64_t len, int64_t stride, bool cent
   if (!centred) return {n, 0.0, q};
   const double m2 = q - s * s / n;
   return {n, to_double(origin) + s / n, m2 < 0.0 ? 0.0 : m2};
+}
+
+// Of rows that follow one another: see kernels.h.
+template <class T>
+void row_moments(const T* x, int64_t rows, int64_t len, int64_t readable, bool centred,
+                 Moments* of_rows) {
+  constexpr int R = kRowsTogether;
+  const auto one = [&](int64_t r) { of_rows[r] = moments(x + r * len, 1, len, 0, centred); };
+  if (std::is_same_v<T, double> || rows < R) {
+    for (int64_t r = 0; r < rows; ++r) one(r);
+    return;
+  }
+  vd sums[R], squares[R];
+  for (int r = 0; r < R; ++r) {
+    const Folded of =
+        sums_about<T, false>(x + r * len, 1, len, 0, T{}, r * len + kStep <= readable);
+    sums[r] = of.sum, squares[r] = of.square;
+  }
+  double s[R], q[R];
+  sum_lanes(sums, s);
+  sum_lanes(squares, q);
+  const double n = double(len);
+  for (int r = 0; r < R; ++r) {
+    if (!centred)
+      of_rows[r] = {n, 0.0, q[r]};
+    else if (near_zero(s[r], q[r], n))
+      of_rows[r] = {n, s[r] / n, q[r] - s[r] * s[r] / n};
+    else
+      one(r);
+  }
 }
 
 template <class T, int B>

@@ -3,10 +3,11 @@
 // threads or layers.
 //
 // Promises, kept by every function: moments are summed in float64; sums of gradients in the type
-// they are computed in, for eight steps at most, and then in float64; both over fixed lanes, so a
-// result depends on the values and their number alone, never on alignment or threads; tails run the
-// same vector code on a padded copy, so a value's result does not depend on its place; and nothing
-// is contracted to a fused multiply-add but squares that are exact, nor fused where it is asked for
+// they are computed in, for eight steps at most (of a row a cache line each, whose lanes are added
+// in it too), and then in float64; both over fixed lanes, so a result depends on the values and
+// their number alone, never on alignment or threads; tails run the same vector code on a padded
+// copy, so a value's result does not depend on its place; and nothing is contracted to a fused
+// multiply-add but squares that are exact, nor fused where it is asked for
 // (`fused` in simd.h) with other bits, so that every instruction set gives the same.
 #pragma once
 
@@ -30,6 +31,13 @@ struct GradSums {
   }
 };
 
+// GradSums of each of several rows, kind by kind: coefficients of rows are made side by side.
+struct RowSums {
+  double *grad, *grad_x_hat;
+
+  RowSums from(int64_t row) const { return {grad + row, grad_x_hat + row}; }
+};
+
 // LocalResponseNorm of a tile: every channel of a few neighbouring positions of one sample.
 struct ResponseTile {
   int64_t channels, positions;
@@ -42,12 +50,20 @@ constexpr int64_t kResponseSizes = 8;  // the largest window that is summed in f
 
 constexpr int64_t kPastPacked = 16;
 
+// Rows that are summed together, and whose columns are summed before these go on in float64.
+constexpr int kRowsTogether = 8;
+
 template <class T>
 struct Kernels {
   using A = compute_t<T>;
 
   // Moments of `runs` runs of `len` values that start `stride` apart; about zero unless centred.
   Moments (*moments)(const T* x, int64_t runs, int64_t len, int64_t stride, bool centred);
+
+  // The same of each of up to kRowsTogether runs that follow one another. `readable` values from
+  // the first on may be read.
+  void (*row_moments)(const T* x, int64_t rows, int64_t len, int64_t readable, bool centred,
+                      Moments* of_rows);
 
   // Moments of each of `cols` neighbouring columns over `rows` rows that start `ld` apart.
   void (*column_moments)(const T* x, int64_t rows, int64_t cols, int64_t ld, double* mean,
@@ -60,7 +76,9 @@ struct Kernels {
   // `each`: rows that follow one another, coefficients by element
   void (*apply_each)(const T* x, T* y, int64_t rows, int64_t len, const Affines<T>& by,
                      bool stream);
-  void (*apply_row)(const T* x, T* y, int64_t len, const RowAffine<T>& by, bool stream);
+  // up to kRowsTogether rows that follow one another, all with weight and bias or all without
+  void (*apply_rows)(const T* x, T* y, int64_t rows, int64_t len, const RowAffine<T>* by,
+                     bool stream);
   // The same three with an activation and a residual, or the gradient of what these are applied to;
   // `each`: rows that start `ld` apart. `out` may be one of the inputs.
   void (*act)(const ActInputs<T>& in, T* out, int64_t runs, int64_t len, const Affine<T>* by,
@@ -78,13 +96,13 @@ struct Kernels {
   void (*column_grad_sums)(const T* grad, const T* x, int64_t rows, int64_t cols, int64_t ld,
                            const double* mean, const double* rstd, double* sum_grad,
                            double* sum_grad_x_hat);
-  // the same sums of grad · weight along a row; weight may be null
-  GradSums (*row_grad_sums)(const T* grad, const T* x, int64_t len, double mean, double rstd,
-                            const A* weight);
-  // per column, over rows with a mean and rstd of their own, added to what the sums are
-  void (*row_param_sums)(const T* grad, const T* x, int64_t rows, int64_t cols, int64_t ld,
-                         const double* mean, const double* rstd, double* sum_grad,
-                         double* sum_grad_x_hat);
+  // The same sums of grad · weight along each of up to kRowsTogether rows that start `ld` apart,
+  // with a mean and rstd of their own; and, unless these are null, the sums of grad and grad · x̂
+  // down their columns, added to what is there. weight may be null. `readable` values from the
+  // first on may be read.
+  void (*row_grad_sums)(const T* grad, const T* x, int64_t rows, int64_t len, int64_t ld,
+                        int64_t readable, const double* mean, const double* rstd, const A* weight,
+                        const RowSums& of_rows, double* sum_grad, double* sum_grad_x_hat);
 
   // grad_x = grad · scale + (x − hi) · rstd · slope + shift
   void (*grad_apply)(const T* grad, const T* x, T* grad_x, int64_t runs, int64_t len,
@@ -92,8 +110,10 @@ struct Kernels {
   void (*grad_apply_each)(const T* grad, const T* x, T* grad_x, int64_t rows, int64_t len,
                           const GradAffines<A>& by, bool stream);
   // grad_x = grad · weight · rstd + (x − hi) · rstd · slope + shift; weight may be null
-  void (*grad_apply_row)(const T* grad, const T* x, T* grad_x, int64_t len, const A* weight,
-                         const GradAffine<A>& by, bool stream);
+  // of up to kRowsTogether rows that start `ld` apart; `means` of grad · weight and of that by x̂
+  void (*grad_apply_rows)(const T* grad, const T* x, T* grad_x, int64_t rows, int64_t len,
+                          int64_t ld, const A* weight, const double* mean, const double* rstd,
+                          const RowSums& means, bool stream);
   // grad_x = grad · scale: the statistics do not depend on x
   void (*grad_scale)(const T* grad, T* grad_x, int64_t runs, int64_t len, const GradAffine<A>* by,
                      bool stream);

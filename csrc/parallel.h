@@ -9,12 +9,13 @@
 
 namespace truenorm {
 
+constexpr int64_t kWorthAThread = int64_t{1} << 14;  // values
+
 // body(i) for i in [0, tasks), each of about `cost` values; small work stays on this thread. A pass
 // over what another has just read goes `backwards`: what was read last is still in this core's
 // cache.
 template <bool backwards = false, class Body>
 void parallel(int64_t tasks, int64_t cost, const Body& body) {
-  constexpr int64_t kWorthAThread = int64_t{1} << 14;
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(cost, 1));
   const auto range = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(backwards ? begin + end - 1 - i : i);

@@ -5,7 +5,18 @@
 namespace truenorm {
 namespace {
 
-// The gradient of the input, row by row.
+// A piece of up to kRowsTogether neighbouring samples' rows of one group.
+struct Block {
+  int64_t sample, count, group, piece;
+};
+
+// GradSums of its rows.
+struct Sums {
+  double grads[kRowsTogether], grads_x_hat[kRowsTogether];
+
+  RowSums from(int64_t row) { return {grads + row, grads_x_hat + row}; }
+};
+
 template <class T>
 class Rows {
  public:
@@ -13,148 +24,189 @@ class Rows {
       : b_(b), len_(b.geometry.channels_per_group()), pieces_(ceil_div(len_, kPiece)) {}
 
   int64_t pieces() const { return pieces_; }
-  GradSums sum(int64_t i, int64_t p) const {
-    const int64_t offset = i * len_ + p * kPiece;
-    make_inner(i, p);
-    if (!b_.by_sums() || b_.skips(i)) return {};
-    return b_.kernels.row_grad_sums(b_.norm_grad() + offset, b_.x + offset, count(p), b_.mean[i],
-                                    b_.rstd(i), weight(i, p));
-  }
+
   // the gradient of what the activation is applied to, before it is first read
-  void make_inner(int64_t i, int64_t p) const {
+  void make_inner(const Block& block) const {
     if (!b_.inner) return;
-    const int64_t offset = i * len_ + p * kPiece;
-    if (b_.skips(i)) return fill_values(b_.inner + offset, count(p), T{});
-    const RowAffine<T> by(b_.mean[i], b_.rstd(i), of(b_.weight, i, p), of(b_.bias, i, p),
-                          b_.rounds);
-    b_.kernels.act_row(b_.inputs(offset), b_.inner + offset, count(p), by, b_.act, false);
+    for (int64_t j = 0; j < block.count; ++j) {
+      const int64_t i = statistic(block, j), at = offset(block, j), n = count(block);
+      if (b_.skips(i)) {
+        fill_values(b_.inner + at, n, T{});
+        continue;
+      }
+      const RowAffine<T> by(b_.mean[i], b_.rstd(i), of(b_.weight, block), of(b_.bias, block),
+                            b_.rounds);
+      b_.kernels.act_row(b_.inputs(at), b_.inner + at, n, by, b_.act, false);
+    }
   }
-  void write(int64_t i, int64_t p, const GradSums& s) const {
-    const int64_t offset = i * len_ + p * kPiece;
-    if (b_.skips(i)) return fill_values(b_.grad_x + offset, count(p), T{});
-    const auto a = b_.affine(i, 1.0, b_.mean_grads(i, s, double(len_)));
-    b_.kernels.grad_apply_row(b_.norm_grad() + offset, b_.x + offset, b_.grad_x + offset, count(p),
-                              weight(i, p), a, b_.stream);
+
+  // sums of each row, and, where these are given, those of the columns [begin, end) of the piece,
+  // added to what is there
+  void sum(const Block& block, Sums& of_rows, double* sum_grad, double* sum_grad_x_hat,
+           int64_t begin, int64_t end) const {
+    const Statistics of(*this, block);
+    const compute_t<T>* const weight = this->of(b_.weight, block);
+    over_valid(block, [&](int64_t first, int64_t rows) {
+      const int64_t at = offset(block, first) + begin;
+      // another thread may write what follows in `inner`
+      const int64_t own = (rows - 1) * b_.geometry.c + end - begin;
+      b_.kernels.row_grad_sums(b_.norm_grad() + at, b_.x + at, rows, end - begin, b_.geometry.c,
+                               b_.inner ? own : b_.geometry.n * b_.geometry.c - at, of.mean + first,
+                               of.rstd + first, weight ? weight + begin : nullptr,
+                               of_rows.from(first), sum_grad, sum_grad_x_hat);
+    });
+  }
+  void sum(const Block& block, Sums& of_rows, double* sum_grad = nullptr,
+           double* sum_grad_x_hat = nullptr) const {
+    if (sum_grad || b_.by_sums()) sum(block, of_rows, sum_grad, sum_grad_x_hat, 0, count(block));
+  }
+
+  // by the sums over whole rows
+  void write(const Block& block, const Sums& of_rows) const {
+    const int64_t n = count(block);
+    Sums means;
+    for (int64_t j = 0; j < block.count; ++j) {
+      const int64_t i = statistic(block, j);
+      const GradSums mean =
+          b_.mean_grads(i, {of_rows.grads[j], of_rows.grads_x_hat[j]}, double(len_));
+      means.grads[j] = mean.grad;
+      means.grads_x_hat[j] = mean.grad_x_hat;
+      if (b_.skips(i)) fill_values(b_.grad_x + offset(block, j), n, T{});
+    }
+    const Statistics of(*this, block);
+    over_valid(block, [&](int64_t first, int64_t rows) {
+      const int64_t at = offset(block, first);
+      b_.kernels.grad_apply_rows(b_.norm_grad() + at, b_.x + at, b_.grad_x + at, rows, n,
+                                 b_.geometry.c, this->of(b_.weight, block), of.mean + first,
+                                 of.rstd + first, means.from(first), b_.stream);
+    });
     fence(b_.stream);
   }
 
- private:
-  int64_t count(int64_t p) const { return std::min(kPiece, len_ - p * kPiece); }
-  const compute_t<T>* of(const compute_t<T>* parameter, int64_t i, int64_t p) const {
-    return parameter ? parameter + i % b_.geometry.groups() * len_ + p * kPiece : nullptr;
+  // all of it, of rows of one piece
+  void serve(const Block& block, double* sum_grad = nullptr,
+             double* sum_grad_x_hat = nullptr) const {
+    Sums of_rows = {};
+    make_inner(block);
+    sum(block, of_rows, sum_grad, sum_grad_x_hat);
+    write(block, of_rows);
   }
-  const compute_t<T>* weight(int64_t i, int64_t p) const { return of(b_.weight, i, p); }
+
+ private:
+  // mean and 1 / std of a block's rows, side by side
+  struct Statistics {
+    const double *mean, *rstd;
+    double means[kRowsTogether], rstds[kRowsTogether];
+
+    Statistics(const Rows& rows, const Block& block)
+        : mean(rows.b_.mean + block.sample), rstd(rows.b_.rstds + block.sample) {
+      if (rows.b_.geometry.groups() == 1) return;
+      for (int64_t j = 0; j < block.count; ++j) {
+        means[j] = rows.b_.mean[rows.statistic(block, j)];
+        rstds[j] = rows.b_.rstds[rows.statistic(block, j)];
+      }
+      mean = means, rstd = rstds;
+    }
+  };
+
+  int64_t count(const Block& block) const { return std::min(kPiece, len_ - block.piece * kPiece); }
+  int64_t statistic(const Block& block, int64_t j) const {
+    return (block.sample + j) * b_.geometry.groups() + block.group;
+  }
+  int64_t offset(const Block& block, int64_t j) const {
+    return statistic(block, j) * len_ + block.piece * kPiece;
+  }
+  const compute_t<T>* of(const compute_t<T>* parameter, const Block& block) const {
+    return parameter ? parameter + block.group * len_ + block.piece * kPiece : nullptr;
+  }
+  // body(first, rows): all together, or, where some do not count, one by one
+  template <class Body>
+  void over_valid(const Block& block, const Body& body) const {
+    const bool* const valid = b_.rows ? b_.rows + block.sample : nullptr;
+    if (!valid || std::all_of(valid, valid + block.count, [](bool v) { return v; }))
+      return body(0, block.count);
+    for (int64_t j = 0; j < block.count; ++j)
+      if (valid[j]) body(j, 1);
+  }
 
   const Backward<T>& b_;
   int64_t len_, pieces_;
 };
 
+// body(block) for every piece of every row, `together` rows at a time.
+template <class T, class Body>
+void over_blocks(const Backward<T>& b, int64_t together, int64_t pieces, const Body& body) {
+  const Geometry& g = b.geometry;
+  const int64_t per_sample = g.groups() * pieces;
+  parallel(ceil_div(g.n, together) * per_sample,
+           together * std::min(g.channels_per_group(), kPiece), [&](int64_t i) {
+             const int64_t n = i / per_sample * together;
+             body(Block{n, std::min(together, g.n - n), i % per_sample / pieces, i % pieces});
+           });
+}
+
 template <class T>
 void grad_long_rows(const Backward<T>& b, const Rows<T>& rows) {
-  const int64_t statistics = b.geometry.num_statistics(), pieces = rows.pieces();
-  const auto partial = scratch<GradSums>(statistics * pieces);
-  parallel(statistics * pieces, kPiece,
-           [&](int64_t i) { partial[i] = rows.sum(i / pieces, i % pieces); });
-  parallel<true>(statistics * pieces, kPiece, [&](int64_t i) {
+  const int64_t pieces = rows.pieces(), groups = b.geometry.groups();
+  const auto partial = scratch<GradSums>(b.geometry.num_statistics() * pieces);
+  const auto of_row = [&](const Block& block) {
+    return partial.get() + (block.sample * groups + block.group) * pieces;
+  };
+  over_blocks(b, 1, pieces, [&](const Block& block) {
+    Sums sums = {};
+    rows.make_inner(block);
+    rows.sum(block, sums);
+    of_row(block)[block.piece] = {sums.grads[0], sums.grads_x_hat[0]};
+  });
+  over_blocks(b, 1, pieces, [&](const Block& block) {
     GradSums total;
-    for (int64_t p = 0; p < pieces; ++p) total.add(partial[i / pieces * pieces + p]);
-    rows.write(i / pieces, i % pieces, total);
+    for (int64_t p = 0; p < pieces; ++p) total.add(of_row(block)[p]);
+    Sums sums;
+    sums.grads[0] = total.grad, sums.grads_x_hat[0] = total.grad_x_hat;
+    rows.write(block, sums);
   });
 }
 
 // The gradients of weight and bias: columns, summed over blocks of samples.
-template <class T>
 class Columns {
  public:
-  explicit Columns(const Backward<T>& b)
-      : b_(b),
-        block_(std::max<int64_t>(64, ceil_div(b.geometry.n, 64))),
-        blocks_(ceil_div(b.geometry.n, block_)),
-        weight_(scratch<double>(blocks_ * b.geometry.c)),
-        bias_(scratch<double>(blocks_ * b.geometry.c)) {
-    const Geometry& g = b.geometry;
-    if (g.groups() == 1) {
-      mean_ = b.mean;
-      rstd_ = b.rstds;
-      return;
-    }
-    const int64_t statistics = g.num_statistics();
-    by_group_ = scratch<double>(2 * statistics);
-    double* const mean = by_group_.get();
-    double* const rstd = mean + statistics;
-    for (int64_t n = 0; n < g.n; ++n)
-      for (int64_t k = 0; k < g.groups(); ++k) {
-        // group by group, so that a column's statistics of neighbouring samples are neighbours
-        mean[k * g.n + n] = b.mean[n * g.groups() + k];
-        rstd[k * g.n + n] = b.rstd(n * g.groups() + k);
-      }
-    mean_ = mean;
-    rstd_ = rstd;
-  }
+  explicit Columns(const Geometry& g)
+      : geometry_(g),
+        block_(ceil_div(std::max<int64_t>(64, ceil_div(g.n, 64)), kRowsTogether) * kRowsTogether),
+        blocks_(ceil_div(g.n, block_)),
+        weight_(scratch<double>(blocks_ * g.c)),
+        bias_(scratch<double>(blocks_ * g.c)) {}
 
   int64_t blocks() const { return blocks_; }
-  int64_t first(int64_t block) const { return block * block_; }
-  int64_t last(int64_t block) const { return std::min(b_.geometry.n, first(block) + block_); }
+  double* weight(int64_t block) const { return weight_.get() + block * geometry_.c; }
+  double* bias(int64_t block) const { return bias_.get() + block * geometry_.c; }
 
-  // Columns [begin, end) of a group, over samples [from, to) of a block. A block's samples may come
-  // in several calls, in order, each but the last with a multiple of eight: the same bits.
-  void add(int64_t block, int64_t group, int64_t begin, int64_t end, int64_t from,
-           int64_t to) const {
-    const Geometry& g = b_.geometry;
-    const int64_t column = group * g.channels_per_group() + begin;
-    double* const bias = bias_.get() + block * g.c + column;
-    double* const weight = weight_.get() + block * g.c + column;
-    if (from == first(block)) {
-      std::fill(bias, bias + (end - begin), 0.0);
-      std::fill(weight, weight + (end - begin), 0.0);
-    }
-    over_valid(first(block), from, to, [&](int64_t n, int64_t samples) {
-      b_.kernels.row_param_sums(b_.norm_grad() + n * g.c + column, b_.x + n * g.c + column, samples,
-                                end - begin, g.c, mean_ + group * g.n + n, rstd_ + group * g.n + n,
-                                bias, weight);
-    });
+  // body(first sample, samples) of a block, kRowsTogether at a time
+  template <class Body>
+  void over_samples(int64_t block, const Body& body) const {
+    const int64_t end = std::min(geometry_.n, (block + 1) * block_);
+    for (int64_t n = block * block_; n < end; n += kRowsTogether)
+      body(n, std::min<int64_t>(kRowsTogether, end - n));
   }
 
-  void store() const {
-    const int64_t channels = b_.geometry.c;
-    for (int64_t c = 0; c < channels; ++c) {
-      double weight = 0.0, bias = 0.0;
-      for (int64_t p = 0; p < blocks_; ++p) {
-        weight += weight_[p * channels + c];
-        bias += bias_[p * channels + c];
-      }
-      b_.sums[c] = {bias, weight};
-    }
+  void store(GradSums* sums) const {
+    for (int64_t p = 0; p < blocks_; ++p)
+      for (int64_t c = 0; c < geometry_.c; ++c) sums[c].add({bias(p)[c], weight(p)[c]});
   }
 
  private:
-  // body(sample, samples) for what counts of [from, to). The kernel goes by eights: a run that does
-  // not begin with one ends with it, so that the bits do not depend on where a block is cut.
-  template <class Body>
-  void over_valid(int64_t first, int64_t from, int64_t to, const Body& body) const {
-    if (!b_.rows) return body(from, to - from);
-    for (int64_t n = from, end; n < to; n = end) {
-      end = n + 1;
-      if (!b_.rows[n]) continue;
-      const int64_t past = (n - first) % 8, stop = past ? std::min(to, n + 8 - past) : to;
-      while (end < stop && b_.rows[end]) ++end;
-      body(n, end - n);
-    }
-  }
-
-  const Backward<T>& b_;
+  const Geometry& geometry_;
   int64_t block_, blocks_;
-  const double *mean_, *rstd_;
-  std::unique_ptr<double[]> by_group_, weight_, bias_;
+  std::unique_ptr<double[]> weight_, bias_;
 };
 
 // What each sample adds to them: its values are one to a channel.
 template <class T>
 void sums_of_samples(const Backward<T>& b, const Rows<T>& rows) {
-  const Geometry& g = b.geometry;
-  const int64_t len = g.channels_per_group();
-  parallel(g.num_statistics(), len, [&](int64_t i) {
-    for (int64_t p = 0; p < rows.pieces(); ++p) rows.make_inner(i, p);
+  const int64_t len = b.geometry.channels_per_group(), pieces = rows.pieces();
+  over_blocks(b, 1, 1, [&](Block block) {
+    for (block.piece = 0; block.piece < pieces; ++block.piece) rows.make_inner(block);
+    const int64_t i = block.sample * b.geometry.groups() + block.group;
     if (b.skips(i)) return;
     for (int64_t at = i * len; at < (i + 1) * len; ++at)
       b.sums[at] = b.kernels.grad_sums(b.norm_grad() + at, b.x + at, 1, 1, 0, b.mean[i], b.rstd(i));
@@ -176,42 +228,48 @@ void backward_elementwise(const Backward<T>& given) {
   });
   Backward<T> b = given;
   b.rstds = rstds.get();
-  const bool params = b.sums != nullptr;
   const Rows<T> rows(b);
+  const int64_t pieces = rows.pieces();
   if (b.each_sample) return sums_of_samples(b, rows);
   if (b.inner && !b.grad_x)
-    parallel(statistics * rows.pieces(), std::min(len, kPiece),
-             [&](int64_t i) { rows.make_inner(i / rows.pieces(), i % rows.pieces()); });
-  if (b.grad_x && rows.pieces() > 1) grad_long_rows(b, rows);
-  const bool short_rows = b.grad_x && rows.pieces() == 1;
-  if (!params) {
-    if (short_rows) parallel(statistics, len, [&](int64_t i) { rows.write(i, 0, rows.sum(i, 0)); });
-    return;
-  }
-  const Columns<T> columns(b);
-  if (short_rows && busy(columns.blocks())) {
-    // a few samples at a time, while both passes find them in cache
-    const int64_t fit = kInCache / 2 / (2 * g.c * int64_t(sizeof(T)));
-    const int64_t step = std::max<int64_t>(8, fit / 8 * 8);
-    parallel(columns.blocks(), 64 * g.c, [&](int64_t block) {
-      for (int64_t n = columns.first(block); n < columns.last(block); n += step) {
-        const int64_t end = std::min(columns.last(block), n + step);
-        for (int64_t i = n * g.groups(); i < end * g.groups(); ++i)
-          rows.write(i, 0, rows.sum(i, 0));
-        for (int64_t k = 0; k < g.groups(); ++k) columns.add(block, k, 0, len, n, end);
-      }
+    over_blocks(b, 1, pieces, [&](const Block& block) { rows.make_inner(block); });
+  if (b.grad_x && pieces > 1) grad_long_rows(b, rows);
+  const bool short_rows = b.grad_x && pieces == 1;
+  // as many as a core's cache holds until they are read again
+  const int64_t fit = kInCache / 2 / (2 * len * int64_t(sizeof(T)));
+  const int64_t together = fit < kRowsTogether ? 1 : kRowsTogether;
+  const auto serve_rows = [&] {
+    if (short_rows) over_blocks(b, together, 1, [&](const Block& block) { rows.serve(block); });
+  };
+  if (!b.sums) return serve_rows();
+  const Columns columns(g);
+  if (short_rows && together > 1 && (busy(columns.blocks()) || g.n * g.c <= kWorthAThread)) {
+    parallel(columns.blocks(), 64 * g.c, [&](int64_t i) {
+      std::fill_n(columns.bias(i), g.c, 0.0);
+      std::fill_n(columns.weight(i), g.c, 0.0);
+      columns.over_samples(i, [&](int64_t n, int64_t samples) {
+        for (int64_t k = 0; k < g.groups(); ++k)
+          rows.serve({n, samples, k, 0}, columns.bias(i) + k * len, columns.weight(i) + k * len);
+      });
     });
   } else {
-    if (short_rows) parallel(statistics, len, [&](int64_t i) { rows.write(i, 0, rows.sum(i, 0)); });
+    serve_rows();
     constexpr int64_t width = 1024;
     const int64_t cuts = ceil_div(len, width);
     parallel(columns.blocks() * g.groups() * cuts, 64 * std::min(len, width), [&](int64_t i) {
-      const int64_t begin = i % cuts * width, block = i / cuts / g.groups();
-      columns.add(block, i / cuts % g.groups(), begin, std::min(len, begin + width),
-                  columns.first(block), columns.last(block));
+      const int64_t begin = i % cuts * width, end = std::min(len, begin + width);
+      const int64_t k = i / cuts % g.groups(), block = i / cuts / g.groups();
+      double* const bias = columns.bias(block) + k * len + begin;
+      double* const weight = columns.weight(block) + k * len + begin;
+      std::fill_n(bias, end - begin, 0.0);
+      std::fill_n(weight, end - begin, 0.0);
+      columns.over_samples(block, [&](int64_t n, int64_t samples) {
+        Sums unused;
+        rows.sum({n, samples, k, 0}, unused, bias, weight, begin, end);
+      });
     });
   }
-  columns.store();
+  columns.store(b.sums);
 }
 
 TN_EVERY_TYPE(backward_elementwise, Backward)

@@ -17,6 +17,15 @@ void by_channel(int64_t s, int64_t begin, int64_t end, const Body& body) {
   }
 }
 
+// Of a row, or what of it begins with value `begin`.
+template <class T>
+RowAffine<T> row_affine(const Forward<T>& f, int64_t statistic, double rstd, int64_t begin) {
+  const Geometry& g = f.geometry;
+  const int64_t at = statistic % g.groups() * g.channels_per_group() + begin;
+  return {f.mean[statistic], rstd, f.weight ? f.weight + at : nullptr,
+          f.bias ? f.bias + at : nullptr, f.rounds};
+}
+
 template <class T>
 void apply_group(const Forward<T>& f, int64_t statistic, double rstd, int64_t begin, int64_t end) {
   const Geometry& g = f.geometry;
@@ -24,25 +33,22 @@ void apply_group(const Forward<T>& f, int64_t statistic, double rstd, int64_t be
   const int64_t first_channel = statistic % g.groups() * per_group;
   const int64_t offset = statistic * per_group * g.s;
   if (f.skips(statistic)) return fill_values(f.y + offset + begin, end - begin, f.padding);
-  const double mean = f.mean[statistic];
   if (g.s == 1) {
-    const RowAffine<T> row(mean, rstd, f.weight ? f.weight + first_channel + begin : nullptr,
-                           f.bias ? f.bias + first_channel + begin : nullptr, f.rounds);
+    const RowAffine<T> row = row_affine(f, statistic, rstd, begin);
     const int64_t at = offset + begin, count = end - begin;
     if (f.acts())
       f.kernels.act_row(f.inputs(at), f.y + at, count, row, f.act, f.stream);
     else
-      f.kernels.apply_row(f.x + at, f.y + at, count, row, f.stream);
+      f.kernels.apply_rows(f.x + at, f.y + at, 1, count, &row, f.stream);
   } else {
     by_channel(g.s, begin, end, [&](int64_t channel, int64_t i, int64_t count) {
-      const Affine<T> a(mean, rstd, f.weight, f.bias, first_channel + channel);
+      const Affine<T> a(f.mean[statistic], rstd, f.weight, f.bias, first_channel + channel);
       apply_runs(f, offset + i, 1, count, &a);
     });
   }
   fence(f.stream);
 }
 
-constexpr int64_t kSome = 8;
 constexpr int64_t kNear = int64_t{8} << 10;  // bytes that are still in L1 for the second pass
 
 // Statistics of each sample's groups. A group that fits in cache is read from memory once.
@@ -57,15 +63,29 @@ void forward_groups(const Forward<T>& f) {
     if (f.skips(i)) return Moments{};
     return f.kernels.moments(f.x + i * len + begin(p), 1, end(p) - begin(p), 0, g.centred);
   };
-  if (kSome * len * int64_t(sizeof(T)) <= kNear) {
+  if (kRowsTogether * len * int64_t(sizeof(T)) <= kNear) {
     // some at a time, for a root and a division after the other take longer than a short row
+    constexpr int64_t kSome = kRowsTogether;
     parallel(ceil_div(statistics, kSome), kSome * len, [&](int64_t task) {
       const int64_t first = task * kSome, some = std::min(kSome, statistics - first);
-      if (!f.fixed)
-        for (int64_t i = first; i < first + some; ++i) f.set(i, of_piece(i, 0));
+      if (!f.fixed) {
+        Moments of_rows[kSome];
+        const bool skips = f.rows != nullptr;
+        if (!skips)
+          f.kernels.row_moments(f.x + first * len, some, len, (statistics - first) * len, g.centred,
+                                of_rows);
+        for (int64_t j = 0; j < some; ++j)
+          f.set(first + j, skips ? of_piece(first + j, 0) : of_rows[j]);
+      }
       if (!f.y) return;
       double rstds[kSome];
       for (int64_t j = 0; j < some; ++j) rstds[j] = f.rstd(first + j);
+      if (g.s == 1 && !f.rows && !f.acts()) {
+        RowAffine<T> rows[kSome];
+        for (int64_t j = 0; j < some; ++j) rows[j] = row_affine(f, first + j, rstds[j], 0);
+        f.kernels.apply_rows(f.x + first * len, f.y + first * len, some, len, rows, f.stream);
+        return fence(f.stream);
+      }
       for (int64_t j = some - 1; j >= 0; --j) apply_group(f, first + j, rstds[j], 0, len);
     });
     return;

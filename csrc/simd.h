@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(TRUENORM_X86)
 #include <immintrin.h>
@@ -344,6 +346,51 @@ TN_INLINE vf load_narrow(const double* p) {
                            __builtin_convertvector(load_raw<vd>(p + D), vf_half)};
   return join(half[0], half[1]);
 }
+
+// The lanes of a and b, one after the other, that are named.
+template <int... I, class V>
+TN_INLINE V pick(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  using Index = std::conditional_t<std::is_same_v<V, vd>, vl, vi>;
+  return __builtin_shuffle(a, b, Index{I...});
+#endif
+}
+
+// Of vectors that hold runs of W lanes: the first half of every run plus its second, a's runs and
+// then b's.
+template <int W, class V, int... J>
+TN_INLINE V add_halves(V a, V b, std::integer_sequence<int, J...>) {
+  constexpr int half = W / 2;
+  return pick<(J / half * W + J % half)...>(a, b) + pick<(J / half * W + J % half + half)...>(a, b);
+}
+
+// a and b being the even and the odd places of a run: the run's first half plus its second.
+template <class V, int... J>
+TN_INLINE V add_pairs(V a, V b, std::integer_sequence<int, J...>) {
+  constexpr int lanes = int(sizeof...(J));
+  return pick<(J / 2 + J % 2 * lanes)...>(a, b) +
+         pick<(J / 2 + J % 2 * lanes + lanes / 2)...>(a, b);
+}
+
+// Sums of the lanes of each of R vectors: lane i plus i + half the lanes, and so on, which is the
+// same order for every width of a vector. Several at a time take few shuffles.
+template <int W = 0, class A, class V, int R>
+TN_INLINE void sum_lanes(const V (&v)[R], A* sums) {
+  constexpr int lanes = int(sizeof(V) / sizeof(A)), width = W ? W : lanes;
+  constexpr int pairs = (R + 1) / 2;
+  V halves[pairs];
+#pragma GCC unroll 8
+  for (int r = 0; r < pairs; ++r)
+    halves[r] = add_halves<width>(v[2 * r], v[R == 1 ? 0 : 2 * r + 1],
+                                  std::make_integer_sequence<int, lanes>());
+  if constexpr (width == 2)
+    std::memcpy(sums, halves, sizeof(halves));
+  else
+    sum_lanes<width / 2>(halves, sums);
+}
+
 template <class T>
 TN_INLINE double to_double(T value) {
   return double(value);

@@ -113,16 +113,27 @@ struct EvenOdd {
 template <class T>
 using AnyOrder = std::conditional_t<std::is_same_v<T, bf16>, EvenOdd, InOrder<T>>;
 
+// The places of vector k of the pair at `start`.
+template <class P>
+TN_INLINE auto places(int start, int k) {
+  using I = std::conditional_t<std::is_same_v<typename P::V, vd>, vl, vi>;
+  // an array: of a vector that is set lane by lane gcc warns at -O2
+  std::conditional_t<std::is_same_v<I, vl>, int64_t, int32_t> places[P::lanes];
+  for (int i = 0; i < P::lanes; ++i) places[i] = start + P::place(k, i);
+  return load_raw<I>(places);
+}
+
 // v, with `value` for what is before place `keep` of the step; v is vector k of the pair at
 // `start`.
 template <class P, class V>
 TN_INLINE V unread(V v, int start, int k, int keep, V value = V{}) {
-  using I = std::conditional_t<std::is_same_v<V, vd>, vl, vi>;
-  // an array: of a vector that is set lane by lane gcc warns at -O2
-  std::conditional_t<std::is_same_v<V, vd>, int64_t, int32_t> places[P::lanes];
-  for (int i = 0; i < P::lanes; ++i) places[i] = start + P::place(k, i);
-  const I place = load_raw<I>(places);
-  return place >= keep ? v : value;
+  return places<P>(start, k) >= keep ? v : value;
+}
+
+// The same for what is not before place `count`.
+template <class P, class V>
+TN_INLINE V first_of(V v, int start, int k, int count, V value = V{}) {
+  return places<P>(start, k) < count ? v : value;
 }
 
 // A vector as doubles.

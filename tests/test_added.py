@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,12 @@ from truenorm._core.eager import layer as layer_form
 
 LARGE = (3, 130, 700)  # past the size from which one pass does both
 SMALL = (3, 5, 24)
+
+
+@pytest.fixture(autouse=True)
+def _graphs_anew() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
 
 
 def made(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, list[Tensor]]:

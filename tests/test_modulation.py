@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,6 +30,12 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "GroupNorm, long": (lambda: truenorm.GroupNorm(2, 6), (4, 6, 30, 51)),
 }
 GIVEN = ("sample", "all", "position", "first position", "same dimensions")
+
+
+@pytest.fixture(autouse=True)
+def _graphs_anew() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
 
 
 def made(name: str, training: bool = True) -> tuple[Any, Tensor]:

@@ -1,5 +1,6 @@
 // Prints a digest of what every inner loop computes, for one instruction set. It needs neither
 // torch nor threads, so that `make neon` can run it on another processor's emulator.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -70,19 +71,26 @@ void run(const Kernels<T>& k, Digest& digest) {
     for (int64_t len : {1, 7, 15, 16, 17, 31, 32, 33, 49, 64, 100, 257}) {
       for (bool centred : {true, false}) {
         const Moments m = k.moments(x.data(), 2, len, 300, centred);
-        digest.add(&m, 1);
+        Moments of_rows[kRowsTogether];
+        k.row_moments(x.data(), std::min<int64_t>(kRowsTogether, kMost / len), len, kMost, centred,
+                      of_rows);
+        digest.add(&m, 1), digest.add(of_rows, std::min<int64_t>(kRowsTogether, kMost / len));
       }
       const GradSums sums = k.grad_sums(grad.data(), x.data(), 2, len, 300, mean[0], rstd[0]);
-      const GradSums row = k.row_grad_sums(grad.data(), x.data(), len, mean[0], rstd[0], a.data());
-      digest.add(&sums, 1), digest.add(&row, 1);
+      digest.add(&sums, 1);
       k.column_moments(x.data(), 3, len, len, p.data(), q.data());
       digest.add(p.data(), len), digest.add(q.data(), len);
       k.column_grad_sums(grad.data(), x.data(), 3, len, len, mean.data(), rstd.data(), p.data(),
                          q.data());
       digest.add(p.data(), len), digest.add(q.data(), len);
-      k.row_param_sums(grad.data(), x.data(), 3, len, len, mean.data(), rstd.data(), p.data(),
-                       q.data());
-      digest.add(p.data(), len), digest.add(q.data(), len);
+      for (int64_t rows : {3, kRowsTogether}) {
+        double of_rows[2][kRowsTogether];
+        k.row_grad_sums(grad.data(), x.data(), rows, len, std::min<int64_t>(len, 64), kMost,
+                        mean.data(), rstd.data(), a.data(), {of_rows[0], of_rows[1]}, p.data(),
+                        q.data());
+        digest.add(of_rows[0], rows), digest.add(of_rows[1], rows);
+        digest.add(p.data(), len), digest.add(q.data(), len);
+      }
 
       const auto add_out = [&](int64_t count) { digest.add(out.data(), size_t(count)); };
       const Affine<T> by[2] = {{mean[0], rstd[0], a.data(), b.data(), 3},
@@ -94,19 +102,23 @@ void run(const Kernels<T>& k, Digest& digest) {
       Affines<T> each;
       A* const arrays[] = {c.data(), a.data(), b.data(), d.data(), e.data()};
       for (int64_t i = 0; i < Affines<T>::kArrays; ++i) each.of[i] = arrays[i];
+      double means[2][2] = {{0.2, 0.0}, {-0.3, 0.1}};
       for (bool stream : {false, true}) {
         k.apply(x.data(), out.data(), 2, len, by, stream), add_out(2 * len);
         k.apply_each(x.data(), out.data(), 3, len, each, stream), add_out(3 * len);
-        k.apply_row(x.data(), out.data(), len, {mean[0], rstd[0], a.data(), b.data()}, stream);
-        add_out(len);
-        k.apply_row(x.data(), out.data(), len, {mean[0], rstd[0], a.data(), nullptr}, stream);
-        add_out(len);
+        for (const bool biased : {true, false}) {
+          const A* const bias = biased ? b.data() : nullptr;
+          const RowAffine<T> rows[2] = {{mean[0], rstd[0], a.data(), bias, false},
+                                        {mean[1], rstd[1], a.data(), bias, false}};
+          k.apply_rows(x.data(), out.data(), 2, len, rows, stream), add_out(2 * len);
+        }
         k.grad_apply(grad.data(), x.data(), out.data(), 2, len, grad_by, stream), add_out(2 * len);
         k.grad_apply_each(grad.data(), x.data(), out.data(), 3, len,
                           {a.data(), b.data(), c.data(), d.data(), e.data()}, stream);
         add_out(3 * len);
-        k.grad_apply_row(grad.data(), x.data(), out.data(), len, a.data(), grad_by[0], stream);
-        add_out(len);
+        k.grad_apply_rows(grad.data(), x.data(), out.data(), 2, len, len, a.data(), mean.data(),
+                          rstd.data(), {means[0], means[1]}, stream);
+        add_out(2 * len);
         k.grad_scale(grad.data(), out.data(), 2, len, scales, stream), add_out(2 * len);
         k.grad_scale_each(grad.data(), out.data(), 3, len, a.data(), stream), add_out(3 * len);
       }
