@@ -255,9 +255,10 @@ void backward_elementwise(const Backward<T>& given) {
   } else {
     serve_rows();
     constexpr int64_t width = 1024;
-    const int64_t cuts = ceil_div(len, width);
+    // the last takes what is left: columns fewer than a step are summed in another way
+    const int64_t cuts = std::max<int64_t>(1, len / width);
     parallel(columns.blocks() * g.groups() * cuts, 64 * std::min(len, width), [&](int64_t i) {
-      const int64_t begin = i % cuts * width, end = std::min(len, begin + width);
+      const int64_t begin = i % cuts * width, end = i % cuts + 1 < cuts ? begin + width : len;
       const int64_t k = i / cuts % g.groups(), block = i / cuts / g.groups();
       double* const bias = columns.bias(block) + k * len + begin;
       double* const weight = columns.weight(block) + k * len + begin;

@@ -49,6 +49,9 @@ SHAPES: dict[str, tuple[Case, ...]] = {
     "trailing": (
         Case("LayerNorm", ((37,),), {}, (70, 37)),
         Case("LayerNorm", ((5, 7),), {}, (3, 2, 5, 7)),
+        # narrower than a vector, and not all rows in eights
+        Case("LayerNorm", ((7,),), {}, (75, 7)),
+        Case("RMSNorm", ((24,),), {}, (21, 24)),
         Case("LayerNorm", ((40_001,),), {}, (3, 40_001)),
         Case("RMSNorm", ((1030,),), {}, (130, 1030)),
         # wide enough that a block of samples is summed some at a time
