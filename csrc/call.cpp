@@ -84,13 +84,20 @@ Tensor widened(const Tensor& t, const Geometry& g) {
   return wide;
 }
 
+// A channel's runs over a batch that are shorter than a step of the inner loops are columns, side
+// by side with those of other channels.
+bool are_columns(const Geometry& g) {
+  constexpr int64_t kShort = 32, kMany = 8;  // a column of fewer is no run either
+  return g.over_batch() && g.s > 1 && g.s < kShort && g.c > 1 && g.n >= kMany;
+}
+
 template <class T>
 void run(const Forward<T>& f) {
   const bool rows = f.geometry.memory == Memory::rows;
   if (f.valid)
     rows ? masked_forward_rows(f) : masked_forward_channels(f);
   else
-    rows ? forward_rows(f) : forward_channels(f);
+    rows && !are_columns(f.geometry) ? forward_rows(f) : forward_channels(f);
 }
 
 template <class T>
@@ -99,7 +106,7 @@ void run(const Backward<T>& b) {
   if (b.valid)
     rows ? masked_backward_rows(b) : masked_backward_channels(b);
   else
-    rows ? backward_rows(b) : backward_channels(b);
+    rows && !are_columns(b.geometry) ? backward_rows(b) : backward_channels(b);
 }
 
 // body(part, its geometry, its mask) for every part: side by side where they are enough to keep all

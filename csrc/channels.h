@@ -12,16 +12,30 @@ constexpr int64_t kNarrow = 64;    // columns below which positions are folded i
 constexpr int64_t kMinRows = 256;  // rows that make a piece worth its partial result
 constexpr int64_t kMaxCols = 128;  // columns of a piece
 
+// Where columns of one channel lie in a matrix of `fold` positions to a row, each of `channels` by
+// `run` values: body(column).
+template <class Body>
+void over_columns_of(int64_t channel, int64_t channels, int64_t run, int64_t fold,
+                     const Body& body) {
+  for (int64_t j = 0; j < fold; ++j)
+    for (int64_t i = 0; i < run; ++i) body((j * channels + channel) * run + i);
+}
+
 // A matrix of few columns is read as one of `fold` times as many, `fold` positions to a row, so
-// that the vectors are full; the positions left over make one short row.
+// that the vectors are full; the positions left over make one short row. In memory [N, C, S] of a
+// batch's statistics a sample is a position, and each channel has a run of S columns.
 struct Cut {
-  int64_t matrices, channels, fold, cols, rows, left_over;
+  int64_t matrices, channels, run, wide, fold, cols, rows, left_over;
   int64_t rows_per_piece, row_pieces, col_pieces;
 
-  explicit Cut(const Geometry& g) : matrices(g.over_batch() ? 1 : g.n), channels(g.c) {
-    const int64_t positions = g.over_batch() ? g.n * g.s : g.s;
-    fold = g.c < kNarrow ? std::min(ceil_div(kNarrow, g.c), positions) : 1;
-    cols = fold * g.c;
+  explicit Cut(const Geometry& g)
+      : matrices(g.over_batch() ? 1 : g.n),
+        channels(g.c),
+        run(g.memory == Memory::rows ? g.s : 1),
+        wide(channels * run) {
+    const int64_t positions = g.over_batch() ? g.n * g.s / run : g.s;
+    fold = wide < kNarrow ? std::min(ceil_div(kNarrow, wide), positions) : 1;
+    cols = fold * wide;
     rows = positions / fold;
     left_over = positions % fold;
     rows_per_piece = std::max(kMinRows, kPiece / cols);
@@ -29,7 +43,11 @@ struct Cut {
     col_pieces = ceil_div(cols, kMaxCols);
   }
 
-  int64_t matrix_values() const { return (rows * fold + left_over) * channels; }
+  int64_t matrix_values() const { return (rows * fold + left_over) * wide; }
+  template <class Body>
+  void columns_of(int64_t channel, int64_t folded, const Body& body) const {
+    over_columns_of(channel, channels, run, folded, body);
+  }
   int64_t rows_of(int64_t piece) const {
     return std::min(rows_per_piece, rows - piece * rows_per_piece);
   }
@@ -61,7 +79,7 @@ void over_rows(const Cut& cut, bool stream, const Body& body) {
     const int64_t offset = matrix * cut.matrix_values();
     body(matrix, offset + first * cut.cols, last - first, cut.cols);
     if (last == cut.rows && cut.left_over > 0)
-      body(matrix, offset + cut.rows * cut.cols, 1, cut.left_over * cut.channels);
+      body(matrix, offset + cut.rows * cut.cols, 1, cut.left_over * cut.wide);
     fence(stream);
   });
 }
@@ -76,7 +94,7 @@ std::unique_ptr<A[]> spread(const Cut& cut, const Value& value) {
   for (int64_t m = 0; m < cut.matrices; ++m)
     for (int64_t c = 0; c < cut.channels; ++c) {
       const A v = value(m, c);
-      for (int64_t j = 0; j < cut.fold; ++j) values[m * cut.cols + j * cut.channels + c] = v;
+      cut.columns_of(c, cut.fold, [&](int64_t col) { values[m * cut.cols + col] = v; });
     }
   return values;
 }
@@ -109,16 +127,16 @@ struct ForwardCoefficients {
 
   // of a Forward or a Backward
   template <class Of>
-  ForwardCoefficients(const Of& f, int64_t first, int64_t matrices, int64_t fold)
-      : values(Affines<T>::kArrays, matrices * fold * f.geometry.c) {
+  ForwardCoefficients(const Of& f, int64_t first, int64_t matrices, int64_t fold, int64_t run = 1)
+      : values(Affines<T>::kArrays, matrices * fold * f.geometry.c * run) {
     const int64_t channels = f.geometry.c, groups = f.geometry.groups();
-    const int64_t per_group = channels / groups, cols = fold * channels;
+    const int64_t per_group = channels / groups, cols = fold * channels * run;
     const Affines<T> all = (*this)(0);
     parallel(matrices, 8 * channels, [&](int64_t m) {
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t i = (first + m) * groups + c / per_group;
         const Affine<T> a(f.mean[i], f.rstd(i), f.weight, f.bias, c);
-        for (int64_t to = m * cols + c; to < (m + 1) * cols; to += channels) all.set(to, a);
+        over_columns_of(c, channels, run, fold, [&](int64_t to) { all.set(m * cols + to, a); });
       }
     });
   }
@@ -137,10 +155,10 @@ struct BackwardCoefficients {
   Arrays<A> values;
 
   BackwardCoefficients(const Backward<T>& b, int64_t first, int64_t matrices, int64_t fold,
-                       const GradSums* sums, double count)
-      : values(5, matrices * fold * b.geometry.c) {
+                       const GradSums* sums, double count, int64_t run = 1)
+      : values(5, matrices * fold * b.geometry.c * run) {
     const int64_t channels = b.geometry.c, groups = b.geometry.groups();
-    const int64_t per_group = channels / groups, cols = fold * channels;
+    const int64_t per_group = channels / groups, cols = fold * channels * run;
     const GradAffines<A> all = (*this)(0);
     parallel(matrices * groups, 16 * per_group, [&](int64_t i) {
       const int64_t m = i / groups, begin = i % groups * per_group, end = begin + per_group;
@@ -153,7 +171,7 @@ struct BackwardCoefficients {
       mean = b.mean_grads(statistic, mean, 1.0);
       for (int64_t c = begin; c < end; ++c) {
         const GradAffine<A> a = b.affine(statistic, b.weight_of(c), mean);
-        for (int64_t to = m * cols + c; to < (m + 1) * cols; to += channels) all.set(to, a);
+        over_columns_of(c, channels, run, fold, [&](int64_t to) { all.set(m * cols + to, a); });
       }
     });
   }

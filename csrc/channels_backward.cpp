@@ -10,7 +10,8 @@ class Inner {
  public:
   Inner(const Backward<T>& b, const Cut& cut) : b_(b), cut_(cut) {
     if (b.inner)
-      coefficients_ = std::make_unique<ForwardCoefficients<T>>(b, 0, cut.matrices, cut.fold);
+      coefficients_ =
+          std::make_unique<ForwardCoefficients<T>>(b, 0, cut.matrices, cut.fold, cut.run);
   }
   void make(int64_t m, int64_t offset, int64_t rows, int64_t col, int64_t cols) const {
     if (coefficients_)
@@ -48,9 +49,9 @@ void channel_sums(const Backward<T>& b, const Cut& cut, const Inner<T>& inner, G
     parallel(cut.matrices, cut.cols, [&](int64_t m) {
       const int64_t rest = m * cut.matrix_values() + cut.rows * cut.cols;
       const int64_t to = (m * pieces + cut.row_pieces) * cut.cols;
-      inner.make(m, rest, 1, 0, cut.left_over * cut.channels);
-      b.kernels.column_grad_sums(grads + rest, b.x + rest, 1, cut.left_over * cut.channels,
-                                 cut.cols, means.get() + m * cut.cols, rstds.get() + m * cut.cols,
+      inner.make(m, rest, 1, 0, cut.left_over * cut.wide);
+      b.kernels.column_grad_sums(grads + rest, b.x + rest, 1, cut.left_over * cut.wide, cut.cols,
+                                 means.get() + m * cut.cols, rstds.get() + m * cut.cols,
                                  grad.get() + to, of_x_hat.get() + to);
     });
   }
@@ -65,12 +66,10 @@ void channel_sums(const Backward<T>& b, const Cut& cut, const Inner<T>& inner, G
   });
   parallel(cut.matrices, cut.cols, [&](int64_t m) {
     const auto add = [&](int64_t piece, int64_t folded) {
-      for (int64_t j = 0; j < folded; ++j)
-        for (int64_t c = 0; c < cut.channels; ++c) {
-          const int64_t from = (m * pieces + piece) * cut.cols + j * cut.channels + c;
-          sums[m * cut.channels + c].grad += grad[from];
-          sums[m * cut.channels + c].grad_x_hat += of_x_hat[from];
-        }
+      for (int64_t j = 0, from = (m * pieces + piece) * cut.cols; j < folded; ++j)
+        for (int64_t c = 0; c < cut.channels; ++c)
+          for (int64_t i = 0; i < cut.run; ++i, ++from)
+            sums[m * cut.channels + c].add({grad[from], of_x_hat[from]});
     };
     add(0, cut.fold);
     add(cut.row_pieces, cut.left_over);
@@ -113,7 +112,7 @@ void backward_channels(const Backward<T>& b) {
     return;
   }
   const double count = double(b.geometry.values_per_statistic());
-  const BackwardCoefficients<T> by(b, 0, cut.matrices, cut.fold, sums, count);
+  const BackwardCoefficients<T> by(b, 0, cut.matrices, cut.fold, sums, count, cut.run);
   over_rows(cut, b.stream, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
     if (!summing) inner.make(m, offset, rows, 0, len);
     grad_rows(b, offset, rows, len, by(m * cut.cols));

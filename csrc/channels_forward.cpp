@@ -37,16 +37,16 @@ void statistics(const Forward<T>& f, const Cut& cut) {
     const int64_t m = i / groups, first = i % groups * per_group;
     Moments total;
     for (int64_t c = first; c < first + per_group; ++c) {
-      for (int64_t j = 0; j < cut.fold; ++j) {
-        const int64_t from = m * cut.row_pieces * cut.cols + j * cut.channels + c;
+      cut.columns_of(c, cut.fold, [&](int64_t col) {
+        const int64_t from = m * cut.row_pieces * cut.cols + col;
         total.merge({double(cut.rows), mean[from], m2[from]});
-      }
+      });
       const int64_t rest = m * cut.matrix_values() + cut.rows * cut.cols;
-      for (int64_t j = 0; j < cut.left_over; ++j) {
+      cut.columns_of(c, cut.left_over, [&](int64_t col) {
         double value;
-        f.kernels.widen(f.x + rest + j * cut.channels + c, &value, 1);
+        f.kernels.widen(f.x + rest + col, &value, 1);
         total.merge({1.0, value, 0.0});
-      }
+      });
     }
     f.set(i, total);
   });
@@ -72,7 +72,7 @@ void forward_channels(const Forward<T>& f) {
   const Cut cut(f.geometry);
   if (!f.fixed) statistics(f, cut);
   if (!f.y) return;
-  const ForwardCoefficients<T> by(f, 0, cut.matrices, cut.fold);
+  const ForwardCoefficients<T> by(f, 0, cut.matrices, cut.fold, cut.run);
   over_rows(cut, f.stream, [&](int64_t m, int64_t offset, int64_t rows, int64_t len) {
     apply_rows(f, offset, rows, len, by(m * cut.cols));
   });

@@ -28,6 +28,9 @@ SHAPES: dict[str, tuple[Case, ...]] = {
         Case("BatchNorm2d", (1,), {}, (3, 1, 5, 11)),
         Case("BatchNorm2d", (5,), {}, (1, 5, 33, 1)),
         Case("BatchNorm3d", (33,), {}, (2, 33, 3, 5, 7)),
+        # runs so short that they are columns, folded and not
+        Case("BatchNorm2d", (9,), {}, (13, 9, 2, 2)),
+        Case("BatchNorm2d", (70,), {}, (300, 70, 5, 3)),
     ),
     "instance": (
         Case("InstanceNorm1d", (3,), AFFINE, (2, 3, 40_001)),  # more than one piece
