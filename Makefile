@@ -95,7 +95,7 @@ sanitize: build/sanitize/_native.so  ## the tests of kernels and pool under ASan
 		TRUENORM_LIBRARY="$(CURDIR)/$<" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest --capture=sys tests/test_kernels.py tests/test_half.py \
 		tests/test_instruction_sets.py tests/test_mask*.py tests/test_fused.py tests/test_operator_checks.py \
-		tests/test_pool*.py
+		tests/test_pool*.py tests/test_parts.py tests/test_added.py
 
 # the kernels alone: no torch is needed for that, and none for aarch64 is at hand
 DIGEST_FLAGS := -std=c++20 -O3 -DNDEBUG -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi -Werror
