@@ -9,6 +9,8 @@ FUSED = ("tests/test_fused.py",)
 CALLS = ("tests/test_norm_operator.py",)
 DIGEST = ("tests/test_instruction_sets.py",)
 STEPS = ("tests/test_rounding.py",)
+PARTS = ("tests/test_parts.py",)
+ADDED = ("tests/test_added.py",)
 
 
 class Mutation(NamedTuple):
@@ -82,8 +84,8 @@ MUTATIONS = [
     Mutation(
         "1 positions left over by folding are forgotten",
         "channels_forward.cpp",
-        "for (int64_t j = 0; j < cut.left_over; ++j) {\n        double value;",
-        "for (int64_t j = 1; j < cut.left_over; ++j) {\n        double value;",
+        "cut.columns_of(c, cut.left_over,",
+        "cut.columns_of(c, cut.left_over - 1,",
         "formats",
     ),
     Mutation(
@@ -103,8 +105,8 @@ MUTATIONS = [
     Mutation(
         "3 half precision with x̂ as one float, where it and the bias cancel",
         "kernel_elementwise.h",
-        "fused(weight, rest, fused(weight, near, load_raw<vf>(by.bias + at)));",
-        "weight * (near + rest) + load_raw<vf>(by.bias + at);",
+        "fused(weight, rest, fused(weight, near, load_raw<vf>(biases + at)));",
+        "weight * (near + rest) + load_raw<vf>(biases + at);",
         "cancel",
     ),
     Mutation(
@@ -154,8 +156,8 @@ MUTATIONS = [
     Mutation(
         "1 the last values of a run counted twice",
         "kernel_moments.h",
-        "if (keep) v = unread<P>(v, n * P::size, k, keep, unread_value);",
-        "",
+        "return unread<P>(v, start, k, int(i + kStep - len), unread_value);",
+        "return v;",
         "formats",
     ),
     Mutation(
@@ -166,10 +168,10 @@ MUTATIONS = [
         "formats",
     ),
     Mutation(
-        "4 sums for weight and bias cut by what fits in cache",
+        "4 a last cut of columns so narrow that it is summed in another way",
         "rows_elementwise.cpp",
-        "std::max<int64_t>(8, fit / 8 * 8);",
-        "5;",
+        "std::max<int64_t>(1, len / width);",
+        "ceil_div(len, width);",
         "threads",
     ),
     Mutation(
@@ -260,18 +262,27 @@ MUTATIONS = [
     Mutation(
         "call: a row that does not count, read",
         "rows_elementwise.cpp",
-        "if (!b_.rows[n]) continue;",
-        "",
+        "if (valid[j]) body(j, 1);",
+        "body(j, 1);",
         "values",
         tests=CALLS,
     ),
     Mutation(
-        "call: runs of valid rows cut by what fits in cache",
-        "rows_elementwise.cpp",
-        "past ? std::min(to, n + 8 - past) : to;",
-        "past ? to : to;",
-        "threads",
-        tests=CALLS,
+        "parts: the first one's weight for all",
+        "layers.h",
+        "past(weight, k * of.c)",
+        "weight",
+        "formula",
+        tests=PARTS,
+        times=2,
+    ),
+    Mutation(
+        "sum: its own gradient forgotten",
+        "eager.cpp",
+        "use.add(to + at, values_of<T>(of_h) + at, to + at, some.numel(), stream);",
+        "",
+        "addition",
+        tests=ADDED,
     ),
     Mutation(
         "call: what an activation makes of what is not valid",
@@ -292,8 +303,8 @@ MUTATIONS = [
     Mutation(
         "steps: weights in the backward without their one",
         "call.cpp",
-        "weight(c.weight, c.one_plus), bias(c.bias);\n    run(Backward",
-        "weight(c.weight), bias(c.bias);\n    run(Backward",
+        "weight(c.weight, c.one_plus), bias(c.bias);\n    run_call(c, Backward",
+        "weight(c.weight), bias(c.bias);\n    run_call(c, Backward",
         "one_plus",
         tests=STEPS,
     ),
