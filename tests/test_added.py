@@ -131,6 +131,15 @@ def test_layouts_and_what_torch_promotes() -> None:
         torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_memory_lies_as_after_addition() -> None:
+    shape = 4, 64, 33, 40
+    x, r = (torch.randn(shape).to(memory_format=torch.channels_last) for _ in range(2))
+    for layer in (truenorm.RMSNorm(40), truenorm.LayerNorm(40)):
+        for found, right in zip(layer(x, add=r), by_two(layer, x, r), strict=True):
+            assert found.stride() == right.stride()
+            torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6)
+
+
 def test_with_what_else_a_call_has() -> None:
     x, r = torch.randn(3, 6, 400, 50), torch.randn(3, 6, 400, 50)
     mask = torch.rand(3, 6, 400) < 0.7

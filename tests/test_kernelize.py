@@ -123,5 +123,5 @@ def test_calls_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     x, gate = torch.randn(2, 3, SIZE)
     assert torch.equal(norm(hidden_states=x, gate=gate), norm(x, gate))
     assert norm(x).shape == x.shape
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="must match the size"):
         norm(x, gate[:, :5])

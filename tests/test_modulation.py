@@ -325,6 +325,18 @@ def test_functional() -> None:
         torch.testing.assert_close(y, plain * by_row + to_row, rtol=2e-6, atol=4e-6)
 
 
+@pytest.mark.parametrize("of", ["sample", "position"])
+def test_a_residual_that_does_not_fit_moves_nothing(of: str) -> None:
+    layer, x = made("BatchNorm2d")
+    (scale, shift), _ = pair(layer, x, of)
+    before = copy.deepcopy(layer.state_dict())
+    for residual, error in ((x[:, :, :1], ValueError), (x[:2], ValueError), ("r", TypeError)):
+        with pytest.raises(error, match="`residual`"):
+            layer(x, residual=residual, scale=scale, shift=shift)
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
 @pytest.mark.parametrize("name", ["scale", "shift"])
 def test_what_does_not_fit(name: str) -> None:
     for layer, x, sizes in (

@@ -30,6 +30,9 @@ def is_large(x: Any, other: Any) -> bool:
         and x.numel() * x.itemsize >= LARGE
         and x.dtype == other.dtype
         and x.shape == other.shape
+        # other layouts come out as torch's addition leaves them
+        and x.is_contiguous()
+        and other.is_contiguous()
     )
 
 

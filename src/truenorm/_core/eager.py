@@ -160,7 +160,13 @@ def _modulated(
         form |= ONE_PLUS * found.one_plus
         beside = residual, act, parameter
         return call(op, x, found.weight, found.bias, form, eps, statistics, beside)
-    if residual is not None and residual.dtype != x.dtype:
+    # before a running statistic moves
+    if residual is not None and (
+        type(residual) not in _PLAIN
+        or residual.dtype != x.dtype
+        or residual.shape != x.shape
+        or not residual.is_cpu
+    ):
         return None
     narrow = x.itemsize < 4 and not large
     y = call(op, x.float() if narrow else x, weight, bias, form, eps, statistics, None)
