@@ -125,38 +125,32 @@ def _only_user(node: Node) -> Node | None:
 
 def _residual(norm: Node, add: Node) -> Node | None:
     """What an addition adds to the layer's output."""
-    if add.op == "call_function" and add.target in _ADDS:
-        in_place = add.target is operator.iadd
-    elif add.op == "call_method" and add.target in ("add", "add_"):
-        in_place = add.target == "add_"
+    return _other(norm, add, _ADDS, operator.iadd, "add")
+
+
+def _other(norm: Node, node: Node, functions: set[Any], in_place: Any, method: str) -> Node | None:
+    """What a sum or product of two joins with `norm`."""
+    if node.op == "call_function" and node.target in functions:
+        overwrites = node.target is in_place
+    elif node.op == "call_method" and node.target in (method, f"{method}_"):
+        overwrites = node.target != method
     else:
         return None
-    if len(add.args) != 2 or add.kwargs:
+    if len(node.args) != 2 or node.kwargs:
         return None
-    first, second = add.args
+    first, second = node.args
     if first is second or not (isinstance(first, Node) and isinstance(second, Node)):
         return None
     if first is norm:
         return second
     # in place, the other one would be overwritten
-    return first if second is norm and not in_place else None
+    return first if second is norm and not overwrites else None
 
 
 def _scale(norm: Node, mul: Node) -> tuple[Node, Node] | None:
     """(1 + scale, scale) where a product is of those and the layer's output."""
-    if mul.op == "call_function" and mul.target in _PRODUCTS:
-        in_place = mul.target is operator.imul
-    elif mul.op == "call_method" and mul.target in ("mul", "mul_"):
-        in_place = mul.target == "mul_"
-    else:
-        return None
-    if len(mul.args) != 2 or mul.kwargs:
-        return None
-    first, second = mul.args
-    if first is second or not (first is norm or (second is norm and not in_place)):
-        return None
-    by = second if first is norm else first
-    if not isinstance(by, Node) or by.target not in _SUMS or len(by.args) != 2 or by.kwargs:
+    by = _other(norm, mul, _PRODUCTS, operator.imul, "mul")
+    if by is None or by.target not in _SUMS or len(by.args) != 2 or by.kwargs:
         return None
     return None if (scale := _over_one(by)) is None else (by, scale)
 
