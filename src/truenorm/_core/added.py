@@ -38,10 +38,16 @@ def is_large(x: Any, other: Any) -> bool:
 
 def at_once(x: Tensor, other: Tensor, call: Call) -> tuple[Tensor, Tensor] | None:
     """(norm(h), h) of a call over trailing dimensions whose x is yet to be added to."""
-    weight, bias, form = call.weight, call.bias, call.form
+    bits, eps, _ = call.form.numbers(x)
+    return by_bits(x, other, call.weight, call.bias, bits, eps)
+
+
+def by_bits(
+    x: Tensor, other: Tensor, weight: Tensor | None, bias: Tensor | None, bits: int, eps: float
+) -> tuple[Tensor, Tensor] | None:
+    """The same of a form by its number."""
     if is_compiling() or not eager.is_plain(x, other, weight, bias):
         return None
-    bits, eps, _ = form.numbers(x)
     if torch.is_grad_enabled():
         bits |= NEEDS_INPUT * (x.requires_grad or other.requires_grad)
         bits |= NEEDS_WEIGHT * (weight is not None and weight.requires_grad)

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from torch.nn import Module, Parameter
 
 from .. import _triton, functional
-from .._core import activation, eager, exporting, route
+from .._core import activation, added, eager, exporting, route
 from .._core.call import ONE_PLUS, ROUNDS
 from .._core.library import NATIVE
 from .._core.normalize import normalize
@@ -84,6 +84,28 @@ def output_dtype(x: Tensor, weight: Tensor | None, rule: Rule) -> torch.dtype:
     return torch.promote_types(x.dtype, weight.dtype)
 
 
+def _one_call(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule
+) -> tuple[Tensor | None, int] | None:
+    """The weight and the flags by which a kernel does all of it; None where it does not."""
+    out = output_dtype(x, weight, rule)
+    if out != x.dtype:
+        return None
+    plus = ONE_PLUS if rule.offset == 1.0 and rule.wide_offset else 0
+    if rule.rounding == "once" and (plus or not rule.offset):
+        if bias is None or rule.kind == "layer":
+            return weight, plus
+    elif (
+        out.itemsize == 2
+        and not rule.offset
+        and all(t is None or t.dtype == out for t in (weight, bias))
+    ):
+        return weight, ROUNDS
+    if rule.rounding == "once" or out == torch.float32:
+        return scaled_by(weight, rule), 0
+    return None
+
+
 def compute(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rule: Rule
 ) -> Tensor:
@@ -92,22 +114,11 @@ def compute(
     In float32 every order of casts is the same. Where half precision meets weights of another
     dtype, x̂ is a kernel's result, and the affine step torch's own.
     """
-    out = output_dtype(x, weight, rule)
-    plus = ONE_PLUS if rule.offset == 1.0 and rule.wide_offset else 0
-    if rule.rounding == "once" and out == x.dtype and (plus or not rule.offset):
-        if bias is None or rule.kind == "layer":
-            return _kernel(x, weight, bias, eps, rule.kind, plus)
-    elif (
-        out == x.dtype
-        and out.itemsize == 2
-        and not rule.offset
-        and all(t is None or t.dtype == out for t in (weight, bias))
-    ):
-        return _kernel(x, weight, bias, eps, rule.kind, ROUNDS)
-    by = scaled_by(weight, rule)
-    if rule.rounding == "once" or (x.dtype == out == torch.float32):
-        wide = x if out == x.dtype else x.float()
-        y = _kernel(wide, by, bias, eps, rule.kind)
+    if (one := _one_call(x, weight, bias, rule)) is not None:
+        return _kernel(x, one[0], bias, eps, rule.kind, one[1])
+    out, by = output_dtype(x, weight, rule), scaled_by(weight, rule)
+    if rule.rounding == "once":
+        y = _kernel(x.float(), by, bias, eps, rule.kind)
         return y if y.dtype == out else y.to(out)
     if rule.rounding == "to_weight" and out == torch.float32:
         return _kernel(x.float(), by, bias, eps, rule.kind)
@@ -248,8 +259,18 @@ class Ruled(Module):
     _is_torchs: ClassVar[bool]  # whether the class's own forward is torch's layer_norm
     _ours: ClassVar[type[Direct] | None]  # whose forward serves it, where torch's class is its own
 
-    def _serve(self, x: Any, gate: Any = None) -> Tensor | None:
-        """The output by truenorm's kernels; None where the class's own forward is to run."""
+    def of_sum(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(norm(h), h) of h = x + other, for two that are alike; None where no one pass does it."""
+        rule = self._rule
+        if rule.kind not in ("rms", "layer") or rule.axis != -1 or rule.after or rule.gate:
+            return None
+        return None if STORE in vars(self) else self._serve(x, None, other)
+
+    def _serve(self, x: Any, gate: Any = None, other: Any = None) -> Any:
+        """The output by truenorm's kernels; None where the class's own forward is to run.
+
+        other: what is added to x first; then the pair, with the sum.
+        """
         if STORE in vars(self) and self._ours is not None:
             return self._finished(x)  # of frozen statistics or a process group it knows nothing
         if is_compiling() or type(x) is not Tensor or x.dim() not in self._ranks:
@@ -270,10 +291,10 @@ class Ruled(Module):
             return None
         layer: Any = self
         ours = self._ours
-        if ours is not None and not rule.after and layer._direct:
+        if ours is not None and not rule.after and other is None and layer._direct:
             y = layer._directly(x, None)
             if y is not None:
-                return y  # type: ignore[no-any-return]
+                return y
         channels = (x.shape[rule.axis],)
         for each in (weight, bias):
             if each is None:
@@ -287,6 +308,14 @@ class Ruled(Module):
             return None
         if _is_watched(x, weight, bias, gate):
             return None
+        if other is not None and ours is not None:
+            return ours.forward(layer, x, add=other)
+        if other is not None:
+            one = _one_call(x, weight, bias, rule)
+            if one is None:
+                return None
+            bits = one[1] | (_LAYER if rule.kind == "layer" else _RMS)
+            return added.by_bits(x, other, one[0], bias, bits, float(eps))
         if rule.gate is not None:
             return self._gated(x, gate, weight, float(eps))
         if ours is not None:
