@@ -11,12 +11,14 @@ from torch.nn import Module
 
 from ..._core import checks
 from ...nn._activation import Activated
+from ...nn._ruled import Ruled
 from .classes import PLAN, Fused, fused_class, is_fused_class, original_of
 from .plan import plan
 from .reading import Unreadable, recording
 from .tracing import read
 
 M = TypeVar("M", bound=Module)
+OWN = Activated, Ruled
 
 
 def fuse(model: M) -> M:
@@ -44,7 +46,7 @@ def fuse(model: M) -> M:
     `convert` first. The model is unchanged then.
     """
     checks.check_module("model", model)
-    layers = [m for m in model.modules() if isinstance(m, Activated)]
+    layers = [m for m in model.modules() if isinstance(m, OWN)]
     checks.check_has_own_layers("model", bool(layers))
     if sys.getprofile() is None:
         _fuse(model)
@@ -66,12 +68,12 @@ def _fuse(model: Module) -> None:
 
 
 def _may_hold_something(module: Module) -> bool:
-    if isinstance(module, (Activated, torch.fx.GraphModule, torch.jit.ScriptModule)):
+    if isinstance(module, (*OWN, torch.fx.GraphModule, torch.jit.ScriptModule)):
         return False
     # a forward of the instance's own is not the class's
     if "forward" in vars(module):
         return False
-    return any(isinstance(m, Activated) for m in module.modules())
+    return any(isinstance(m, OWN) for m in module.modules())
 
 
 def _fuse_one(module: Module) -> None:

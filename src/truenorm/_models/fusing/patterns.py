@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Iterator
-from types import FunctionType
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.nn import Module
@@ -16,34 +14,12 @@ from torch.nn import Module
 from ..._core import activation
 from ...nn._activation import Activated
 from ...nn._options import options_of
-from ..layers import has_hooks
+from .activations import PARAMETERS, Act, activation_of
+from .memory import is_alone, is_plain, lasts, may_write, module_of
 
-Act = tuple[int, float]
 _ADDS = {operator.add, operator.iadd, torch.add}
 _PRODUCTS = {operator.mul, operator.imul, torch.mul}
 _SUMS = {operator.add, torch.add, "add"}
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow}
-_FUNCTIONS = {
-    F.relu: activation.RELU,
-    torch.relu: activation.RELU,
-    torch.relu_: activation.RELU,
-    F.relu_: activation.RELU,
-    F.relu6: activation.RELU6,
-    F.silu: activation.SILU,
-    F.hardswish: activation.HARDSWISH,
-}
-_PLAIN = {
-    torch.nn.ReLU: activation.RELU,
-    torch.nn.ReLU6: activation.RELU6,
-    torch.nn.SiLU: activation.SILU,
-    torch.nn.Hardswish: activation.HARDSWISH,
-}
-# the attributes that say what else an activation does
-_PARAMETERS: dict[type, str] = {
-    torch.nn.LeakyReLU: "negative_slope",
-    torch.nn.ELU: "alpha",
-    torch.nn.GELU: "approximate",
-}
 
 
 class Found(NamedTuple):
@@ -58,65 +34,6 @@ class Found(NamedTuple):
     act_of: Act
     given: dict[str, Node]
     over_one: Node | None = None  # 1 + scale
-
-
-def _module(root: Module, node: Node) -> Module | None:
-    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def _leaky(negative_slope: Any = 0.01, inplace: Any = False) -> Act | None:
-    number = isinstance(negative_slope, (int, float))
-    return (activation.LEAKY_RELU, float(negative_slope)) if number else None
-
-
-def _elu(alpha: Any = 1.0, inplace: Any = False) -> Act | None:
-    return (activation.ELU, float(alpha)) if isinstance(alpha, (int, float)) else None
-
-
-def _gelu(*, approximate: Any = "none") -> Act | None:
-    kinds = {"none": activation.GELU, "tanh": activation.GELU_TANH}
-    return (kinds[approximate], 0.0) if approximate in kinds else None
-
-
-def _is_plain(module: Module) -> bool:
-    return not has_hooks(module) and "forward" not in vars(module)
-
-
-def _of_module(module: Any) -> Act | None:
-    # a subclass may do more
-    kind = type(module)
-    if not _is_plain(module):
-        return None
-    if kind in _PLAIN:
-        return _PLAIN[kind], 0.0
-    if kind is torch.nn.LeakyReLU:
-        return _leaky(module.negative_slope)
-    if kind is torch.nn.ELU:
-        return _elu(module.alpha)
-    return _gelu(approximate=module.approximate) if kind is torch.nn.GELU else None
-
-
-def _activation(root: Module, node: Node) -> Act | None:
-    """The activation that a node applies to its only tensor."""
-    if (module := _module(root, node)) is not None:
-        return _of_module(module) if len(node.args) == 1 and not node.kwargs else None
-    if node.op == "call_method" and node.target in ("relu", "relu_") and len(node.args) == 1:
-        return activation.RELU, 0.0
-    if node.op != "call_function" or not node.args:
-        return None
-    rest, named = node.args[1:], dict(node.kwargs)
-    try:
-        if node.target is F.leaky_relu:
-            return _leaky(*rest, **named)
-        if node.target is F.elu:
-            return _elu(*rest, **named)
-        if node.target is F.gelu:
-            return _gelu(*rest, **named)
-    except TypeError:  # arguments that these know nothing of
-        return None
-    if node.target in _FUNCTIONS and set(named) <= {"inplace"} and len(rest) <= 1:
-        return _FUNCTIONS[node.target], 0.0
-    return None
 
 
 def _only_user(node: Node) -> Node | None:
@@ -174,17 +91,17 @@ def _modulation(root: Module, norm: Node, mul: Node) -> Found | None:
         between.append(mul)
         last, add, given["shift"] = user, user, shift
         user = _only_user(user)
-    act = None if user is None else _activation(root, user)
+    act = None if user is None else activation_of(root, user)
     if user is not None and act is not None:
         between.append(last)
         last = user
     written = {*between, last}
-    lasts = _lasts(root, norm.args[0], norm, last, written)
-    lasts = lasts and _lasts(root, scale, by, last, written)
+    kept = lasts(root, norm.args[0], norm, last, written)
+    kept = kept and lasts(root, scale, by, last, written)
     if "shift" in given:
-        lasts = lasts and _lasts(root, given["shift"], add, last, written)
+        kept = kept and lasts(root, given["shift"], add, last, written)
     nothing = activation.NONE, 0.0
-    return Found(norm, tuple(between), last, act or nothing, given, by) if lasts else None
+    return Found(norm, tuple(between), last, act or nothing, given, by) if kept else None
 
 
 def call_modulated(layer: Activated, x: Any, scale: Any, shift: Any, act_of: Act) -> Any:
@@ -207,77 +124,25 @@ def _against(t: Any, x: Any) -> Tensor | None:
 
 
 def _is_norm(root: Module, node: Node) -> bool:
-    module = _module(root, node)
+    module = module_of(root, node)
     if not isinstance(module, Activated) or options_of(module).activation is not None:
         return False
     # a subclass with a forward of its own takes other arguments
     ours = type(module).forward.__module__.startswith("truenorm.")
-    if not ours or len(node.args) != 1 or node.kwargs or not _is_plain(module):
+    if not ours or len(node.args) != 1 or node.kwargs or not is_plain(module):
         return False
     # where the call is moved to, who reads the input in between would see another one
-    return not options_of(module).overwrite_input or _is_alone(node)
-
-
-def _overwrites(root: Module, node: Node) -> bool:
-    """Whether a node may write over its first tensor."""
-    if (module := _module(root, node)) is not None:
-        own = options_of(module).overwrite_input
-        return own or bool(getattr(module, "inplace", False))
-    target = node.target
-    if isinstance(target, FunctionType) and not target.__module__.startswith("torch."):
-        return True  # who knows
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or bool(node.kwargs.get("inplace")) or target in _IN_PLACE
-
-
-def _sees(node: Node) -> list[Node]:
-    """Whose memory a node's output may be; a module's is its own."""
-    if node.op not in ("call_function", "call_method"):
-        return []
-    return [a for a in node.all_input_nodes if a.op != "get_attr"]
-
-
-def _memory(source: Any) -> set[Node]:
-    """The nodes whose memory may be that of `source`."""
-    if not isinstance(source, Node):
-        return set()
-    found, waiting = set(), [source]
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += _sees(node)
-            waiting += [user for user in node.users if node in _sees(user)]
-    return found
-
-
-def _is_alone(norm: Node) -> bool:
-    """Whether nothing but this call knows its input."""
-    source = norm.args[0]
-    return _memory(source) <= {source, norm} and isinstance(source, Node) and len(source.users) == 1
-
-
-def _lasts(root: Module, source: Any, first: Node, last: Node, but: Container[Node]) -> bool:
-    """Whether `source` is the same at `last`, where it is read, as it was at `first`."""
-    memory = _memory(source)
-    node = first.next
-    while node is not last:
-        written = node.args[0] if node.args else None
-        if node not in but and written in memory and _overwrites(root, node):
-            return False
-        node = node.next
-    return True
+    return not options_of(module).overwrite_input or is_alone(node)
 
 
 def drop_passing(root: Module, graph: Graph) -> list[Module]:
     """Take out what gives its input back: Identity, and dropout of nothing; these."""
     dropped = []
     for node in graph.nodes:
-        module = _module(root, node)
+        module = module_of(root, node)
         nothing = type(module).__module__ == "torch.nn.modules.dropout" and module.p == 0  # type: ignore[union-attr]
         passes = nothing or type(module) is torch.nn.Identity
-        if module is not None and passes and len(node.args) == 1 and _is_plain(module):
+        if module is not None and passes and len(node.args) == 1 and is_plain(module):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
             dropped.append(module)
@@ -293,7 +158,7 @@ def find(root: Module, graph: Graph) -> list[Found]:
         if user is None or user in taken or not _is_norm(root, norm):
             continue
         source = norm.args[0]
-        if (act := _activation(root, user)) is not None and _lasts(root, source, norm, user, ()):
+        if (act := activation_of(root, user)) is not None and lasts(root, source, norm, user, ()):
             found.append(Found(norm, (), user, act, {}))
         elif (modulation := _modulation(root, norm, user)) is not None:
             found.append(modulation)
@@ -301,13 +166,18 @@ def find(root: Module, graph: Graph) -> list[Found]:
         elif (
             (added := _residual(norm, user)) is not None
             and (last := _only_user(user)) is not None
-            and (act := _activation(root, last)) is not None
-            and _lasts(root, source, norm, last, (user,))
-            and _lasts(root, added, user, last, ())
+            and (act := activation_of(root, last)) is not None
+            and lasts(root, source, norm, last, (user,))
+            and lasts(root, added, user, last, ())
         ):
             found.append(Found(norm, (user,), last, act, {"residual": added}))
             taken.add(user)
     return found
+
+
+def nodes_of(found: list[Found]) -> set[Node]:
+    """All that `replace` takes out."""
+    return {node for each in found for node in (each.norm, *each.between, each.last)}
 
 
 def replace(graph: Graph, found: list[Found]) -> None:
@@ -330,21 +200,15 @@ def replace(graph: Graph, found: list[Found]) -> None:
 
 
 def requirements(
-    root: Module, graph: Graph, found: list[Found], dropped: list[Module]
+    root: Module, found: list[Found], dropped: list[Module]
 ) -> Iterator[tuple[Module, bool, str]]:
     """(module, whether it is no longer called as it was, attribute) for what `found` depends on."""
     for module in dropped:
         yield module, True, "p" if hasattr(module, "p") else ""
     for norm, _, end, *_ in found:
-        layer, last = _module(root, norm), _module(root, end)
+        layer, last = module_of(root, norm), module_of(root, end)
         assert layer is not None
         yield layer, True, ""
         if last is not None:
-            yield last, True, _PARAMETERS.get(type(last), "")
-        # what does not write over its input now might do so later
-        node = norm.next
-        while node is not end:
-            between = _module(root, node)
-            if between is not None and hasattr(between, "inplace"):
-                yield between, False, "inplace"
-            node = node.next
+            yield last, True, PARAMETERS.get(type(last), "")
+        yield from may_write(root, norm, end)

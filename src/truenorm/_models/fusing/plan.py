@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 from torch.nn import Module
 
-from . import patterns
+from ...nn._activation import Activated
+from . import patterns, sums
 from .conditions import MISSING, Conditions, compiled, of_copy
 from .reading import value_of
 from .tracing import Read
@@ -88,7 +89,8 @@ def plan(root: Module, kind: type[Module], read: Read) -> Plan | None:
     graph = read.graph
     dropped = patterns.drop_passing(root, graph)
     found = patterns.find(root, graph)
-    if not found:
+    added = sums.find(root, graph, patterns.nodes_of(found))
+    if not (found or added):
         return None
     conditions = Conditions(root, kind, read.asked_for_class)
     inputs = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
@@ -99,14 +101,18 @@ def plan(root: Module, kind: type[Module], read: Read) -> Plan | None:
             conditions.is_input(name, read.asked_for_type)
     for fact in read.facts:
         conditions.is_as_read(fact, value_of(fact, MISSING))
-    for module, replaced, attribute in patterns.requirements(root, graph, found, dropped):
+    needed = *patterns.requirements(root, found, dropped), *sums.requirements(root, added)
+    for module, replaced, attribute in needed:
         if replaced:
             conditions.is_plain(module)
         if attribute:
             conditions.equals(module, attribute, getattr(module, attribute))
-    for norm, *_ in found:
-        conditions.ends_as_read(_resolved(root, str(norm.target)))
+    for norm in (*(each.norm for each in found), *(each.norm for each in added)):
+        layer = _resolved(root, str(norm.target))
+        if isinstance(layer, Activated):
+            conditions.ends_as_read(layer)
     patterns.replace(graph, found)
+    sums.replace(graph, added)
     calls = _detached(root, graph, conditions)
     forward = type(GraphModule({key: conditions.held[key] for key in calls}, graph)).forward
     name = getattr(type(root).forward, "__qualname__", "forward")

@@ -1,0 +1,117 @@
+"""A sum and the norm of it, h = x + r and norm(h), as the one call that a layer has for both."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Container, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.fx import Graph, Node
+from torch.nn import Module
+
+from ..._core import added, recomputed
+from ...nn._options import options_of
+from ...nn._padded import PaddedRows
+from ...nn._ruled import Ruled
+from .memory import is_left, is_plain, may_write, module_of
+
+
+def _by_method(x: Any, other: Any) -> Any:
+    return x.add(other)
+
+
+# in place, whoever else knows x would see the sum
+_BY: dict[Any, Callable[[Any, Any], Any]] = {
+    operator.add: operator.add,
+    torch.add: torch.add,
+    "add": _by_method,
+}
+
+
+class Sum(NamedTuple):
+    """A sum, and a layer's call on it."""
+
+    add: Node
+    norm: Node
+
+
+def takes_sums(module: Module | None) -> bool:
+    """Whether a layer's own forward has a pass for a sum and its norm."""
+    if module is None or not is_plain(module):
+        return False
+    if isinstance(module, Ruled):
+        # a class that somebody derived from that may do more
+        return "_rule" in vars(type(module))
+    ours = isinstance(module, PaddedRows) and type(module).forward.__module__.startswith(
+        "truenorm."
+    )
+    if not ours:
+        return False
+    options = options_of(module)
+    return options.activation is None and not options.overwrite_input
+
+
+def _operands(node: Any) -> tuple[Node, Node] | None:
+    """What a node adds, where it does nothing else."""
+    if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
+        return None
+    if node.target not in _BY or len(node.args) != 2 or node.kwargs:
+        return None
+    one, other = node.args
+    return (one, other) if isinstance(one, Node) and isinstance(other, Node) else None
+
+
+def find(root: Module, graph: Graph, but: Container[Node]) -> list[Sum]:
+    """Each layer's call on a sum that is still what it was; no node of it in `but`."""
+    found: list[Sum] = []
+    taken: set[Node] = set()
+    for norm in graph.nodes:
+        if norm in but or not takes_sums(module_of(root, norm)):
+            continue
+        add = norm.args[0] if len(norm.args) == 1 and not norm.kwargs else None
+        if _operands(add) is None or add in but or add in taken:
+            continue
+        # the norm is called where the sum is made
+        if is_left(root, add, norm):
+            taken.add(add)
+            found.append(Sum(add, norm))
+    return found
+
+
+def replace(graph: Graph, found: list[Sum]) -> None:
+    """Make each of these one call, with two results."""
+    for add, norm in found:
+        with graph.inserting_before(add):
+            layer = graph.get_attr(str(norm.target))
+            by = _BY[add.target]
+            both = graph.call_function(call_of_sum, (layer, *add.args, by))
+            y, h = (graph.call_function(operator.getitem, (both, place)) for place in (0, 1))
+        norm.replace_all_uses_with(y)
+        graph.erase_node(norm)
+        add.replace_all_uses_with(h)
+        graph.erase_node(add)
+
+
+def call_of_sum(
+    layer: Any, x: Any, other: Any, by: Callable[[Any, Any], Any]
+) -> tuple[Tensor, Tensor]:
+    """(layer(h), h) of h = by(x, other): by one pass where that takes less time than two."""
+    if added.is_large(x, other) and not is_compiling() and not recomputed.asked():
+        if not isinstance(layer, Ruled):
+            return layer(x, add=other)  # type: ignore[no-any-return]
+        if (made := layer.of_sum(x, other)) is not None:
+            return made
+    h = by(x, other)
+    return layer(h), h
+
+
+def requirements(root: Module, found: list[Sum]) -> Iterator[tuple[Module, bool, str]]:
+    """As `patterns.requirements`."""
+    for add, norm in found:
+        layer = module_of(root, norm)
+        assert layer is not None
+        yield layer, True, ""
+        yield from may_write(root, add, norm)
