@@ -22,7 +22,9 @@ class Fused:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # a class that keeps a list of its subclasses need not hear of this one
-        if "_truenorm_unfused" not in vars(cls):
+        if "_truenorm_unfused" not in vars(cls) or _is_checkpointing(
+            vars(cls)["_truenorm_unfused"].forward
+        ):
             super().__init_subclass__(**kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -73,6 +75,24 @@ def original_of(fused: type) -> type[Module]:
     return vars(fused)["_truenorm_unfused"]  # type: ignore[no-any-return]
 
 
+def _is_checkpointing(forward: Any) -> bool:
+    """Whether it is what transformers puts around each class's own, the outermost one alone."""
+    code = getattr(forward, "__code__", None)
+    return (
+        getattr(code, "co_name", "") == "forward_with_checkpointing"
+        and forward.__globals__.get("__name__") == "transformers.modeling_layers"
+    )
+
+
+def written(kind: type[Module]) -> Any:
+    """A class's forward as its author wrote it, without what `fuse` and transformers put around."""
+    forward: Any = kind.forward
+    while _is_checkpointing(forward) or getattr(forward, "__code__", None) in _OWN_CODE:
+        forward = forward.__wrapped__
+    return forward
+
+
+_OWN_CODE: set[Any] = set()
 _made: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
 
 
@@ -88,6 +108,8 @@ def fused_class(kind: type[Module]) -> type[Module]:
         if plan is not None and plan.holds(self, *args, **kwargs):
             return plan.graph(plan.calls, self, *args, **kwargs)
         return kind.forward(self, *args, **kwargs)
+
+    _OWN_CODE.add(forward.__code__)
 
     def fill(members: dict[str, Any]) -> None:
         members.update(

@@ -6,7 +6,7 @@ import copy
 import enum
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -232,12 +232,15 @@ class Conditions:
             kind = self.name(type(default))
             self._add(f"(type({argument}) is {kind} and {argument} == {default!r})")
 
-    def source(self, arguments: Iterable[str]) -> str:
+    def is_empty(self, argument: str) -> None:
+        self._add(f"not {argument}")
+
+    def source(self, arguments: str) -> str:
         plain, quick = (
             "\n        and ".join(dict.fromkeys(parts)) for parts in (self._plain, self._quick)
         )
         return (
-            f"def forward({', '.join(['self', *arguments])}):\n"
+            f"def forward(self, {arguments}):\n"
             f"    if is_compiling() or type(self) is not {self._fused}:\n        return ({plain})\n"
             f"    return ({quick})\n"
         )

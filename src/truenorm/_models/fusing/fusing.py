@@ -13,9 +13,9 @@ from ..._core import checks
 from ...nn._activation import Activated
 from ...nn._ruled import Ruled
 from .classes import PLAN, Fused, fused_class, is_fused_class, original_of
-from .plan import plan
+from .plan import finds_something, plan
 from .reading import Unreadable, recording
-from .tracing import read
+from .tracing import read, with_free_arguments
 
 M = TypeVar("M", bound=Module)
 OWN = Activated, Ruled
@@ -80,13 +80,12 @@ def _fuse_one(module: Module) -> None:
     kind = type(module)
     try:
         found = read(module)
-        if found is None:
+        if not finds_something(module, found):
             return
+        found = with_free_arguments(module, found)
         # one that another tool derived from a fused class looks for a plan as it is
         fused = kind if issubclass(kind, Fused) else fused_class(kind)
         made = plan(module, fused, found)
-        if made is None:
-            return
         module.__class__ = fused
     except (Unreadable, TypeError):  # which a class may raise that cannot be derived from
         return

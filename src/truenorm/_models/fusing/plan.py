@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.nn import Module
 from ...nn._activation import Activated
 from . import patterns, sums
 from .conditions import MISSING, Conditions, compiled, of_copy
-from .reading import value_of
+from .reading import Unreadable, value_of
 from .tracing import Read
 
 
@@ -79,8 +81,31 @@ def _detached(root: Module, graph: Graph, conditions: Conditions) -> set[str]:
     return calls
 
 
-def plan(root: Module, kind: type[Module], read: Read) -> Plan | None:
-    """One for what can be fused in this forward; None where nothing can.
+def _plain(parameter: inspect.Parameter) -> inspect.Parameter:
+    return parameter.replace(annotation=parameter.empty)
+
+
+def _arguments(read: Read, conditions: Conditions) -> None:
+    for p in read.parameters:
+        if p.name in conditions.held or p.name in ("self", "now"):
+            raise Unreadable(f"the forward has an argument called {p.name!r}")
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            conditions.is_empty(p.name)
+        elif p.name in read.defaults:
+            conditions.is_left_out(p.name, read.defaults[p.name])
+        elif p.name not in read.free:
+            conditions.is_input(p.name, read.asked_for_type)
+
+
+def finds_something(root: Module, read: Read) -> bool:
+    """Whether there is something to be fused in this forward."""
+    graph = copy.deepcopy(read.graph)
+    patterns.drop_passing(root, graph)
+    return bool(patterns.find(root, graph) or sums.find(root, graph, ()))
+
+
+def plan(root: Module, kind: type[Module], read: Read) -> Plan:
+    """One for what can be fused in this forward.
 
     kind: the class that the module will have.
 
@@ -90,15 +115,8 @@ def plan(root: Module, kind: type[Module], read: Read) -> Plan | None:
     dropped = patterns.drop_passing(root, graph)
     found = patterns.find(root, graph)
     added = sums.find(root, graph, patterns.nodes_of(found))
-    if not (found or added):
-        return None
     conditions = Conditions(root, kind, read.asked_for_class)
-    inputs = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
-    for name in inputs:
-        if name in read.defaults:
-            conditions.is_left_out(name, read.defaults[name])
-        else:
-            conditions.is_input(name, read.asked_for_type)
+    _arguments(read, conditions)
     for fact in read.facts:
         conditions.is_as_read(fact, value_of(fact, MISSING))
     needed = *patterns.requirements(root, found, dropped), *sums.requirements(root, added)
@@ -114,7 +132,10 @@ def plan(root: Module, kind: type[Module], read: Read) -> Plan | None:
     patterns.replace(graph, found)
     sums.replace(graph, added)
     calls = _detached(root, graph, conditions)
-    forward = type(GraphModule({key: conditions.held[key] for key in calls}, graph)).forward
+    try:
+        forward = type(GraphModule({key: conditions.held[key] for key in calls}, graph)).forward
+    except SyntaxError as error:
+        raise Unreadable("it calls something with what cannot be written down") from error
     name = getattr(type(root).forward, "__qualname__", "forward")
-    arguments = [f"{n}={read.defaults[n]!r}" if n in read.defaults else n for n in inputs]
-    return Plan(conditions.source(arguments), conditions.held, name, forward, calls)
+    signature = str(inspect.Signature([_plain(p) for p in read.parameters]))[1:-1]
+    return Plan(conditions.source(signature), conditions.held, name, forward, calls)

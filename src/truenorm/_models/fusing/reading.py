@@ -81,6 +81,19 @@ def _matches(code: CodeType) -> bool:
     return any(step.opname == "MATCH_CLASS" for step in dis.get_instructions(code))
 
 
+@functools.cache
+def _compares_identity(code: CodeType) -> bool:
+    """Whether it asks for an object other than None, or for the class of what is matched."""
+    last = None
+    for step in dis.get_instructions(code):
+        if step.opname.startswith("MATCH_"):
+            return True
+        if step.opname == "IS_OP" and not (last.opname == "LOAD_CONST" and last.argval is None):
+            return True
+        last = step
+    return False
+
+
 def is_object(value: Any) -> bool:
     """Whether all that it may say stands in attributes: an object of a class written in Python."""
     if isinstance(value, (Module, torch.Tensor, type, *_PLAIN)):
@@ -105,12 +118,13 @@ def value_of(fact: Fact, missing: Any = None) -> Any:
 class Recorder:
     """Takes down what the forward of `root` reads, while `running`."""
 
-    def __init__(self, root: Module) -> None:
-        self.root = root
+    def __init__(self, root: Module, forward: Any, free: frozenset[str] = frozenset()) -> None:
+        self.root, self.forward = root, forward
+        self.free = free  # arguments that may be anything
         self.facts: dict[tuple[str, int, str], Fact] = {}
         self.asked_for_type = False  # of an input
         self.asked_for_class = False  # of modules
-        self._why = ""
+        self.why = ""
         self._quiet = 1
         self._inside: FrameType | None = None
         self._nodes: Callable[[], int] = int
@@ -120,7 +134,7 @@ class Recorder:
         self._containers: dict[int, tuple[Any, list[Any]]] = {}
 
     def refuse(self, why: str) -> None:
-        self._why = self._why or why
+        self.why = self.why or why
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -156,10 +170,11 @@ class Recorder:
             return
         self._add("attribute", owner, name)
 
-    def asks_for_type(self, frame: FrameType, is_input: bool) -> None:
+    def asks_for_type(self, frame: FrameType, of: str | bool) -> None:
+        """of: the input's name, or False."""
         if _kind(frame.f_globals) != "user":
             return
-        if is_input:
+        if of and of not in self.free:
             self.asked_for_type = True
         else:
             self.refuse("the forward asks for the type of a value")
@@ -226,6 +241,8 @@ class Recorder:
         self.asked_for_class |= _matches(code)
         self._inner.update(c for c in code.co_consts if isinstance(c, CodeType))
         loaded, mentioned = _names(code)
+        if self.free and _compares_identity(code):
+            raise Unreadable("the forward asks whether an argument is one object")
         if "type" in loaded:
             raise Unreadable("the forward asks for the type of a value")
         for name in loaded:
@@ -258,8 +275,8 @@ class Recorder:
         for container, items in self._containers.values():
             if put_back(container, items):
                 self.refuse("the forward writes to what lies outside of the model")
-        if self._why:
-            raise Unreadable(self._why)
+        if self.why:
+            raise Unreadable(self.why)
         self._closures()
         self._objects()
         return list(self.facts.values())
@@ -293,7 +310,7 @@ class Recorder:
         seen = 0
         bases: Any = type(self.root).__mro__
         kind = next(b for b in bases if "forward" in vars(b) and "_truenorm_unfused" not in vars(b))
-        forward = kind.forward
+        forward = self.forward
         self._add("attribute", kind, "forward")
         open_codes = {c for c, _ in self._codes if set(c.co_freevars) - {"__class__"}}
         open_codes -= self._inner

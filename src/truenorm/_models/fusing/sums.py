@@ -19,15 +19,35 @@ from ...nn._ruled import Ruled
 from .memory import is_left, is_plain, may_write, module_of
 
 
-def _by_method(x: Any, other: Any) -> Any:
-    return x.add(other)
+def _at_once(layer: Any, x: Any, other: Any) -> tuple[Tensor, Tensor] | None:
+    """(layer(h), h) of h = x + other by one pass; None where that takes more time than two."""
+    if not added.is_large(x, other) or is_compiling() or recomputed.asked():
+        return None
+    return layer.of_sum(x, other) if isinstance(layer, Ruled) else layer(x, add=other)
 
 
+def _calls(add: Callable[[Any, Any], Any], name: str) -> Callable[..., tuple[Any, Any]]:
+    """A graph holds no functions but those that it calls: one for each way of adding."""
+
+    def call_of_sum(layer: Any, x: Any, other: Any) -> tuple[Any, Any]:
+        made = _at_once(layer, x, other)
+        if made is not None:
+            return made
+        h = add(x, other)
+        return layer(h), h
+
+    call_of_sum.__qualname__ = call_of_sum.__name__ = name
+    return call_of_sum
+
+
+by_operator = _calls(operator.add, "by_operator")
+by_function = _calls(torch.add, "by_function")
+by_method = _calls(lambda x, other: x.add(other), "by_method")
 # in place, whoever else knows x would see the sum
-_BY: dict[Any, Callable[[Any, Any], Any]] = {
-    operator.add: operator.add,
-    torch.add: torch.add,
-    "add": _by_method,
+_BY: dict[Any, Callable[..., tuple[Any, Any]]] = {
+    operator.add: by_operator,
+    torch.add: by_function,
+    "add": by_method,
 }
 
 
@@ -86,26 +106,12 @@ def replace(graph: Graph, found: list[Sum]) -> None:
     for add, norm in found:
         with graph.inserting_before(add):
             layer = graph.get_attr(str(norm.target))
-            by = _BY[add.target]
-            both = graph.call_function(call_of_sum, (layer, *add.args, by))
+            both = graph.call_function(_BY[add.target], (layer, *add.args))
             y, h = (graph.call_function(operator.getitem, (both, place)) for place in (0, 1))
         norm.replace_all_uses_with(y)
         graph.erase_node(norm)
         add.replace_all_uses_with(h)
         graph.erase_node(add)
-
-
-def call_of_sum(
-    layer: Any, x: Any, other: Any, by: Callable[[Any, Any], Any]
-) -> tuple[Tensor, Tensor]:
-    """(layer(h), h) of h = by(x, other): by one pass where that takes less time than two."""
-    if added.is_large(x, other) and not is_compiling() and not recomputed.asked():
-        if not isinstance(layer, Ruled):
-            return layer(x, add=other)  # type: ignore[no-any-return]
-        if (made := layer.of_sum(x, other)) is not None:
-            return made
-    h = by(x, other)
-    return layer(h), h
 
 
 def requirements(root: Module, found: list[Sum]) -> Iterator[tuple[Module, bool, str]]:

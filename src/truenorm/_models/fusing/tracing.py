@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import operator
 import sys
+import weakref
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -15,8 +15,10 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.nn import Module
 
 from ..leftovers import Attributes
-from .reading import Fact, Recorder, is_recorded
+from .classes import written
+from .reading import Fact, Recorder, Unreadable, is_recorded
 
+_NONE = object()
 _DEFAULTS = (type(None), bool, int, float, str)
 
 
@@ -35,7 +37,7 @@ class _Proxy(Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         # isinstance() asks for it where an object is not of the class by its own
-        is_input = self.node.op == "placeholder"
+        is_input = self.node.op == "placeholder" and self.node.target
         self.tracer.recorder.asks_for_type(sys._getframe(1), is_input)  # type: ignore[attr-defined]
         user = is_input and not sys._getframe(1).f_globals.get("__name__", "").startswith("torch.")
         return Tensor if user else type(self)
@@ -57,26 +59,30 @@ class _OneLevel(Tracer):
     proxy_buffer_attributes = True
 
     def __init__(
-        self, recorder: Recorder, calls: tuple[Any, ...], defaults: dict[int, Any]
+        self, recorder: Recorder, called: Signature, calls: tuple[Any, ...], given: Given
     ) -> None:
         super().__init__(autowrap_functions=calls)
-        self.recorder = recorder
-        self.defaults = defaults  # by place, of arguments that a call leaves out
+        self.recorder, self.called, self.given = recorder, called, given
+        if calls:  # a decorated forward's own file is another than its functions'
+            self._autowrap_search.append(sys.modules[calls[0].__module__])
 
     def trace(self, *args: Any, **kwargs: Any) -> Graph:
         self._outside = _modes()
         return super().trace(*args, **kwargs)
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
-        forward, given = super().create_args_for_root(*args, **kwargs)
+        called, given = self.called, self.given
+        inputs = {}
+        for p in called.named:
+            left_out = () if p.default is p.empty else (p.default,)
+            inputs[p.name] = self.create_proxy("placeholder", p.name, left_out, {})
 
-        @functools.wraps(forward)
-        def recorded(*inputs: Any) -> Any:
-            seen = [self.defaults.get(place, each) for place, each in enumerate(inputs)]
+        def recorded(root: Module, *_: Any) -> Any:
+            by_place, by_name = called.arguments({**inputs, **given.constants}, given)
             with self.recorder.running(lambda: len(self.graph.nodes)):
-                return forward(*seen)
+                return called.forward(root, *by_place, **by_name)
 
-        return recorded, given
+        return recorded, [self.root, *inputs.values()]
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         if _modes() != self._outside:
@@ -119,6 +125,59 @@ class _OneLevel(Tracer):
         return True
 
 
+class Given(NamedTuple):
+    """How a call that is traced gives a forward its arguments.
+
+    constants: those that stand for themselves, not for what a call may bring.
+    by_name: those that are given by name; the others by place.
+    left_out: those that are not given.
+    """
+
+    constants: dict[str, Any]
+    by_name: frozenset[str] = frozenset()
+    left_out: frozenset[str] = frozenset()
+
+
+class Signature:
+    """A forward as it was written, and what it may be called with by name.
+
+    `*args` and `**kwargs` are what a graph's calls have none of.
+    """
+
+    def __init__(self, kind: type[Module]) -> None:
+        self.forward: Any = written(kind)
+        first, *self.all = inspect.signature(self.forward).parameters.values()
+        variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+        self.named = [p for p in self.all if p.kind not in variable]
+        self.defaults = {p.name: p.default for p in self.named if p.default is not p.empty}
+        if first.kind in variable or any(p.kind is p.POSITIONAL_ONLY for p in self.named):
+            raise Unreadable("the forward has arguments without a name")
+        missing = [p.default is p.empty for p in self.named]
+        if sorted(missing, reverse=True) != missing:
+            raise Unreadable("the forward has an argument that must be given by name")
+        if unlike := [n for n, value in self.defaults.items() if not _is_written(value)]:
+            raise Unreadable(f"the default of {unlike[0]!r} is neither a number nor a string")
+
+    def arguments(self, values: dict[str, Any], given: Given) -> tuple[list[Any], dict[str, Any]]:
+        """By place, and by name."""
+        by_place: list[Any] = []
+        by_name = {}
+        for p in self.named:
+            if p.name in given.left_out:
+                continue
+            # behind one that is not given, there is no place
+            in_place = p.kind is p.POSITIONAL_OR_KEYWORD and not by_name
+            if in_place and p.name not in given.by_name and not self._skipped(p.name, given):
+                by_place.append(values[p.name])
+            else:
+                by_name[p.name] = values[p.name]
+        return by_place, by_name
+
+    def _skipped(self, name: str, given: Given) -> bool:
+        names = [p.name for p in self.named]
+        return any(n in given.left_out for n in names[: names.index(name)])
+
+
 class Read(NamedTuple):
     """A forward's graph, and all that it depends on."""
 
@@ -126,7 +185,10 @@ class Read(NamedTuple):
     facts: list[Fact]
     asked_for_type: bool  # of an input
     asked_for_class: bool  # of modules
+    parameters: list[inspect.Parameter]
     defaults: dict[str, Any]  # what optional arguments are where the graph stands for the forward
+    calls: tuple[Any, ...] = ()  # functions that stay calls
+    free: frozenset[str] = frozenset()  # arguments that may be anything
 
 
 def _is_written(value: Any) -> bool:
@@ -134,55 +196,133 @@ def _is_written(value: Any) -> bool:
     return type(value) in _DEFAULTS and repr(value) not in ("nan", "inf", "-inf")
 
 
-def read(module: Module) -> Read | None:
-    """The module's forward, or None where no one graph stands for it.
+def read(module: Module) -> Read:
+    """The module's forward; raises Unreadable where no one graph stands for it.
 
     With the defaults of its optional arguments: which a call has may decide what is done.
     """
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
-        return None
-    if not all(p.default is p.empty or _is_written(p.default) for p in parameters):
-        return None
+    called = Signature(type(module))
     if not all(is_recorded(m) for m in module.modules()):
-        return None
-    # where a helper beside the class looks into its tensors, it can stay a call
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    found = _read(module, (), defaults)
-    return _read(module, _helpers(module), defaults) if found is None else found
+        raise Unreadable("a class of its own reads attributes in a way of its own")
+    try:
+        return _read(module, called, ())
+    except Unreadable:
+        # where a helper beside the class looks into its tensors, it can stay a call
+        if not (helpers := _helpers(called.forward)):
+            raise
+        return _read(module, called, helpers)
 
 
-def _helpers(module: Module) -> tuple[Any, ...]:
+def _helpers(forward: Any) -> tuple[Any, ...]:
     """The functions that the forward's own file defines."""
-    forward = inspect.unwrap(type(module).forward)
+    forward = inspect.unwrap(forward)
     found = vars(sys.modules[forward.__module__]).values() if forward.__module__ else ()
     return tuple(
         f for f in found if isinstance(f, FunctionType) and f.__module__ == forward.__module__
     )
 
 
-def _read(module: Module, calls: tuple[Any, ...], defaults: dict[str, Any]) -> Read | None:
+_freed: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
+def with_free_arguments(module: Module, before: Read) -> Read:
+    """The same where arguments that the forward only hands on may be whatever a call gives.
+
+    Such a one stands where it is handed on, in a graph that is the same with and without it.
+    """
+    called = Signature(type(module))
+    asked = {str(n.target): n for n in before.graph.nodes if n.op == "placeholder"}
+    candidates = [n for n in asked if n in called.defaults or _is_handed_on(asked[n])]
+    if not candidates:
+        return before
+    known = _freed.get(type(module))
+    for free in (frozenset(candidates), *(() if known is None else (known,))):
+        if found := _freely(module, called, before.calls, free):
+            return found
+    last = before
+    for name in candidates:
+        last = _freely(module, called, before.calls, last.free | {name}) or last
+    _freed[type(module)] = last.free
+    return last
+
+
+def _is_handed_on(given: Node) -> bool:
+    return all(user.op == "call_module" for user in given.users)
+
+
+def _freely(
+    module: Module, called: Signature, calls: tuple[Any, ...], free: frozenset[str]
+) -> Read | None:
+    try:
+        return _read(module, called, calls, free) if free else None
+    except Unreadable:
+        return None
+
+
+def _read(
+    module: Module, called: Signature, calls: tuple[Any, ...], free: frozenset[str] = frozenset()
+) -> Read:
     """The graph of the forward, the functions in `calls` being calls in it."""
     modules = list(module.modules())
     modes = [m.training for m in modules]
     attributes = Attributes(modules)
-    recorder = Recorder(module)
+    recorder = Recorder(module, called.forward, free)
+    held = {n: value for n, value in called.defaults.items() if n not in free}
+    # by place and by name, in training and evaluation
+    ways = [Given(held), Given(held, free, frozenset(held))]
+    if free:
+        bound = {p.name: called.defaults.get(p.name) for p in called.named if p.name in free}
+        ways.append(Given({**held, **bound}))
     graphs = []
-    names = list(inspect.signature(type(module).forward).parameters)
-    by_place = {names.index(name): value for name, value in defaults.items()}
     try:
-        for training in (True, False):
+        for way, given in enumerate(ways):
             for m in modules:
-                m.training = training
-            graphs.append(_OneLevel(recorder, calls, by_place).trace(module))
+                m.training = way != 1
+            graphs.append(_OneLevel(recorder, called, calls, given).trace(module))
         for m, mode in zip(modules, modes, strict=True):
             m.training = mode
-        graph, other = graphs
-        if attributes.restore() or str(graph) != str(other):
-            return None
+        if attributes.restore():
+            raise Unreadable("the forward sets attributes")
+        if str(graphs[0]) != str(graphs[1]):
+            raise Unreadable("the forward differs in training and evaluation")
+        if free and not _same_but_for(graphs[0], graphs[2], ways[2].constants):
+            raise Unreadable("the forward depends on its optional arguments")
         facts = recorder.finish()
-        return Read(graph, facts, recorder.asked_for_type, recorder.asked_for_class, defaults)
-    except Exception:  # whatever a forward raises on what stands for a tensor
-        return None
+        asked = recorder.asked_for_type, recorder.asked_for_class
+        return Read(graphs[0], facts, *asked, called.all, held, calls, free)
+    except Unreadable:
+        raise
+    except Exception as error:  # whatever a forward raises on what stands for a tensor
+        why = recorder.why or f"it raises {type(error).__name__} where it is traced"
+        raise Unreadable(why) from error
     finally:
         attributes.restore()
+
+
+def _same_but_for(graph: Graph, other: Graph, constants: dict[str, Any]) -> bool:
+    """Whether the other graph is this one, with constants in the place of its inputs."""
+    if len(graph.nodes) != len(other.nodes):
+        return False
+    meant: dict[Node, Node] = {}
+
+    def alike(a: Any, b: Any) -> bool:
+        if isinstance(a, Node):
+            if meant.get(a) is b:
+                return True
+            constant = constants.get(str(a.target), _NONE) if a.op == "placeholder" else _NONE
+            return type(constant) is type(b) and bool(constant == b)
+        if isinstance(a, dict) and isinstance(b, dict):
+            return list(a) == list(b) and all(alike(a[k], b[k]) for k in a)
+        if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+            return len(a) == len(b) and all(map(alike, a, b))
+        if isinstance(a, slice) and isinstance(b, slice):
+            return alike((a.start, a.stop, a.step), (b.start, b.stop, b.step))
+        return type(a) is type(b) and bool(a == b)
+
+    for a, b in zip(graph.nodes, other.nodes, strict=True):
+        if a.op != b.op or a.target != b.target:
+            return False
+        if a.op != "placeholder" and not alike((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs))):
+            return False
+        meant[a] = b
+    return True
