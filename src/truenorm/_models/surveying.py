@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch.nn import Module
 
 from .._core import checks
 from ..nn._ruled import Ruled
 from . import rules, swap
+from .fusing import patterns, sums
+from .fusing.fusing import OWN
+from .fusing.outlook import outlook
 from .layers import COUNTERPARTS, kind_of
 
 _OURS = tuple(COUNTERPARTS.values())
@@ -28,6 +32,8 @@ class Norm:
     swapped: whether it is truenorm's now.
     swappable: whether `convert` would make it so; true of one that is swapped.
     reason: why it is left, or "".
+    fuse: what `fuse` does, or would do, in the pass of this layer where it is truenorm's: "fuses
+        with activation", "fused with the sum before it"; or why nothing; "" for one that is left.
     """
 
     name: str
@@ -36,6 +42,7 @@ class Norm:
     swapped: bool
     swappable: bool
     reason: str
+    fuse: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,27 +86,28 @@ class Survey:
             f"{self.model}: {len(self.norms)} normalization layer{plural}, {self.swapped} of them "
             f"truenorm's, {self.swappable - self.swapped} more with convert, {self.left} left"
         ]
-        same: Counter[tuple[str, str, str, str]] = Counter()
-        first: dict[tuple[str, str, str, str], str] = {}
+        same: Counter[tuple[str, str, str, str, str]] = Counter()
+        first: dict[tuple[str, str, str, str, str], str] = {}
         for norm in self.norms:
             state = "swapped" if norm.swapped else "would be" if norm.swappable else "left"
-            row = norm.kind.rpartition(".")[2], norm.formula, state, norm.reason
+            row = norm.kind.rpartition(".")[2], norm.formula, state, norm.reason, norm.fuse
             same[row] += 1
             first.setdefault(row, norm.name or "the model itself")
         if not same:
             return lines[0]
-        table = [("class", "layers", "recognised as", "state", "first, and why it is left")]
+        table = [("class", "layers", "recognised as", "state", "fuse", "first, and why it is left")]
         for row, count in same.items():
-            kind, formula, state, reason = row
+            kind, formula, state, reason, fuse = row
             said = f"{first[row]}{reason and ': '}{reason}"
-            table.append((kind, str(count), formula or "-", state, said))
-        widths = [max(len(row[i]) for row in table) for i in range(4)]
-        for kind, count_, formula, state, said in table:
+            table.append((kind, str(count), formula or "-", state, fuse or "-", said))
+        widths = [max(len(row[i]) for row in table) for i in range(5)]
+        for kind, count_, formula, state, fuse, said in table:
             cells = (
                 kind.ljust(widths[0]),
                 count_.rjust(widths[1]),
                 formula.ljust(widths[2]),
                 state.ljust(widths[3]),
+                fuse.ljust(widths[4]),
                 said,
             )
             lines.append("  ".join(cells).rstrip())
@@ -147,4 +155,24 @@ def survey(model: Module, *, progress: Callable[[str], None] | None = None) -> S
             rows.append(Norm(name, _name_of(kind), formula, False, not reason, reason))
         elif name in reasons:
             rows.append(Norm(name, _name_of(kind), "", False, False, reasons[name]))
-    return Survey(type(model).__name__, tuple(rows))
+    return Survey(type(model).__name__, _with_outlook(model, rows, found))
+
+
+def _with_outlook(model: Module, rows: list[Norm], found: dict[Module, Any]) -> tuple[Norm, ...]:
+    """The rows, with what `fuse` makes of each layer."""
+    modules = {row.name: model.get_submodule(row.name) for row in rows if row.swappable}
+
+    def of_sums(module: Module) -> bool:
+        if isinstance(module, OWN):
+            return sums.takes_sums(module)
+        if module not in found:
+            return isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm))
+        return sums.has_pass(found[module][1].rule)
+
+    def follows(module: Module) -> bool:
+        return patterns.is_layer(module) or (not isinstance(module, OWN) and module not in found)
+
+    said = outlook(model, list(modules.values()), follows, of_sums)
+    return tuple(
+        replace(row, fuse=said[modules[row.name]]) if row.name in modules else row for row in rows
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -48,13 +49,18 @@ def fuse(model: M) -> M:
     checks.check_module("model", model)
     layers = [m for m in model.modules() if isinstance(m, OWN)]
     checks.check_has_own_layers("model", bool(layers))
+    undisturbed(lambda: _fuse(model))
+    return model
+
+
+def undisturbed(run: Callable[[], None]) -> None:
+    """Run what sets a profile function of its own."""
     if sys.getprofile() is None:
-        _fuse(model)
+        run()
     else:  # it would be put back as a Python function, which cProfile's is not
-        thread = threading.Thread(target=_fuse, args=(model,))
+        thread = threading.Thread(target=run)
         thread.start()
         thread.join()
-    return model
 
 
 def _fuse(model: Module) -> None:
@@ -63,17 +69,15 @@ def _fuse(model: Module) -> None:
     with recording():
         # the class of a child is one of the things that its parent's forward is compared by
         for module in reversed(list(model.modules())):
-            if _may_hold_something(module):
+            if may_be_read(module) and any(isinstance(m, OWN) for m in module.modules()):
                 _fuse_one(module)
 
 
-def _may_hold_something(module: Module) -> bool:
+def may_be_read(module: Module) -> bool:
+    """Whether its forward is its class's, and written in Python."""
     if isinstance(module, (*OWN, torch.fx.GraphModule, torch.jit.ScriptModule)):
         return False
-    # a forward of the instance's own is not the class's
-    if "forward" in vars(module):
-        return False
-    return any(isinstance(m, OWN) for m in module.modules())
+    return "forward" not in vars(module)
 
 
 def _fuse_one(module: Module) -> None:

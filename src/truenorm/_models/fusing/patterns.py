@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -123,16 +123,25 @@ def _against(t: Any, x: Any) -> Tensor | None:
     return t.reshape(sizes) if fits else None
 
 
-def _is_norm(root: Module, node: Node) -> bool:
+def is_layer(module: Module) -> bool:
+    """Whether it is a layer that takes what follows it; a subclass with a forward may not."""
+    ours = isinstance(module, Activated) and type(module).forward.__module__.startswith("truenorm.")
+    return ours and options_of(module).activation is None
+
+
+def _is_norm(root: Module, node: Node, layers: Callable[[Module], bool]) -> bool:
     module = module_of(root, node)
-    if not isinstance(module, Activated) or options_of(module).activation is not None:
+    if module is None or not layers(module):
         return False
-    # a subclass with a forward of its own takes other arguments
-    ours = type(module).forward.__module__.startswith("truenorm.")
-    if not ours or len(node.args) != 1 or node.kwargs or not is_plain(module):
+    if len(node.args) != 1 or node.kwargs or not is_plain(module):
         return False
     # where the call is moved to, who reads the input in between would see another one
     return not options_of(module).overwrite_input or is_alone(node)
+
+
+def is_sum(norm: Node, node: Node) -> bool:
+    """Whether a node adds something to the layer's output."""
+    return _residual(norm, node) is not None
 
 
 def drop_passing(root: Module, graph: Graph) -> list[Module]:
@@ -149,13 +158,13 @@ def drop_passing(root: Module, graph: Graph) -> list[Module]:
     return dropped
 
 
-def find(root: Module, graph: Graph) -> list[Found]:
-    """Each layer's call that one pass can go on from."""
+def find(root: Module, graph: Graph, layers: Callable[[Module], bool] = is_layer) -> list[Found]:
+    """Each call of one of these layers that one pass can go on from."""
     found: list[Found] = []
     taken: set[Node] = set()
     for norm in graph.nodes:
         user = _only_user(norm)
-        if user is None or user in taken or not _is_norm(root, norm):
+        if user is None or user in taken or not _is_norm(root, norm, layers):
             continue
         source = norm.args[0]
         if (act := activation_of(root, user)) is not None and lasts(root, source, norm, user, ()):

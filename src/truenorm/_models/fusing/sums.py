@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 from torch.nn import Module
 
 from ..._core import added, recomputed
+from ..._core.rule import Rule
 from ...nn._options import options_of
 from ...nn._padded import PaddedRows
 from ...nn._ruled import Ruled
@@ -51,6 +52,12 @@ _BY: dict[Any, Callable[..., tuple[Any, Any]]] = {
 }
 
 
+def has_pass(rule: Rule) -> bool:
+    """Whether a norm of that rule has a pass for a sum and its norm."""
+    plain = rule.axis == -1 and not rule.after and rule.gate is None
+    return rule.kind in ("rms", "layer") and plain
+
+
 class Sum(NamedTuple):
     """A sum, and a layer's call on it."""
 
@@ -58,13 +65,11 @@ class Sum(NamedTuple):
     norm: Node
 
 
-def takes_sums(module: Module | None) -> bool:
-    """Whether a layer's own forward has a pass for a sum and its norm."""
-    if module is None or not is_plain(module):
-        return False
+def takes_sums(module: Module) -> bool:
+    """Whether a layer has a pass for a sum and its norm."""
     if isinstance(module, Ruled):
         # a class that somebody derived from that may do more
-        return "_rule" in vars(type(module))
+        return "_rule" in vars(type(module)) and has_pass(module._rule)
     ours = isinstance(module, PaddedRows) and type(module).forward.__module__.startswith(
         "truenorm."
     )
@@ -84,12 +89,18 @@ def _operands(node: Any) -> tuple[Node, Node] | None:
     return (one, other) if isinstance(one, Node) and isinstance(other, Node) else None
 
 
-def find(root: Module, graph: Graph, but: Container[Node]) -> list[Sum]:
-    """Each layer's call on a sum that is still what it was; no node of it in `but`."""
+def find(
+    root: Module,
+    graph: Graph,
+    but: Container[Node],
+    layers: Callable[[Module], bool] = takes_sums,
+) -> list[Sum]:
+    """Each of these layers' calls on a sum that is still what it was; no node of it in `but`."""
     found: list[Sum] = []
     taken: set[Node] = set()
     for norm in graph.nodes:
-        if norm in but or not takes_sums(module_of(root, norm)):
+        layer = module_of(root, norm)
+        if layer is None or norm in but or not (is_plain(layer) and layers(layer)):
             continue
         add = norm.args[0] if len(norm.args) == 1 and not norm.kwargs else None
         if _operands(add) is None or add in but or add in taken:
