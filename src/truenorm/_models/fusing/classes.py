@@ -109,7 +109,7 @@ def fused_class(kind: type[Module]) -> type[Module]:
             return plan.graph(plan.calls, self, *args, **kwargs)
         return kind.forward(self, *args, **kwargs)
 
-    _OWN_CODE.add(forward.__code__)
+    _OWN_CODE.add(forward.__code__)  # type: ignore[attr-defined]
 
     def fill(members: dict[str, Any]) -> None:
         members.update(

@@ -235,6 +235,10 @@ class Conditions:
     def is_empty(self, argument: str) -> None:
         self._add(f"not {argument}")
 
+    def are_unknown(self, argument: str, names: frozenset[str]) -> None:
+        """None of the arguments by name is one of these."""
+        self._add(f"(not {argument} or {self.name(names)}.isdisjoint({argument}))")
+
     def source(self, arguments: str) -> str:
         plain, quick = (
             "\n        and ".join(dict.fromkeys(parts)) for parts in (self._plain, self._quick)

@@ -89,7 +89,9 @@ def _arguments(read: Read, conditions: Conditions) -> None:
     for p in read.parameters:
         if p.name in conditions.held or p.name in ("self", "now"):
             raise Unreadable(f"the forward has an argument called {p.name!r}")
-        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+        if f"**{p.name}" in read.free:
+            conditions.are_unknown(p.name, read.strings)
+        elif p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             conditions.is_empty(p.name)
         elif p.name in read.defaults:
             conditions.is_left_out(p.name, read.defaults[p.name])

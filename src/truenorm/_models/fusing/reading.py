@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
+import itertools
 import logging
 import operator
 import sys
@@ -84,14 +86,37 @@ def _matches(code: CodeType) -> bool:
 @functools.cache
 def _compares_identity(code: CodeType) -> bool:
     """Whether it asks for an object other than None, or for the class of what is matched."""
-    last = None
-    for step in dis.get_instructions(code):
-        if step.opname.startswith("MATCH_"):
+    steps = list(dis.get_instructions(code))
+    for last, step in itertools.pairwise(steps):
+        of_none = last.opname == "LOAD_CONST" and last.argval is None
+        if step.opname.startswith("MATCH_") or (step.opname == "IS_OP" and not of_none):
             return True
-        if step.opname == "IS_OP" and not (last.opname == "LOAD_CONST" and last.argval is None):
-            return True
-        last = step
     return False
+
+
+_NAMED = "LOAD_CONST", "LOAD_DEREF"
+
+
+@functools.cache
+def _hands_on(code: CodeType) -> bool:
+    """Whether its `**kwargs` is handed on, and asked for names that stand in the code, alone."""
+    place = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    name = code.co_varnames[place]
+    idle = "CACHE", "PRECALL", "EXTENDED_ARG", "NOP"
+    steps = [s for s in dis.get_instructions(code) if s.opname not in idle]
+    for at, step in enumerate(steps):
+        of_it = step.argval == name or (isinstance(step.argval, tuple) and name in step.argval)
+        if not of_it or "CONST" in step.opname or step.opname == "KW_NAMES":
+            continue
+        if at + 2 >= len(steps):
+            return False
+        after, then = steps[at + 1].opname, steps[at + 2].opname
+        item = after in _NAMED and then.endswith("_SUBSCR")
+        method = steps[at + 1].argval in ("get", "pop") and then in _NAMED
+        asked = after == "CONTAINS_OP" and steps[at - 1].opname in _NAMED
+        if "LOAD_FAST" not in step.opname or not (after == "DICT_MERGE" or item or method or asked):
+            return False
+    return name not in code.co_cellvars
 
 
 def is_object(value: Any) -> bool:
@@ -121,6 +146,7 @@ class Recorder:
     def __init__(self, root: Module, forward: Any, free: frozenset[str] = frozenset()) -> None:
         self.root, self.forward = root, forward
         self.free = free  # arguments that may be anything
+        self.more = any(name.startswith("**") for name in free)
         self.facts: dict[tuple[str, int, str], Fact] = {}
         self.asked_for_type = False  # of an input
         self.asked_for_class = False  # of modules
@@ -241,6 +267,8 @@ class Recorder:
         self.asked_for_class |= _matches(code)
         self._inner.update(c for c in code.co_consts if isinstance(c, CodeType))
         loaded, mentioned = _names(code)
+        if self.more and code.co_flags & inspect.CO_VARKEYWORDS and not _hands_on(code):
+            raise Unreadable("the forward looks through its **kwargs")
         if self.free and _compares_identity(code):
             raise Unreadable("the forward asks whether an argument is one object")
         if "type" in loaded:
@@ -280,6 +308,12 @@ class Recorder:
         self._closures()
         self._objects()
         return list(self.facts.values())
+
+    def strings(self) -> frozenset[str]:
+        """All those that the code had, to ask for a name by."""
+        written = (c for code, _ in self._codes for c in code.co_consts)
+        read = map(value_of, self.facts.values())
+        return frozenset(c for c in (*written, *read) if isinstance(c, str))
 
     def _objects(self) -> None:
         """Of objects, what the code that ran mentions of them."""

@@ -79,14 +79,11 @@ def takes_sums(module: Module) -> bool:
     return options.activation is None and not options.overwrite_input
 
 
-def _operands(node: Any) -> tuple[Node, Node] | None:
-    """What a node adds, where it does nothing else."""
-    if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
-        return None
-    if node.target not in _BY or len(node.args) != 2 or node.kwargs:
-        return None
-    one, other = node.args
-    return (one, other) if isinstance(one, Node) and isinstance(other, Node) else None
+def _adds(node: Node) -> bool:
+    """Whether it is the sum of two and nothing else."""
+    if node.op not in ("call_function", "call_method") or node.target not in _BY or node.kwargs:
+        return False
+    return len(node.args) == 2 and all(isinstance(a, Node) for a in node.args)
 
 
 def find(
@@ -103,7 +100,7 @@ def find(
         if layer is None or norm in but or not (is_plain(layer) and layers(layer)):
             continue
         add = norm.args[0] if len(norm.args) == 1 and not norm.kwargs else None
-        if _operands(add) is None or add in but or add in taken:
+        if not isinstance(add, Node) or not _adds(add) or add in but or add in taken:
             continue
         # the norm is called where the sum is made
         if is_left(root, add, norm):

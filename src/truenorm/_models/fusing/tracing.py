@@ -19,6 +19,7 @@ from .classes import written
 from .reading import Fact, Recorder, Unreadable, is_recorded
 
 _NONE = object()
+_PROBE = "_truenorm_more"
 _DEFAULTS = (type(None), bool, int, float, str)
 
 
@@ -76,9 +77,13 @@ class _OneLevel(Tracer):
         for p in called.named:
             left_out = () if p.default is p.empty else (p.default,)
             inputs[p.name] = self.create_proxy("placeholder", p.name, left_out, {})
+        if more := called.more if called.more in self.recorder.free else "":
+            inputs[more] = self.create_proxy("placeholder", more, (), {})
 
         def recorded(root: Module, *_: Any) -> Any:
             by_place, by_name = called.arguments({**inputs, **given.constants}, given)
+            if more and more not in given.left_out:
+                by_name[_PROBE] = inputs[more]
             with self.recorder.running(lambda: len(self.graph.nodes)):
                 return called.forward(root, *by_place, **by_name)
 
@@ -149,6 +154,7 @@ class Signature:
         first, *self.all = inspect.signature(self.forward).parameters.values()
         variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
         self.named = [p for p in self.all if p.kind not in variable]
+        self.more = next((f"**{p.name}" for p in self.all if p.kind is p.VAR_KEYWORD), "")
         self.defaults = {p.name: p.default for p in self.named if p.default is not p.empty}
         if first.kind in variable or any(p.kind is p.POSITIONAL_ONLY for p in self.named):
             raise Unreadable("the forward has arguments without a name")
@@ -161,7 +167,7 @@ class Signature:
     def arguments(self, values: dict[str, Any], given: Given) -> tuple[list[Any], dict[str, Any]]:
         """By place, and by name."""
         by_place: list[Any] = []
-        by_name = {}
+        by_name: dict[str, Any] = {}
         for p in self.named:
             if p.name in given.left_out:
                 continue
@@ -188,7 +194,8 @@ class Read(NamedTuple):
     parameters: list[inspect.Parameter]
     defaults: dict[str, Any]  # what optional arguments are where the graph stands for the forward
     calls: tuple[Any, ...] = ()  # functions that stay calls
-    free: frozenset[str] = frozenset()  # arguments that may be anything
+    free: frozenset[str] = frozenset()  # arguments that may be anything, "**kwargs" among them
+    strings: frozenset[str] = frozenset()  # which no name in **kwargs may be
 
 
 def _is_written(value: Any) -> bool:
@@ -233,6 +240,7 @@ def with_free_arguments(module: Module, before: Read) -> Read:
     called = Signature(type(module))
     asked = {str(n.target): n for n in before.graph.nodes if n.op == "placeholder"}
     candidates = [n for n in asked if n in called.defaults or _is_handed_on(asked[n])]
+    candidates += [called.more] if called.more else []
     if not candidates:
         return before
     known = _freed.get(type(module))
@@ -272,7 +280,7 @@ def _read(
     ways = [Given(held), Given(held, free, frozenset(held))]
     if free:
         bound = {p.name: called.defaults.get(p.name) for p in called.named if p.name in free}
-        ways.append(Given({**held, **bound}))
+        ways.append(Given({**held, **bound}, left_out=frozenset({called.more})))
     graphs = []
     try:
         for way, given in enumerate(ways):
@@ -289,7 +297,9 @@ def _read(
             raise Unreadable("the forward depends on its optional arguments")
         facts = recorder.finish()
         asked = recorder.asked_for_type, recorder.asked_for_class
-        return Read(graphs[0], facts, *asked, called.all, held, calls, free)
+        strings = recorder.strings() if called.more in free else frozenset()
+        _hand_on(graphs[0])
+        return Read(graphs[0], facts, *asked, called.all, held, calls, free, strings)
     except Unreadable:
         raise
     except Exception as error:  # whatever a forward raises on what stands for a tensor
@@ -297,6 +307,25 @@ def _read(
         raise Unreadable(why) from error
     finally:
         attributes.restore()
+
+
+def handing_on(module: Module, more: dict[str, Any], /, *args: Any, **named: Any) -> Any:
+    """A call with whatever else the forward was called with by name."""
+    return module(*args, **named, **more)
+
+
+def _hand_on(graph: Graph) -> None:
+    """What was called with the stand-in for **kwargs is called with these."""
+    for node in list(graph.nodes):
+        if _PROBE not in node.kwargs:
+            continue
+        named = dict(node.kwargs)
+        with graph.inserting_before(node):
+            module = graph.get_attr(str(node.target))
+            args = module, named.pop(_PROBE), *node.args
+            call = graph.call_function(handing_on, args, named)
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
 
 
 def _same_but_for(graph: Graph, other: Graph, constants: dict[str, Any]) -> bool:
@@ -322,7 +351,10 @@ def _same_but_for(graph: Graph, other: Graph, constants: dict[str, Any]) -> bool
     for a, b in zip(graph.nodes, other.nodes, strict=True):
         if a.op != b.op or a.target != b.target:
             return False
-        if a.op != "placeholder" and not alike((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs))):
+        named = dict(a.kwargs)
+        if a.op == "call_module":
+            named.pop(_PROBE, None)
+        if a.op != "placeholder" and not alike((a.args, named), (b.args, dict(b.kwargs))):
             return False
         meant[a] = b
     return True
