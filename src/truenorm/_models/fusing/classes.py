@@ -22,9 +22,7 @@ class Fused:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # a class that keeps a list of its subclasses need not hear of this one
-        if "_truenorm_unfused" not in vars(cls) or _is_checkpointing(
-            vars(cls)["_truenorm_unfused"].forward
-        ):
+        if not is_fused_class(cls) or _is_checkpointing(original_of(cls).forward):
             super().__init_subclass__(**kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
