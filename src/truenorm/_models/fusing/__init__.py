@@ -1,4 +1,4 @@
-"""`truenorm.fuse`: Norm → activation and Norm → add → activation in one pass."""
+"""`truenorm.fuse`: norms in one pass with what stands before and after them."""
 
 from .fusing import fuse, unfuse
 

@@ -31,7 +31,9 @@ def fuse(model: M) -> M:
     layers in an `nn.Sequential`, and in a forward of your own; activations as modules, functions
     and methods (ReLU, ReLU6, LeakyReLU, ELU, GELU, SiLU, Hardswish), additions and products as
     operators, methods and functions of torch.
-    Of a forward with optional arguments calls without these are found. Where it depends on its
+    A sum before a norm, h = x + r and norm(h), is one pass too where both are large (`add=`).
+    Arguments that a forward only hands on may be anything; of other optional ones calls without
+    these are found. Where it depends on its
     tensors' values or on anything that cannot be looked at again, or differs in training and
     evaluation, it stays as it is.
 
