@@ -17,7 +17,8 @@ from torch.nn import Module
 from torch.nn.modules import module as of_torch
 
 from ...nn._options import options_of
-from .reading import Fact, Unreadable, is_object
+from .codes import Unreadable
+from .reading import Fact, is_object
 
 _NUMBERS = (int, float, complex, str, bytes)
 _THEMSELVES = (

@@ -14,8 +14,9 @@ from ..._core import checks
 from ...nn._activation import Activated
 from ...nn._ruled import Ruled
 from .classes import PLAN, Fused, fused_class, is_fused_class, original_of
+from .codes import Unreadable
 from .plan import finds_something, plan
-from .reading import Unreadable, recording
+from .reading import recording
 from .tracing import read, with_free_arguments
 
 M = TypeVar("M", bound=Module)

@@ -12,9 +12,10 @@ from torch.nn import Module
 from ..._core import activation
 from . import patterns, sums
 from .classes import PLAN
+from .codes import Unreadable
 from .fusing import may_be_read, undisturbed
 from .memory import is_plain, module_of
-from .reading import Unreadable, recording
+from .reading import recording
 from .tracing import read
 
 Is = Callable[[Module], bool]

@@ -13,8 +13,9 @@ from torch.nn import Module
 
 from ...nn._activation import Activated
 from . import patterns, sums
+from .codes import Unreadable
 from .conditions import MISSING, Conditions, compiled, of_copy
-from .reading import Unreadable, value_of
+from .reading import value_of
 from .tracing import Read
 
 

@@ -7,10 +7,7 @@ for something else (a random number, the time, whether gradients are on) is give
 
 from __future__ import annotations
 
-import dis
-import functools
 import inspect
-import itertools
 import logging
 import operator
 import sys
@@ -24,6 +21,7 @@ import torch
 from torch.nn import Module
 
 from ..leftovers import copied, put_back
+from .codes import Unreadable, compares_identity, hands_on, matches, names
 
 _GETATTR = Module.__getattr__.__code__
 _MODELS = ("fusing.tracing", "layers", "leftovers", "moments", "running", "swap", "undo")
@@ -43,10 +41,6 @@ _OWN = globals()
 _PLAIN = (list, tuple, dict, set, frozenset, str, bytes, int, float, complex, bool)
 
 
-class Unreadable(Exception):
-    """The forward depends on what cannot be looked at again."""
-
-
 class Fact(NamedTuple):
     """One thing that was read: an attribute, a name of a file, or what a closure holds."""
 
@@ -63,60 +57,6 @@ def _kind(scope: dict[str, Any]) -> str:
     if top in ("torch", "truenorm"):
         return "torch"
     return "standard" if top in sys.stdlib_module_names and name != "__main__" else "user"
-
-
-@functools.cache
-def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """The global names that a function reads, and all others that it mentions."""
-    found = set()
-    for step in dis.get_instructions(code):
-        if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            raise Unreadable("the forward writes a global variable")
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            found.add(step.argval)
-    return frozenset(found), frozenset(code.co_names)
-
-
-@functools.cache
-def _matches(code: CodeType) -> bool:
-    """Whether it asks for a class without a call."""
-    return any(step.opname == "MATCH_CLASS" for step in dis.get_instructions(code))
-
-
-@functools.cache
-def _compares_identity(code: CodeType) -> bool:
-    """Whether it asks for an object other than None, or for the class of what is matched."""
-    steps = list(dis.get_instructions(code))
-    for last, step in itertools.pairwise(steps):
-        of_none = last.opname == "LOAD_CONST" and last.argval is None
-        if step.opname.startswith("MATCH_") or (step.opname == "IS_OP" and not of_none):
-            return True
-    return False
-
-
-_NAMED = "LOAD_CONST", "LOAD_DEREF"
-
-
-@functools.cache
-def _hands_on(code: CodeType) -> bool:
-    """Whether its `**kwargs` is handed on, and asked for names that stand in the code, alone."""
-    place = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
-    name = code.co_varnames[place]
-    idle = "CACHE", "PRECALL", "EXTENDED_ARG", "NOP"
-    steps = [s for s in dis.get_instructions(code) if s.opname not in idle]
-    for at, step in enumerate(steps):
-        of_it = step.argval == name or (isinstance(step.argval, tuple) and name in step.argval)
-        if not of_it or "CONST" in step.opname or step.opname == "KW_NAMES":
-            continue
-        if at + 2 >= len(steps):
-            return False
-        after, then = steps[at + 1].opname, steps[at + 2].opname
-        item = after in _NAMED and then.endswith("_SUBSCR")
-        method = steps[at + 1].argval in ("get", "pop") and then in _NAMED
-        asked = after == "CONTAINS_OP" and steps[at - 1].opname in _NAMED
-        if "LOAD_FAST" not in step.opname or not (after == "DICT_MERGE" or item or method or asked):
-            return False
-    return name not in code.co_cellvars
 
 
 def is_object(value: Any) -> bool:
@@ -239,7 +179,7 @@ class Recorder:
     def _closed(self, name: str) -> None:
         # what has become a node is computed again at each call; what has not is not
         if self._nodes() == self._open.pop()[1]:
-            self.refuse(f"{name}() may say something else at the next call")
+            self.refuse(f"the forward asks {name}()")
 
     def _called(self, frame: FrameType) -> None:
         kind, caller = _kind(frame.f_globals), frame.f_back
@@ -264,12 +204,12 @@ class Recorder:
         if (code, id(scope)) in self._codes:
             return
         self._codes[code, id(scope)] = None
-        self.asked_for_class |= _matches(code)
+        self.asked_for_class |= matches(code)
         self._inner.update(c for c in code.co_consts if isinstance(c, CodeType))
-        loaded, mentioned = _names(code)
-        if self.more and code.co_flags & inspect.CO_VARKEYWORDS and not _hands_on(code):
+        loaded, mentioned = names(code)
+        if self.more and code.co_flags & inspect.CO_VARKEYWORDS and not hands_on(code):
             raise Unreadable("the forward looks through its **kwargs")
-        if self.free and _compares_identity(code):
+        if self.free and compares_identity(code):
             raise Unreadable("the forward asks whether an argument is one object")
         if "type" in loaded:
             raise Unreadable("the forward asks for the type of a value")
@@ -319,7 +259,7 @@ class Recorder:
         """Of objects, what the code that ran mentions of them."""
         mentioned: set[str] = set()
         for code, _ in self._codes:
-            mentioned |= _names(code)[1]
+            mentioned |= names(code)[1]
         seen = 0
         while seen < len(self.facts):
             facts = list(self.facts.values())
@@ -365,7 +305,7 @@ class Recorder:
                 for name, cell in zip(code.co_freevars, cells, strict=True):
                     if name != "__class__":
                         self._add("cell", cell, name)
-                        self._look_into(cell.cell_contents, _names(code)[1])
+                        self._look_into(cell.cell_contents, names(code)[1])
             open_codes -= found
 
 
