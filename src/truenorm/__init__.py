@@ -14,6 +14,7 @@ from ._core.library import info
 from ._core.recomputed import recompute_outputs
 from ._core.pool import empty_cache
 from ._core.exporting import standard_ops
+from ._core.graphs.options import compile_options
 from ._triton.tune import tune
 
 # whole models
@@ -40,6 +41,7 @@ __all__ = [
     "Rule",
     "accumulate",
     "compare",
+    "compile_options",
     "convert",
     "distributed",
     "empty_cache",

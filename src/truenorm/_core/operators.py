@@ -30,6 +30,7 @@ from .call import (
     form_of,
 )
 from .geometry import BATCH
+from .graphs.options import install
 
 _CALL = (
     "Tensor? weight, Tensor? bias, Tensor? mask, Tensor? residual, Tensor? mean, Tensor? var,"
@@ -79,12 +80,12 @@ _EAGER = {
 
 defined = arguments.Library("truenorm")
 for _name, _schema in _SCHEMAS.items():
-    defined.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # a compiler may hand on whatever layout it has: what comes out lies as x does
+    defined.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 for _name, _schema in _EAGER.items():
     defined.define(_name + _schema)
     # called below autograd only: so no guard is needed to get there
     defined.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-
 
 # ---------------------------------------------------------------- plain kernels, any device
 
@@ -188,7 +189,6 @@ for _name, _kernel in PLAIN.items():
 defined.impl("move_once_", move_once, "CompositeExplicitAutograd")
 _triton.register(defined, PLAIN)
 
-
 # ---------------------------------------------------------------- shape rules, for the compiler
 
 
@@ -202,6 +202,7 @@ def _record_like(x: Tensor, bits: int) -> Tensor:
 
 
 def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    install()
     return geometry.empty_result(x, axes_of(rest[-4], x)), _fake_norm_(x, *rest)
 
 
