@@ -151,7 +151,9 @@ def _modulated(
         scale = modulation.shaped(scale, x, features)
     if shift is not None and shift.dim() != dims:
         shift = modulation.shaped(shift, x, features)
-    if not large and (numel >= modulation.SMALL or (weight is None and bias is None and scale is not None)):
+    if not large and (
+        numel >= modulation.SMALL or (weight is None and bias is None and scale is not None)
+    ):
         found = modulation.parameters(x, features, weight, bias, (scale, shift))
         if found is None:
             return None
