@@ -1,6 +1,7 @@
 // Element types, and the coefficients that the inner loops apply to them.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -51,7 +52,7 @@ template <class T>
 struct Affine {
   using A = compute_t<T>;
   A hi, scale, shift;
-  A scale_rest, shift_rest;
+  A scale_rest = 0, shift_rest = 0;
 
   Affine() = default;
   Affine(double mean, double rstd, const A* weight, const A* biases, int64_t channel)
@@ -62,8 +63,10 @@ struct Affine {
     const double offset = bias - (mean - double(hi)) * slope;
     scale = A(slope);
     shift = A(offset);
-    scale_rest = A(slope - double(scale));
-    shift_rest = A(offset - double(shift));
+    if constexpr (is_half<T>) {
+      scale_rest = A(slope - double(scale));
+      shift_rest = A(offset - double(shift));
+    }
   }
 };
 
@@ -72,16 +75,18 @@ struct Affine {
 template <class T>
 struct Affines {
   static constexpr int64_t kArrays = is_half<T> ? 5 : 3;
+  using Fields = std::array<compute_t<T>, size_t(kArrays)>;
   compute_t<T>* of[kArrays];
 
+  static Fields fields(const Affine<T>& a) {
+    if constexpr (is_half<T>)
+      return {a.hi, a.scale, a.shift, a.scale_rest, a.shift_rest};
+    else
+      return {a.hi, a.scale, a.shift};
+  }
   void set(int64_t i, const Affine<T>& a) const {
-    of[0][i] = a.hi;
-    of[1][i] = a.scale;
-    of[2][i] = a.shift;
-    if constexpr (is_half<T>) {
-      of[3][i] = a.scale_rest;
-      of[4][i] = a.shift_rest;
-    }
+    const Fields each = fields(a);
+    for (size_t j = 0; j < each.size(); ++j) of[j][i] = each[j];
   }
   Affines from(int64_t i) const {
     Affines moved = *this;

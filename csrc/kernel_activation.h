@@ -186,27 +186,6 @@ TN_INLINE P affine_sum(const P& x, const P* residual, const Activation& act, con
 }
 
 template <class T>
-void act(const ActInputs<T>& in, T* out, int64_t runs, int64_t len, const Affine<T>* by,
-         Activation act, bool stream) {
-  using P = AnyOrder<T>;
-  using V = typename P::V;
-  with_activation<T>(in, act, [&]<class G, class R>(const auto& made, G, R) TN_FLAT {
-    for (int64_t r = 0; r < runs; ++r) {
-      V of[5] = {splat<V>(by[r].hi), splat<V>(by[r].scale), splat<V>(by[r].shift)};
-      if constexpr (is_half<T>) {
-        of[3] = splat<V>(by[r].scale_rest);
-        of[4] = splat<V>(by[r].shift_rest);
-      }
-      act_run<P, G::value, R::value>(
-          in.from(r * len), out + r * len, len, stream, made,
-          [&](const P& x, const P* residual, int64_t) TN_FLAT {
-            return affine_sum<T>(x, residual, act, [&](int j, int) TN_FLAT { return of[j]; });
-          });
-    }
-  });
-}
-
-template <class T>
 void act_each(const ActInputs<T>& in, T* out, int64_t rows, int64_t cols, int64_t ld,
               const Affines<T>& by, Activation act, bool stream) {
   using P = InOrder<T>;
@@ -220,6 +199,31 @@ void act_each(const ActInputs<T>& in, T* out, int64_t rows, int64_t cols, int64_
                                              return load_raw<V>(by.of[j] + i + k * P::lanes);
                                            });
                                      });
+  });
+}
+
+template <class T>
+void act(const ActInputs<T>& in, T* out, int64_t runs, int64_t len, const Affine<T>* by,
+         Activation act, bool stream) {
+  using P = AnyOrder<T>;
+  using V = typename P::V;
+  if (are_short(runs, len))
+    return over_short_runs(runs, len, by, [&](int64_t at, int64_t count, const Affines<T>& of) {
+      act_each(in.from(at), out + at, 1, count, count, of, act, stream);
+    });
+  with_activation<T>(in, act, [&]<class G, class R>(const auto& made, G, R) TN_FLAT {
+    for (int64_t r = 0; r < runs; ++r) {
+      V of[5] = {splat<V>(by[r].hi), splat<V>(by[r].scale), splat<V>(by[r].shift)};
+      if constexpr (is_half<T>) {
+        of[3] = splat<V>(by[r].scale_rest);
+        of[4] = splat<V>(by[r].shift_rest);
+      }
+      act_run<P, G::value, R::value>(
+          in.from(r * len), out + r * len, len, stream, made,
+          [&](const P& x, const P* residual, int64_t) TN_FLAT {
+            return affine_sum<T>(x, residual, act, [&](int j, int) TN_FLAT { return of[j]; });
+          });
+    }
   });
 }
 

@@ -1,7 +1,8 @@
-// What maps value to value: outputs, and gradients of the input.
+// Outputs, value by value.
 #pragma once
 
 #include "kernel_map.h"
+#include "kernel_short.h"
 
 namespace truenorm {
 namespace {
@@ -22,29 +23,34 @@ TN_INLINE P affine_twice(const P& d, const vf (&scale)[2], const vf (&shift)[2],
   return out;
 }
 
+// (x − hi) · scale + shift with the coefficients of one run.
+template <class T>
+struct RunAffine {
+  using V = typename Lane<T>::V;
+  V hi, scale, shift, scale_rest, shift_rest;
+
+  TN_INLINE RunAffine of(const Affine<T>& by) {
+    RunAffine run = {splat<V>(by.hi), splat<V>(by.scale), splat<V>(by.shift), {}, {}};
+    if constexpr (is_half<T>)
+      run.scale_rest = splat<V>(by.scale_rest), run.shift_rest = splat<V>(by.shift_rest);
+    return run;
+  }
+  template <class P>
+  TN_FLAT P operator()(const P& x) const {
+    const P d = {x.v[0] - hi, x.v[1] - hi};
+    if constexpr (is_half<T>)
+      return affine_twice(d, {scale, scale}, {shift, shift}, {scale_rest, scale_rest},
+                          {shift_rest, shift_rest});
+    else
+      return {d.v[0] * scale + shift, d.v[1] * scale + shift};
+  }
+};
+
 template <class T>
 TN_INLINE void apply_run(const T* x, T* y, int64_t len, const Affine<T>& by, bool stream) {
   using P = AnyOrder<T>;
-  using V = typename P::V;
-  const V hi = splat<V>(by.hi), scale = splat<V>(by.scale), shift = splat<V>(by.shift);
-  if constexpr (is_half<T>) {
-    const V scale_rest = splat<V>(by.scale_rest), shift_rest = splat<V>(by.shift_rest);
-    map<P, 1>({x}, y, len, stream, [&](const P* v, int64_t) TN_FLAT {
-      return affine_twice(P{v->v[0] - hi, v->v[1] - hi}, {scale, scale}, {shift, shift},
-                          {scale_rest, scale_rest}, {shift_rest, shift_rest});
-    });
-  } else {
-    map<P, 1>({x}, y, len, stream, [&](const P* v, int64_t) TN_FLAT {
-      P out;
-      for (int k = 0; k < 2; ++k) out.v[k] = (v->v[k] - hi) * scale + shift;
-      return out;
-    });
-  }
-}
-
-template <class T>
-void apply(const T* x, T* y, int64_t runs, int64_t len, const Affine<T>* by, bool stream) {
-  for (int64_t r = 0; r < runs; ++r) apply_run(x + r * len, y + r * len, len, by[r], stream);
+  const auto run = RunAffine<T>::of(by);
+  map<P, 1>({x}, y, len, stream, [&](const P* v, int64_t) TN_FLAT { return run(*v); });
 }
 
 template <class T>
@@ -66,6 +72,24 @@ void apply_each(const T* x, T* y, int64_t rows, int64_t len, const Affines<T>& b
       return d;
     }
   });
+}
+
+template <class T>
+void apply(const T* x, T* y, int64_t runs, int64_t len, const Affine<T>* by, bool stream) {
+  if (are_short(runs, len)) {
+    int64_t served = 0;
+    if (!stream)
+      served = over_ends<1>({x}, y, runs, len, [&](int64_t r) TN_FLAT {
+        return [run = RunAffine<T>::of(by[r])](const auto(&v)[1])
+                   TN_FLAT { return run(InOrder<T>{v[0], v[0]}).v[0]; };
+      });
+    x += served * len, y += served * len;
+    return over_short_runs(runs - served, len, by + served,
+                           [&](int64_t at, int64_t count, const Affines<T>& each) {
+                             apply_each(x + at, y + at, 1, count, each, stream);
+                           });
+  }
+  for (int64_t r = 0; r < runs; ++r) apply_run(x + r * len, y + r * len, len, by[r], stream);
 }
 
 // A coefficient of rows so short that several of them are one run, value by value.
@@ -238,118 +262,6 @@ void add(const T* one, const T* other, T* to, int64_t len, bool stream) {
   using P = AnyOrder<T>;
   map<P, 2>({one, other}, to, len, stream, [](const P* v, int64_t) TN_FLAT {
     return P{v[0].v[0] + v[1].v[0], v[0].v[1] + v[1].v[1]};
-  });
-}
-
-template <class T>
-void grad_apply(const T* grad, const T* x, T* grad_x, int64_t runs, int64_t len,
-                const GradAffine<compute_t<T>>* by, bool stream) {
-  using P = AnyOrder<T>;
-  using V = typename P::V;
-  for (int64_t r = 0; r < runs; ++r) {
-    const V scale = splat<V>(by[r].scale), hi = splat<V>(by[r].hi), rstd = splat<V>(by[r].rstd),
-            slope = splat<V>(by[r].slope), shift = splat<V>(by[r].shift);
-    const int64_t at = r * len;
-    map<P, 2>({grad + at, x + at}, grad_x + at, len, stream, [&](const P* v, int64_t) TN_FLAT {
-      P out;
-      for (int k = 0; k < 2; ++k)
-        out.v[k] = v[0].v[k] * scale + ((v[1].v[k] - hi) * rstd * slope + shift);
-      return out;
-    });
-  }
-}
-
-template <class T>
-void grad_apply_each(const T* grad, const T* x, T* grad_x, int64_t rows, int64_t len,
-                     const GradAffines<compute_t<T>>& by, bool stream) {
-  using P = InOrder<T>;
-  using V = typename P::V;
-  map_rows<P, 2>({grad, x}, grad_x, rows, len, stream, [&](const P* v, int64_t i) TN_FLAT {
-    P out;
-    for (int k = 0; k < 2; ++k) {
-      const int64_t at = i + k * P::lanes;
-      const V x_hat = (v[1].v[k] - load_raw<V>(by.hi + at)) * load_raw<V>(by.rstd + at);
-      out.v[k] = v[0].v[k] * load_raw<V>(by.scale + at) +
-                 (x_hat * load_raw<V>(by.slope + at) + load_raw<V>(by.shift + at));
-    }
-    return out;
-  });
-}
-
-// Of one run: by(i) is the weight, hi, rstd, slope and shift of what follows value i.
-template <class T, class By>
-TN_INLINE void map_grad_row(const T* grad, const T* x, T* grad_x, int64_t len, bool stream,
-                            const By& by_of) {
-  using P = InOrder<T>;
-  map<P, 2>({grad, x}, grad_x, len, stream, [&](const P* v, int64_t i) TN_FLAT {
-    P out;
-    for (int k = 0; k < 2; ++k) {
-      const auto [weight, hi, rstd, slope, shift] = by_of(i + k * P::lanes);
-      out.v[k] = v[0].v[k] * weight * rstd + ((v[1].v[k] - hi) * rstd * slope + shift);
-    }
-    return out;
-  });
-}
-
-template <class T>
-void grad_apply_rows(const T* grad, const T* x, T* grad_x, int64_t rows, int64_t len, int64_t ld,
-                     const compute_t<T>* weight, const double* mean, const double* rstds,
-                     const RowSums& means, bool stream) {
-  using A = compute_t<T>;
-  using V = typename Lane<T>::V;
-  struct Terms {
-    V weight, hi, rstd, slope, shift;
-  };
-  GradAffine<A> by[kRowsTogether];
-  for (int64_t r = 0; r < rows; ++r)
-    by[r] = {mean[r], rstds[r], 1.0, means.grad[r], means.grad_x_hat[r]};
-  if (len < kStep && ld == len) {
-    Spread<A> hi, rstd, slope, shift;
-    SpreadParameter<A> weights;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = r * len;
-      hi.put(at, len, by[r].hi), rstd.put(at, len, by[r].rstd);
-      slope.put(at, len, by[r].slope), shift.put(at, len, by[r].shift);
-      weights.put(at, len, weight, A(1));
-    }
-    return map_grad_row(grad, x, grad_x, rows * len, stream, [&](int64_t i) TN_FLAT {
-      return Terms{weights.at(i), hi.at(i), rstd.at(i), slope.at(i), shift.at(i)};
-    });
-  }
-  Padded<A, kStep> padded;
-  if (weight && len < kStep) weight = Padded<A, kStep>::fill(padded, weight, len, A{});
-  for (int64_t r = 0; r < rows; ++r) {
-    const V hi = splat<V>(by[r].hi), rstd = splat<V>(by[r].rstd), slope = splat<V>(by[r].slope),
-            shift = splat<V>(by[r].shift);
-    const int64_t at = r * ld;
-    if (weight)
-      map_grad_row(grad + at, x + at, grad_x + at, len, stream, [&](int64_t i) TN_FLAT {
-        return Terms{load_raw<V>(weight + i), hi, rstd, slope, shift};
-      });
-    else
-      map_grad_row(grad + at, x + at, grad_x + at, len, stream,
-                   [&](int64_t) TN_FLAT { return Terms{splat<V>(A(1)), hi, rstd, slope, shift}; });
-  }
-}
-
-template <class T>
-void grad_scale(const T* grad, T* grad_x, int64_t runs, int64_t len,
-                const GradAffine<compute_t<T>>* of_runs, bool stream) {
-  using P = AnyOrder<T>;
-  for (int64_t r = 0; r < runs; ++r) {
-    const auto by = splat<typename P::V>(of_runs[r].scale);
-    map<P, 1>({grad + r * len}, grad_x + r * len, len, stream,
-              [&](const P* v, int64_t) TN_FLAT { return P{v->v[0] * by, v->v[1] * by}; });
-  }
-}
-
-template <class T>
-void grad_scale_each(const T* grad, T* grad_x, int64_t rows, int64_t len, const compute_t<T>* scale,
-                     bool stream) {
-  using P = InOrder<T>;
-  using V = typename P::V;
-  map_rows<P, 1>({grad}, grad_x, rows, len, stream, [&](const P* v, int64_t i) TN_FLAT {
-    return P{v->v[0] * load_raw<V>(scale + i), v->v[1] * load_raw<V>(scale + i + P::lanes)};
   });
 }
 

@@ -173,10 +173,17 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
     A sum_g[room], sum_gx[room];
     sum_lanes(g, sum_g);
     sum_lanes(gx, sum_gx);
+    if constexpr (R == 1) {
+      of_rows.grad[0] += double(sum_g[0]);
+      of_rows.grad_x_hat[0] += double(sum_gx[0]);
+    } else {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      of_rows.grad[r] += double(sum_g[r]);
-      of_rows.grad_x_hat[r] += double(sum_gx[r]);
+      for (int r = 0; r < R; r += D) {
+        store_raw(of_rows.grad + r,
+                  load_raw<vd>(of_rows.grad + r) + Lane<A>::load_double(sum_g + r));
+        store_raw(of_rows.grad_x_hat + r,
+                  load_raw<vd>(of_rows.grad_x_hat + r) + Lane<A>::load_double(sum_gx + r));
+      }
     }
     steps = 0;
   };

@@ -40,12 +40,13 @@ TN_INLINE Folded sums_about(const T* x, int64_t runs, int64_t len, int64_t strid
   const V unread_value = splat<V>(compute_t<T>(to_double(origin)));
   const vd shift = splat<vd>(to_double(origin));
   vd sums[N][2][H] = {}, squares[N][2][H] = {};
-  // counts(v, start, k): v, with what changes nothing for what does not count
-  const auto add = [&](const T* from, const auto& counts) TN_FLAT {
+  // counts(v, start, k): v, with what changes nothing for what does not count, from place `end` on
+  const auto add = [&](const T* from, int64_t end, const auto& counts) TN_FLAT {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       const P pair = P::load(from + n * P::size);
       for (int k = 0; k < 2; ++k) {
+        if (n * P::size + P::place(k, 0) >= end) continue;
         const V v = counts(pair.v[k], n * P::size, k);
         vd part[H];
         doubles_of(v, part);
@@ -67,15 +68,15 @@ TN_INLINE Folded sums_about(const T* x, int64_t runs, int64_t len, int64_t strid
     const T* p = x + run * stride;
     if (run + kRunsAhead < runs) foresee(p + kRunsAhead * stride, len);
     if (len < kStep) {
-      add(readable ? p : Padded<T, kStep>::fill(padded, p, len, origin),
+      add(readable ? p : Padded<T, kStep>::fill(padded, p, len, origin), len,
           [&](V v, int start, int k)
               TN_FLAT { return first_of<P>(v, start, k, int(len), unread_value); });
       continue;
     }
     int64_t i = 0;
-    for (; i + kStep <= len; i += kStep) add(p + i, [](V v, int, int) TN_FLAT { return v; });
+    for (; i + kStep <= len; i += kStep) add(p + i, kStep, [](V v, int, int) TN_FLAT { return v; });
     if (i < len)
-      add(p + len - kStep, [&](V v, int start, int k) TN_FLAT {
+      add(p + len - kStep, kStep, [&](V v, int start, int k) TN_FLAT {
         return unread<P>(v, start, k, int(i + kStep - len), unread_value);
       });
   }

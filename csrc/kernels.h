@@ -38,6 +38,12 @@ struct RowSums {
   RowSums from(int64_t row) const { return {grad + row, grad_x_hat + row}; }
 };
 
+// What grad_x takes of each of several runs, kind by kind.
+struct RunTerms {
+  const double *mean, *rstd, *weight;
+  RowSums means;  // of grad · weight and of that by x̂, over the run's statistic
+};
+
 // LocalResponseNorm of a tile: every channel of a few neighbouring positions of one sample.
 struct ResponseTile {
   int64_t channels, positions;
@@ -52,6 +58,8 @@ constexpr int64_t kPastPacked = 16;
 
 // Rows that are summed together, and whose columns are summed before these go on in float64.
 constexpr int kRowsTogether = 8;
+// Short runs whose coefficients are made together.
+constexpr int64_t kRunsTogether = 64;
 
 template <class T>
 struct Kernels {
@@ -107,6 +115,9 @@ struct Kernels {
   // grad_x = grad · scale + (x − hi) · rstd · slope + shift
   void (*grad_apply)(const T* grad, const T* x, T* grad_x, int64_t runs, int64_t len,
                      const GradAffine<A>* by, bool stream);
+  // the same of up to kRunsTogether short runs
+  void (*grad_apply_runs)(const T* grad, const T* x, T* grad_x, int64_t runs, int64_t len,
+                          const RunTerms& of, bool stream);
   void (*grad_apply_each)(const T* grad, const T* x, T* grad_x, int64_t rows, int64_t len,
                           const GradAffines<A>& by, bool stream);
   // grad_x = grad · weight · rstd + (x − hi) · rstd · slope + shift; weight may be null

@@ -5,6 +5,7 @@
 #include "kernel_activation.h"
 #include "kernel_elementwise.h"
 #include "kernel_gradients.h"
+#include "kernel_input_gradients.h"
 #include "kernel_local_response.h"
 #include "kernel_local_response_exact.h"
 #include "kernel_masked.h"
@@ -35,6 +36,7 @@ constexpr Kernels<T> kernels_of() {
           column_grad_sums<T>,
           row_grad_sums<T>,
           grad_apply<T>,
+          grad_apply_runs<T>,
           grad_apply_each<T>,
           grad_apply_rows<T>,
           grad_scale<T>,

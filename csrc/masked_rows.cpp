@@ -129,6 +129,17 @@ void forward_groups(const Forward<T>& f) {
   });
 }
 
+// As rows_short.cpp takes them.
+template <class T>
+auto short_sums_into(const Kernels<T>& kernels, GradSums& sums, double mean, double rstd) {
+  return [&, mean, rstd](const std::array<const T*, 2>& of, int64_t count) {
+    GradSums found;
+    kernels.row_grad_sums(of[0], of[1], 1, count, count, count, &mean, &rstd, nullptr,
+                          {&found.grad, &found.grad_x_hat}, nullptr, nullptr);
+    sums.add(found);
+  };
+}
+
 template <class T>
 void backward_groups(const Backward<T>& b) {
   using A = compute_t<T>;
@@ -148,8 +159,11 @@ void backward_groups(const Backward<T>& b) {
       GradSums total;
       for (int64_t c = channel; c < channel + per_group && b.summing(); ++c) {
         GradSums& of_channel = sums[n * g.c + c];
-        gathered.of_sample(n, c, 1,
-                           sums_into(b.kernels, of_channel, b.mean[statistic], b.rstd(statistic)));
+        const double mean = b.mean[statistic], rstd = b.rstd(statistic);
+        if (b.valid->count(n) < kShortRuns)
+          gathered.of_sample(n, c, 1, short_sums_into(b.kernels, of_channel, mean, rstd));
+        else
+          gathered.of_sample(n, c, 1, sums_into(b.kernels, of_channel, mean, rstd));
         total.add({b.weight_of(c) * of_channel.grad, b.weight_of(c) * of_channel.grad_x_hat});
       }
       const GradSums means = b.mean_grads(statistic, total, count);

@@ -95,7 +95,27 @@ void grad_runs(const Backward<T>& b, int64_t offset, int64_t runs, int64_t len,
   fence(b.stream);
 }
 
+// 1 / std of each statistic: what asks for it several times, or side by side, which takes less
+// time.
+template <class T>
+std::unique_ptr<double[]> rstds_of(const Backward<T>& b) {
+  const int64_t statistics = b.geometry.num_statistics();
+  auto rstds = scratch<double>(statistics);
+  constexpr int64_t kSome = 512;
+  parallel(ceil_div(statistics, kSome), kSome, [&](int64_t i) {
+    const int64_t end = std::min(statistics, (i + 1) * kSome);
+    for (int64_t at = i * kSome; at < end; ++at) rstds[at] = inverse_std(b.var[at], b.eps);
+  });
+  return rstds;
+}
+
 template <class T>
 void backward_elementwise(const Backward<T>& b);
+
+// Values of a run below which several are summed side by side.
+constexpr int64_t kShortRuns = 64;
+
+template <class T>
+void backward_short_runs(const Backward<T>& b);
 
 }  // namespace truenorm

@@ -125,6 +125,8 @@ void backward_rows(const Backward<T>& b) {
     backward_batch(b);
   else if (b.geometry.s == 1)
     backward_elementwise(b);
+  else if (b.geometry.s < kShortRuns)
+    backward_short_runs(b);
   else
     backward_groups(b);
 }

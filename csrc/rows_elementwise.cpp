@@ -218,14 +218,8 @@ void sums_of_samples(const Backward<T>& b, const Rows<T>& rows) {
 template <class T>
 void backward_elementwise(const Backward<T>& given) {
   const Geometry& g = given.geometry;
-  const int64_t statistics = g.num_statistics(), len = g.channels_per_group();
-  // a row asks for it up to three times, and a root and a division side by side take less time
-  const auto rstds = scratch<double>(statistics);
-  constexpr int64_t kSome = 512;
-  parallel(ceil_div(statistics, kSome), kSome, [&](int64_t i) {
-    const int64_t end = std::min(statistics, (i + 1) * kSome);
-    for (int64_t at = i * kSome; at < end; ++at) rstds[at] = inverse_std(given.var[at], given.eps);
-  });
+  const int64_t len = g.channels_per_group();
+  const auto rstds = rstds_of(given);
   Backward<T> b = given;
   b.rstds = rstds.get();
   const Rows<T> rows(b);

@@ -5,15 +5,17 @@
 namespace truenorm {
 namespace {
 
-// The part of a group that lies in [begin, end) of its C / G · S values, channel by channel:
-// body(channel within the group, first value within the group, number of values).
+// The part of a group that lies in [begin, end) of its C / G · S values: body(first channel within
+// the group, first value within the group, runs, values of each), a channel that is cut by itself.
 template <class Body>
 void by_channel(int64_t s, int64_t begin, int64_t end, const Body& body) {
   for (int64_t i = begin; i < end;) {
-    const int64_t channel = i / s;
-    const int64_t stop = std::min(end, (channel + 1) * s);
-    body(channel, i, stop - i);
-    i = stop;
+    const int64_t channel = i / s, next = (channel + 1) * s;
+    const bool whole = i % s == 0 && next <= end;
+    const int64_t runs = whole ? std::min(kRunsTogether, (end - i) / s) : 1;
+    const int64_t count = whole ? s : std::min(end, next) - i;
+    body(channel, i, runs, count);
+    i += runs * count;
   }
 }
 
@@ -41,15 +43,72 @@ void apply_group(const Forward<T>& f, int64_t statistic, double rstd, int64_t be
     else
       f.kernels.apply_rows(f.x + at, f.y + at, 1, count, &row, f.stream);
   } else {
-    by_channel(g.s, begin, end, [&](int64_t channel, int64_t i, int64_t count) {
-      const Affine<T> a(f.mean[statistic], rstd, f.weight, f.bias, first_channel + channel);
-      apply_runs(f, offset + i, 1, count, &a);
+    Affine<T> by[kRunsTogether];
+    by_channel(g.s, begin, end, [&](int64_t channel, int64_t i, int64_t runs, int64_t count) {
+      for (int64_t j = 0; j < runs; ++j)
+        by[j] = Affine<T>(f.mean[statistic], rstd, f.weight, f.bias, first_channel + channel + j);
+      apply_runs(f, offset + i, runs, count, by);
     });
   }
   fence(f.stream);
 }
 
 constexpr int64_t kNear = int64_t{8} << 10;  // bytes that are still in L1 for the second pass
+
+constexpr int64_t kGroupsTogether = 64;
+
+// y of neighbouring groups whose channels are runs.
+template <class T>
+void apply_some(const Forward<T>& f, int64_t first, int64_t some, const double* rstds) {
+  const Geometry& g = f.geometry;
+  const int64_t per_group = g.channels_per_group();
+  Affine<T> by[kRunsTogether];
+  int64_t runs = 0, offset = first * per_group * g.s, channel = first * per_group % g.c;
+  const auto flush = [&] {
+    apply_runs(f, offset, runs, g.s, by);
+    offset += runs * g.s;
+    runs = 0;
+  };
+  for (int64_t j = 0; j < some; ++j)
+    for (int64_t k = 0; k < per_group; ++k) {
+      by[runs++] = Affine<T>(f.mean[first + j], rstds[j], f.weight, f.bias, channel);
+      if (++channel == g.c) channel = 0;
+      if (runs == kRunsTogether) flush();
+    }
+  if (runs > 0) flush();
+}
+
+// Neighbouring groups of few values: a root and a division after the other take longer than these.
+template <class T>
+void forward_some(const Forward<T>& f, int64_t first, int64_t some) {
+  const Geometry& g = f.geometry;
+  const int64_t len = g.values_per_statistic();
+  for (int64_t j = 0; !f.fixed && j < some; j += kRowsTogether) {
+    const int64_t at = first + j, rows = std::min<int64_t>(kRowsTogether, some - j);
+    Moments of_rows[kRowsTogether];
+    if (!f.rows)
+      f.kernels.row_moments(f.x + at * len, rows, len, (g.num_statistics() - at) * len, g.centred,
+                            of_rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (f.rows && !f.skips(at + r))
+        of_rows[r] = f.kernels.moments(f.x + (at + r) * len, 1, len, 0, g.centred);
+      f.set(at + r, of_rows[r]);
+    }
+  }
+  if (!f.y) return;
+  double rstds[kGroupsTogether];
+  for (int64_t j = 0; j < some; ++j) rstds[j] = f.rstd(first + j);
+  if (g.s > 1) {
+    apply_some(f, first, some, rstds);
+  } else if (!f.rows && !f.acts()) {
+    RowAffine<T> rows[kRowsTogether];
+    for (int64_t j = 0; j < some; ++j) rows[j] = row_affine(f, first + j, rstds[j], 0);
+    f.kernels.apply_rows(f.x + first * len, f.y + first * len, some, len, rows, f.stream);
+  } else {
+    for (int64_t j = some - 1; j >= 0; --j) apply_group(f, first + j, rstds[j], 0, len);
+  }
+  fence(f.stream);
+}
 
 // Statistics of each sample's groups. A group that fits in cache is read from memory once.
 template <class T>
@@ -64,31 +123,12 @@ void forward_groups(const Forward<T>& f) {
     return f.kernels.moments(f.x + i * len + begin(p), 1, end(p) - begin(p), 0, g.centred);
   };
   if (kRowsTogether * len * int64_t(sizeof(T)) <= kNear) {
-    // some at a time, for a root and a division after the other take longer than a short row
-    constexpr int64_t kSome = kRowsTogether;
-    parallel(ceil_div(statistics, kSome), kSome * len, [&](int64_t task) {
-      const int64_t first = task * kSome, some = std::min(kSome, statistics - first);
-      if (!f.fixed) {
-        Moments of_rows[kSome];
-        const bool skips = f.rows != nullptr;
-        if (!skips)
-          f.kernels.row_moments(f.x + first * len, some, len, (statistics - first) * len, g.centred,
-                                of_rows);
-        for (int64_t j = 0; j < some; ++j)
-          f.set(first + j, skips ? of_piece(first + j, 0) : of_rows[j]);
-      }
-      if (!f.y) return;
-      double rstds[kSome];
-      for (int64_t j = 0; j < some; ++j) rstds[j] = f.rstd(first + j);
-      if (g.s == 1 && !f.rows && !f.acts()) {
-        RowAffine<T> rows[kSome];
-        for (int64_t j = 0; j < some; ++j) rows[j] = row_affine(f, first + j, rstds[j], 0);
-        f.kernels.apply_rows(f.x + first * len, f.y + first * len, some, len, rows, f.stream);
-        return fence(f.stream);
-      }
-      for (int64_t j = some - 1; j >= 0; --j) apply_group(f, first + j, rstds[j], 0, len);
+    // rows of one value per channel have more coefficients than a run's
+    const int64_t most = g.s == 1 ? kRowsTogether : kNear / int64_t(sizeof(T)) / len;
+    const int64_t some = std::min(most / kRowsTogether * kRowsTogether, kGroupsTogether);
+    return parallel(ceil_div(statistics, some), some * len, [&](int64_t task) {
+      forward_some(f, task * some, std::min(some, statistics - task * some));
     });
-    return;
   }
   const bool in_cache = len * int64_t(sizeof(T)) <= kInCache;
   if (pieces == 1 || (in_cache && busy(statistics))) {

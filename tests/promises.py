@@ -40,6 +40,7 @@ SHAPES: dict[str, tuple[Case, ...]] = {
         Case("InstanceNorm3d", (1,), AFFINE, (1, 1, 5, 3, 7)),
         Case("InstanceNorm2d", (2,), AFFINE, (3, 2, 170, 197)),  # several pieces, read from cache
         Case("InstanceNorm2d", (9,), AFFINE, (7, 9, 13, 11)),  # enough samples for a task each
+        Case("InstanceNorm2d", (19,), AFFINE, (11, 19, 2, 2)),  # several runs to a vector
     ),
     "group": (
         Case("GroupNorm", (2, 6), {}, (3, 6, 11, 13)),
@@ -48,6 +49,9 @@ SHAPES: dict[str, tuple[Case, ...]] = {
         Case("GroupNorm", (1, 5), {}, (1, 5, 9, 1)),
         Case("GroupNorm", (7, 7), {}, (2, 7, 2, 19)),
         Case("GroupNorm", (2, 4), {}, (3, 4, 130, 131)),
+        # short runs: more than are written together, and more than one piece to a group
+        Case("GroupNorm", (2, 130), {}, (2, 130, 5, 5)),
+        Case("GroupNorm", (1, 4100), {}, (2, 4100, 3, 3)),
     ),
     "trailing": (
         Case("LayerNorm", ((37,),), {}, (70, 37)),

@@ -103,6 +103,20 @@ void run(const Kernels<T>& k, Digest& digest) {
       A* const arrays[] = {c.data(), a.data(), b.data(), d.data(), e.data()};
       for (int64_t i = 0; i < Affines<T>::kArrays; ++i) each.of[i] = arrays[i];
       double means[2][2] = {{0.2, 0.0}, {-0.3, 0.1}};
+      // more runs than lie within a vector of the last one's end
+      constexpr int64_t kFew = 20;
+      const int64_t runs = len * kFew <= kMost ? kFew : 0;
+      std::vector<Affine<T>> by_run;
+      std::vector<double> of_runs[5];
+      for (int64_t r = 0; r < runs; ++r) {
+        by_run.emplace_back(mean[r], rstd[r], a.data(), b.data(), r);
+        for (int k = 0; k < 5; ++k)
+          of_runs[k].push_back(k < 2 ? (k ? rstd : mean)[r] : double((k < 3 ? a : b)[k + r]));
+      }
+      const RunTerms terms = {of_runs[0].data(),
+                              of_runs[1].data(),
+                              of_runs[2].data(),
+                              {of_runs[3].data(), of_runs[4].data()}};
       for (bool stream : {false, true}) {
         k.apply(x.data(), out.data(), 2, len, by, stream), add_out(2 * len);
         k.apply_each(x.data(), out.data(), 3, len, each, stream), add_out(3 * len);
@@ -119,6 +133,9 @@ void run(const Kernels<T>& k, Digest& digest) {
         k.grad_apply_rows(grad.data(), x.data(), out.data(), 2, len, len, a.data(), mean.data(),
                           rstd.data(), {means[0], means[1]}, stream);
         add_out(2 * len);
+        k.apply(x.data(), out.data(), runs, len, by_run.data(), stream), add_out(runs * len);
+        k.grad_apply_runs(grad.data(), x.data(), out.data(), runs, len, terms, stream);
+        add_out(runs * len);
         k.grad_scale(grad.data(), out.data(), 2, len, scales, stream), add_out(2 * len);
         k.grad_scale_each(grad.data(), out.data(), 3, len, a.data(), stream), add_out(3 * len);
       }

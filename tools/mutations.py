@@ -90,9 +90,9 @@ MUTATIONS = [
     ),
     Mutation(
         "2 1/std and its slope as one float32 number",
-        "kernel_elementwise.h",
-        "v[0].v[k] * scale + ((v[1].v[k] - hi) * rstd * slope + shift);",
-        "v[0].v[k] * scale + ((v[1].v[k] - hi) * (rstd * slope) + shift);",
+        "kernel_input_gradients.h",
+        "return grad * scale + ((x - hi) * rstd * slope + shift);",
+        "return grad * scale + ((x - hi) * (rstd * slope) + shift);",
         "scales",
     ),
     Mutation(

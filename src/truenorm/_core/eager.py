@@ -54,8 +54,6 @@ _is_tracing = torch._C._is_tracing
 graph_task = torch._C._current_graph_task_id
 # what is refused here, the long way words
 _REFUSED = (RuntimeError, TypeError, AttributeError)
-# values, of whose time the calls of torch's operators are most
-_SMALL = 1 << 14
 _PLAIN = Tensor, torch.nn.Parameter
 _NEEDS = NEEDS_INPUT | NEEDS_WEIGHT | NEEDS_BIAS | NEEDS_RESIDUAL
 # statistics that are not given
@@ -153,7 +151,9 @@ def _modulated(
         scale = modulation.shaped(scale, x, features)
     if shift is not None and shift.dim() != dims:
         shift = modulation.shaped(shift, x, features)
-    if not large and (numel >= _SMALL or (weight is None and bias is None and scale is not None)):
+    if not large and (
+        numel >= modulation.SMALL or (weight is None and bias is None and scale is not None)
+    ):
         found = modulation.parameters(x, features, weight, bias, (scale, shift))
         if found is None:
             return None

@@ -20,6 +20,8 @@ Pair = tuple[Tensor | None, Tensor | None]  # scale and shift
 
 # a part of fewer values takes longer than what scale and shift take after the norm, but for few
 _LONG, _FEW = 4096, 16
+# values, of whose time the calls of torch's operators are most
+SMALL = 1 << 14
 
 
 def arranged(name: str, t: Any, x: Tensor, features: int) -> Tensor | None:
@@ -191,6 +193,9 @@ def applied(y: Tensor, scale: Any, shift: Any, residual: Any, act: int, paramete
         y = y + shift
     elif shift is None:
         y = y * (1.0 + scale)
+    elif dtype.itemsize > 2 and y.numel() < SMALL:
+        # y + y · scale + shift: a sum with a number and an expanded view take as long as all of it
+        y = torch.addcmul(y, y, scale) + shift
     else:
         # one pass and one rounding; sizes of 1 have no say in how the result lies
         shift = shift if shift.shape == y.shape else shift.expand(y.shape)
