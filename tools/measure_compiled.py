@@ -135,7 +135,13 @@ def tokens_rms() -> Made:
 
 def digits() -> Made:
     """Small everywhere: what a compiler alone may do better."""
-    layers = nn.Linear(64, 128), nn.BatchNorm1d(128), nn.GELU(), nn.Linear(128, 64), nn.LayerNorm(64)
+    layers = (
+        nn.Linear(64, 128),
+        nn.BatchNorm1d(128),
+        nn.GELU(),
+        nn.Linear(128, 64),
+        nn.LayerNorm(64),
+    )
     return nn.Sequential(*layers, nn.ReLU()), torch.randn(32, 64)
 
 
@@ -250,9 +256,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
             _step(each, x, grad)
             times[n].append(clock() - start)
     base = times.pop("torch compiled")
-    ratios = [
-        statistics.median(b / t for b, t in zip(base, times[n], strict=True)) for n in times
-    ]
+    ratios = [statistics.median(b / t for b, t in zip(base, times[n], strict=True)) for n in times]
     print(f"{name:14} {1e3 * statistics.median(base):8.1f} ms", end="")
     print("".join(f"{r:20.2f}" for r in ratios), "  ", " ".join(f"{e:.1e}" for e in errors))
 
@@ -269,7 +273,13 @@ def main() -> None:
     args = parser.parse_args()
     truenorm.compile_options(own=args.own)
     torch.set_num_threads(args.threads)
-    names = ("torch eager", "converted eager", "fused eager", "converted compiled", "fused compiled")
+    names = (
+        "torch eager",
+        "converted eager",
+        "fused eager",
+        "converted compiled",
+        "fused compiled",
+    )
     if args.short:
         names = names[3:]
     print(f"{'network':14} {'compiled':>11}" + "".join(f"{n:>20}" for n in names))

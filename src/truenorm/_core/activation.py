@@ -68,19 +68,19 @@ def act_backward(grad: Tensor, z: Tensor, kind: int, parameter: float) -> Tensor
 # ---------------------------------------------------------------- read off a graph's nodes
 
 
-def _leaky(negative_slope: Any = 0.01, inplace: Any = False) -> Act | None:
+def leaky(negative_slope: Any = 0.01, inplace: Any = False) -> Act | None:
     return _with_number(LEAKY_RELU, negative_slope)
 
 
-def _elu(alpha: Any = 1.0, inplace: Any = False) -> Act | None:
+def elu(alpha: Any = 1.0, inplace: Any = False) -> Act | None:
     return _with_number(ELU, alpha)
 
 
-def _elu_scaled(alpha: Any = 1.0, scale: Any = 1, input_scale: Any = 1) -> Act | None:
+def _scaled_elu(alpha: Any = 1.0, scale: Any = 1, input_scale: Any = 1) -> Act | None:
     return _with_number(ELU, alpha) if scale == 1 and input_scale == 1 else None
 
 
-def _gelu(*, approximate: Any = "none") -> Act | None:
+def gelu(*, approximate: Any = "none") -> Act | None:
     kinds = {"none": GELU, "tanh": GELU_TANH}
     return (kinds[approximate], 0.0) if approximate in kinds else None
 
@@ -116,14 +116,14 @@ _FUNCTIONS: dict[Any, Callable[..., Act | None]] = {
     _aten.silu.default: _simple(SILU),
     F.hardswish: _simple(HARDSWISH),
     _aten.hardswish.default: _simple(HARDSWISH),
-    F.leaky_relu: _leaky,
-    F.leaky_relu_: _leaky,
-    _aten.leaky_relu.default: _leaky,
-    F.elu: _elu,
-    F.elu_: _elu,
-    _aten.elu.default: _elu_scaled,
-    F.gelu: _gelu,
-    _aten.gelu.default: _gelu,
+    F.leaky_relu: leaky,
+    F.leaky_relu_: leaky,
+    _aten.leaky_relu.default: leaky,
+    F.elu: elu,
+    F.elu_: elu,
+    _aten.elu.default: _scaled_elu,
+    F.gelu: gelu,
+    _aten.gelu.default: gelu,
 }
 
 
@@ -142,6 +142,8 @@ def of_call(op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @cache
 def _place(function: Any, name: str) -> int | None:
+    if not callable(function):
+        return None
     try:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):

@@ -185,8 +185,8 @@ PLAIN: dict[str, Callable[..., Any]] = {
 }
 for _name, _kernel in PLAIN.items():
     defined.impl(_name, _kernel, "CompositeExplicitAutograd")
-# asks, and calls move_: the same on every device
-defined.impl("move_once_", move_once, "CompositeExplicitAutograd")
+# asks, and calls move_, which looks at the arguments: the same on every device
+defined.own.impl("move_once_", move_once, "CompositeExplicitAutograd")
 _triton.register(defined, PLAIN)
 
 # ---------------------------------------------------------------- shape rules, for the compiler

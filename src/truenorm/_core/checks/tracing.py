@@ -33,3 +33,16 @@ def fail_scripting(what: str, remedy: str) -> NoReturn:
         f"torch.jit.script compiles Python, and {what} has kernels of its own: script {remedy}, or "
         "take torch.jit.trace(model, example)"
     )
+
+
+def check_compile_options(join: Any, own: Any) -> None:
+    if join is not None and not isinstance(join, bool):
+        raise TypeError(f"`join` must be True, False or None, but got {join!r}: pass one of them")
+    if own is None:
+        return
+    if not isinstance(own, int) or isinstance(own, bool):
+        raise TypeError(
+            f"`own` must be a number of values, an int, but got {own!r}: pass 0 for none"
+        )
+    if own < 0:
+        raise ValueError(f"`own` must be at least 0, but got {own}: pass 0 for none")

@@ -66,9 +66,9 @@ class _Formula:
         self.pivot: Any = None
         groups, features, _ = self.axes
         # a group of several channels is a dimension of its own
-        self.split = 1 if features or groups in (0, like.shape[1]) else groups
+        self.split = 0 if features or groups in (0, like.shape[1]) else groups
         self.x = self._against_x(args[X])
-        self.last = len(like.shape) + (self.split > 1)
+        self.last = len(like.shape) + bool(self.split)
         if features:
             self.dims = list(range(self.last - features, self.last))
         else:
@@ -78,13 +78,13 @@ class _Formula:
 
     def _against_x(self, t: Any) -> Any:
         """What is of x's shape, with the groups apart."""
-        if self.split > 1:
+        if self.split:
             t = t.unflatten(1, (self.split, self.shape[1] // self.split))
         return t.to(self.wide)
 
     def _parameter(self, p: Any) -> Any:
         if not self.axes.feature_dims:
-            channels = (self.split, -1) if self.split > 1 else (-1,)
+            channels = (self.split, -1) if self.split else (-1,)
             p = p.reshape(1, *channels, *[1] * (len(self.shape) - 2))
         return p.to(self.wide)
 
@@ -125,7 +125,7 @@ class _Formula:
         if residual is not None:
             z = z + self._against_x(residual)
         z = activation.act(z, self.form.act, self.form.parameter).to(self.dtype)
-        return z.flatten(1, 2) if self.split > 1 else z
+        return z.flatten(1, 2) if self.split else z
 
     def record(self) -> Any:
         """Means, variances and counts: (3, statistics), as constants."""

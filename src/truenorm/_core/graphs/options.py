@@ -1,4 +1,4 @@
-"""Which norms of a compiled graph are joined with what follows, and which are the compiler's own."""
+"""What becomes of the norms of a graph that Inductor compiles, and how Inductor comes to ask."""
 
 from __future__ import annotations
 
@@ -7,34 +7,50 @@ from typing import Any, NamedTuple
 
 from torch.fx import Graph, Node
 
+from .. import checks
 from . import expanding, joining, nodes, overwriting
 from .nodes import X
 
 
 class CompileOptions(NamedTuple):
-    """How truenorm's norms stand in graphs that Inductor compiles from now on."""
+    """How truenorm's norms stand in graphs that are compiled from now on."""
 
     join: bool = True
-    own: int = 1 << 17
+    own: int = 0
 
 
 _options = CompileOptions()
 
 
-def compile_options(join: bool | None = None, own: int | None = None) -> CompileOptions:
+def compile_options(*, join: bool | None = None, own: int | None = None) -> CompileOptions:
+    """What `torch.compile` makes of truenorm's layers: the options that hold from now on.
+
+    join: whether an activation, or a sum and an activation, that follow a layer become part of its
+        kernel, as `fuse` makes them, wherever in the model they stand; True at first. The output is
+        then rounded once, where eager layers round after each.
+    own: norms of at most this many values, on a CPU, become operators of the compiler's own, which
+        it fuses with what stands around them; 0, for none, at first. They are computed in float64
+        and rounded once, but are not the same to the bit as eager ones, nor from one number of
+        threads to another. It pays where whole inputs are small, as 100,000 values.
+
+    What is None stays as it is. Compiled already is compiled: `torch.compiler.reset()` forgets it.
+
+    Errors: TypeError for a join that is no bool or an own that is no int, ValueError for one below
+    zero.
+    """
     global _options
+    checks.check_compile_options(join, own)
     given = {"join": join, "own": own}
     _options = _options._replace(**{k: v for k, v in given.items() if v is not None})
     return _options
 
 
 def _is_own(norm: Node) -> bool:
-    """Whether the compiler's own operators serve a norm better."""
     x = nodes.value(norm.args[X])
-    if x is None or not expanding.can(norm):
+    if x is None or x.device.type != "cpu" or not expanding.can(norm):
         return False
-    values = x.numel()
-    return x.device.type == "cpu" and isinstance(values, int) and values <= _options.own
+    values: Any = x.numel()
+    return isinstance(values, int) and values <= _options.own
 
 
 def change(graph: Graph) -> None:
@@ -53,23 +69,32 @@ def change(graph: Graph) -> None:
 
 
 def install() -> None:
-    """Have Inductor ask `change` of each graph; called as soon as a norm is traced for a compiler."""
+    """Have Inductor ask `change` of each graph, after what it was told to ask before.
+
+    Called as soon as a norm is traced for a compiler, so that an import alone changes nothing.
+    """
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-    before = config.pre_grad_custom_pass
+    before: Any = config.pre_grad_custom_pass
     if getattr(before, "_truenorm", False):
         return
+    earlier = list(before) if isinstance(before, (list, tuple)) else [before] if before else []
     here = Path(__file__).parent
-    files = tuple(str(path) for path in sorted((*here.glob("*.py"), *here.parent.glob("[ac]*.py"))))
+    files = tuple(map(str, sorted((*here.glob("*.py"), here.parent / "activation.py"))))
 
     class Change(CustomGraphPass):
         _truenorm = True
 
         def __call__(self, graph: Graph) -> None:
+            for each in earlier:
+                each(graph)
             change(graph)
 
         def uuid(self) -> Any:
-            return get_hash_for_files(files, str(_options))
+            others = [each.uuid() if hasattr(each, "uuid") else None for each in earlier]
+            # None: what an earlier one does is not known, and no graph is kept on disk
+            own = get_hash_for_files(files, str(_options))
+            return None if None in others else (own, *others) if others else own
 
     config.pre_grad_custom_pass = Change()

@@ -10,6 +10,7 @@ from typing import Any
 from torch.fx import Node
 from torch.nn import Module
 
+from ..._core import activation
 from ...nn._options import options_of
 from ..layers import has_hooks
 
@@ -35,7 +36,8 @@ def _overwrites(root: Module, node: Node) -> bool:
         return True  # who knows
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or bool(node.kwargs.get("inplace")) or target in _IN_PLACE
+    asked = activation.argument(target, "inplace", node.args, node.kwargs)
+    return in_place or bool(asked) or target in _IN_PLACE
 
 
 def _sees(node: Node) -> list[Node]:
