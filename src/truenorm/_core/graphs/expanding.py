@@ -22,8 +22,8 @@ from .nodes import BIAS, BITS, EPS, MASK, MEAN, PARAMETER, RESIDUAL, VAR, WEIGHT
 
 def can(norm: Node) -> bool:
     """Whether the formula here is that of this call."""
-    args, x = norm.args, nodes.value(norm.args[X])
-    bits: Any = args[BITS]
+    args: Any = norm.args
+    x, bits = nodes.value(args[X]), args[BITS]
     if x is None or args[MASK] is not None or bits & (ROUNDS | ONE_PLUS):
         return False
     axes = axes_of(bits, x)

@@ -29,6 +29,7 @@ _IN_PLACE = {
 }
 # functions of these do what their names say
 _HOMES = torch, torch.nn.functional, torch._C._nn, operator
+_NOTHING: Act = activation.NONE, 0.0
 # what changes nothing that a graph computes
 _HARMLESS = {torch._C._are_functorch_transforms_active}
 
@@ -52,7 +53,7 @@ def join(graph: Graph, norm: Node) -> Node | None:
 
 def _is_bare(node: Node) -> bool:
     """A norm with neither mask, residual nor activation, whose output is rounded once."""
-    args = node.args
+    args: Any = node.args
     if args[MASK] is not None or args[RESIDUAL] is not None:
         return False
     return not args[BITS] & (0xFF << ACT | ROUNDS)
@@ -64,15 +65,18 @@ def _find(norm: Node) -> _Found | None:
     if y is None or user is None:
         return None
     found = None
-    if (act := activation.of_call(user.op, user.target, user.args, user.kwargs)) is not None:
+    if (act := _activation(user)) is not None:
         found = _Found(norm, y, None, None, user, act)
     elif (residual := _residual(y, user)) is not None:
         last = _only_user(user)
-        act = last and activation.of_call(last.op, last.target, last.args, last.kwargs)
-        if last is None or act is None:
-            last, act = user, (activation.NONE, 0.0)
-        found = _Found(norm, y, user, residual, last, act)
+        after = _activation(last) if last is not None else None
+        end, what = (user, _NOTHING) if last is None or after is None else (last, after)
+        found = _Found(norm, y, user, residual, end, what)
     return found if found is not None and _can_wait(found) else None
+
+
+def _activation(node: Node) -> Act | None:
+    return activation.of_call(node.op, node.target, node.args, dict(node.kwargs))
 
 
 def _only_user(node: Node) -> Node | None:
@@ -152,7 +156,7 @@ def _may_write(node: Node) -> bool:
         return True
     if (schema := getattr(node.target, "_schema", None)) is not None:
         # running statistics are asked for by name
-        return schema.is_mutable and not nodes.moves_running(node)
+        return bool(schema.is_mutable) and not nodes.moves_running(node)
     if node.op == "call_function" and not any(_is_of(h, name, node.target) for h in _HOMES):
         return True
     in_place = (name.endswith("_") and not name.endswith("__")) or node.target in _IN_PLACE
@@ -166,20 +170,21 @@ def _is_of(home: Any, name: str, function: Any) -> bool:
 def _replace(graph: Graph, found: _Found) -> Node:
     norm, y, add, residual, last, (act, parameter) = found
     args: list[Any] = list(norm.args)
+    target: Any = norm.target
     args[RESIDUAL], args[PARAMETER] = residual, parameter
     args[BITS] |= act << ACT
     with graph.inserting_before(last):
-        joined = graph.call_function(norm.target, tuple(args))
+        joined = graph.call_function(target, tuple(args))
         output = graph.call_function(operator.getitem, (joined, 0))
         joined.meta, output.meta = dict(norm.meta), dict(y.meta)
-    behind = output
+    behind: Node = output
     for record in nodes.outputs(norm, 1):
         record.replace_input_with(norm, joined)
         for node in (record, *record.users):
             behind.append(node)
             behind = node
     last.replace_all_uses_with(output)
-    for node in dict.fromkeys((last, add, y, norm)):
-        if node is not None:
-            graph.erase_node(node)
+    for gone in dict.fromkeys((last, add, y, norm)):
+        if gone is not None:
+            graph.erase_node(gone)
     return joined

@@ -40,7 +40,7 @@ def compile_options(*, join: bool | None = None, own: int | None = None) -> Comp
     """
     global _options
     checks.check_compile_options(join, own)
-    given = {"join": join, "own": own}
+    given: dict[str, Any] = {"join": join, "own": own}
     _options = _options._replace(**{k: v for k, v in given.items() if v is not None})
     return _options
 

@@ -26,12 +26,13 @@ def overwrite(graph: Graph, norm: Node) -> bool:
 
     Inductor takes its own code's memory again in this way, and spares a new output's pages.
     """
-    x: Any = norm.args[X]
+    args: Any = norm.args
+    x = args[X]
     alone = isinstance(x, Node) and x.target in _MAKERS and list(x.users) == [norm]
     outputs = nodes.outputs(norm, 0)
     # what a graph gives back has a layout of its own, which may not be x's
     last = any(user.op == "output" for y in outputs for user in y.users)
-    if norm.args[BITS] & KEEP or not alone or last or len(outputs) != len(norm.users):
+    if args[BITS] & KEEP or not alone or last or len(outputs) != len(norm.users):
         return False
     with graph.inserting_before(norm):
         graph.call_function(torch.ops.truenorm.norm_.default, norm.args)

@@ -12,9 +12,10 @@ from torch.fx import Graph, Node
 from torch.nn import Module
 
 from ..._core import activation
+from ..._core.activation import Act
 from ...nn._activation import Activated
 from ...nn._options import options_of
-from .activations import PARAMETERS, Act, activation_of
+from .activations import PARAMETERS, activation_of
 from .memory import is_alone, is_plain, lasts, may_write, module_of
 
 _ADDS = {operator.add, operator.iadd, torch.add}
