@@ -223,3 +223,14 @@ def test_every_way_of_adding_has_a_call() -> None:
         assert torch.equal(h, x.add(r) if add == "add" else add(x, r))
         assert torch.equal(y, h.tanh())
     assert operator.iadd not in sums._BY
+
+
+def test_a_small_input_is_not_looked_at_further() -> None:
+    """Where nothing but sums was found; a forward with an activation pays at any size."""
+    fused = truenorm.fuse(truenorm.convert(Block("first")))
+    holds = fused._truenorm_plan.holds  # type: ignore[union-attr, operator]
+    small, large = torch.randn(2, 7, FEATURES), torch.randn(LARGE)
+    assert (holds(fused, small), holds(fused, large)) == (False, True)
+    both = nn.Sequential(Block("first"), nn.BatchNorm1d(7), nn.ReLU())
+    fused = truenorm.fuse(truenorm.convert(both))
+    assert fused._truenorm_plan.holds(fused, small)  # type: ignore[union-attr, operator]

@@ -285,9 +285,11 @@ def test_an_input_or_a_shared_tensor_is_not_written_over() -> None:
         torch.testing.assert_close(torch.compile(shares, fullgraph=True)(x), shares(x))
 
 
-def test_training_is_never_in_place() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 4, 1), truenorm.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+@pytest.mark.parametrize("norm", [truenorm.BatchNorm2d, lambda c: truenorm.GroupNorm(2, c)])
+def test_training_is_never_in_place(norm: Callable[[int], nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), norm(4), nn.Conv2d(4, 4, 1))
     found = [n.target for n in changed(model, torch.randn(3, 4, 5, 6))]
+    assert torch.ops.truenorm.norm.default in found
     assert torch.ops.truenorm.norm_.default not in found
 
 

@@ -102,6 +102,7 @@ class Conditions:
         self.root, self.kind, self.classes = root, kind, classes
         self._plain: list[str] = []
         self._quick: list[str] = []
+        self._first = ""
         self._scopes: dict[type, Any] = {}  # vars(kind) is another object each time
         self.held: dict[str, Any] = {
             "MISSING": MISSING, "same": same, "Tensor": Tensor, "is_compiling": is_compiling,
@@ -240,12 +241,17 @@ class Conditions:
         """None of the arguments by name is one of these."""
         self._add(f"(not {argument} or {self.name(names)}.isdisjoint({argument}))")
 
+    def pays(self, asked: Callable[..., bool], arguments: list[str]) -> None:
+        """That all else is looked at only where `asked` of these says so, and never compiled."""
+        call = f"{self.name(asked)}({', '.join(arguments)})"
+        self._first = f"    if is_compiling() or not {call}:\n        return False\n"
+
     def source(self, arguments: str) -> str:
         plain, quick = (
             "\n        and ".join(dict.fromkeys(parts)) for parts in (self._plain, self._quick)
         )
         return (
-            f"def forward(self, {arguments}):\n"
+            f"def forward(self, {arguments}):\n{self._first}"
             f"    if is_compiling() or type(self) is not {self._fused}:\n        return ({plain})\n"
             f"    return ({quick})\n"
         )

@@ -100,6 +100,13 @@ def _arguments(read: Read, conditions: Conditions) -> None:
             conditions.is_input(p.name, read.asked_for_type)
 
 
+def _inputs(read: Read) -> list[str]:
+    """Names of the arguments that are tensors."""
+    variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    names = (p.name for p in read.parameters if p.kind not in variable)
+    return [name for name in names if name not in {*read.free, *read.defaults}]
+
+
 def finds_something(root: Module, read: Read) -> bool:
     """Whether there is something to be fused in this forward."""
     graph = copy.deepcopy(read.graph)
@@ -120,6 +127,9 @@ def plan(root: Module, kind: type[Module], read: Read) -> Plan:
     added = sums.find(root, graph, patterns.nodes_of(found))
     conditions = Conditions(root, kind, read.asked_for_class)
     _arguments(read, conditions)
+    if not found and not dropped:
+        # a look at all that a forward depends on takes longer than a small sum
+        conditions.pays(sums.pay, _inputs(read))
     for fact in read.facts:
         conditions.is_as_read(fact, value_of(fact, MISSING))
     needed = *patterns.requirements(root, found, dropped), *sums.requirements(root, added)

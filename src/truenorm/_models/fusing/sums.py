@@ -27,6 +27,11 @@ def _at_once(layer: Any, x: Any, other: Any) -> tuple[Tensor, Tensor] | None:
     return layer.of_sum(x, other) if isinstance(layer, Ruled) else layer(x, add=other)
 
 
+def pay(*inputs: Any) -> bool:
+    """Whether a module's inputs are so large that one pass for a sum and its norm takes less."""
+    return any(getattr(each, "nbytes", 0) >= added.LARGE for each in inputs)
+
+
 def _calls(add: Callable[[Any, Any], Any], name: str) -> Callable[..., tuple[Any, Any]]:
     """A graph holds no functions but those that it calls: one for each way of adding."""
 
