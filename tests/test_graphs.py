@@ -347,7 +347,5 @@ def test_a_graph_on_disk_is_of_these_options() -> None:
 
 
 def test_functions_that_write_are_known() -> None:
-    from truenorm._core.graphs.joining import _IN_PLACE
-
-    assert {operator.iadd, operator.ixor, operator.setitem} <= _IN_PLACE
-    assert not {operator.add, operator.index, operator.invert, operator.getitem} & _IN_PLACE
+    assert {operator.iadd, operator.ixor, operator.setitem} <= nodes.IN_PLACE
+    assert not {operator.add, operator.index, operator.invert, operator.getitem} & nodes.IN_PLACE

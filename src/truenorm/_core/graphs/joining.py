@@ -21,12 +21,6 @@ from . import nodes
 from .nodes import BITS, MASK, PARAMETER, RESIDUAL
 
 _ADDS = {operator.add, operator.iadd, torch.add}
-# of Python's own functions, those of a graph that write
-_IN_PLACE = {
-    getattr(operator, name)
-    for name in dir(operator)
-    if name in ("setitem", "delitem") or (name[0] == "i" and f"__{name[1:]}__" in dir(operator))
-}
 # functions of these do what their names say
 _HOMES = torch, torch.nn.functional, torch._C._nn, operator
 _NOTHING: Act = activation.NONE, 0.0
@@ -159,7 +153,7 @@ def _may_write(node: Node) -> bool:
         return bool(schema.is_mutable) and not nodes.moves_running(node)
     if node.op == "call_function" and not any(_is_of(h, name, node.target) for h in _HOMES):
         return True
-    in_place = (name.endswith("_") and not name.endswith("__")) or node.target in _IN_PLACE
+    in_place = (name.endswith("_") and not name.endswith("__")) or node.target in nodes.IN_PLACE
     return in_place or bool(activation.argument(node.target, "inplace", node.args, node.kwargs))
 
 

@@ -13,6 +13,13 @@ from torch.fx import Graph, Node
 # where these are in the arguments of `norm`
 X, WEIGHT, BIAS, MASK, RESIDUAL, MEAN, VAR, BITS, EPS, PARAMETER, PADDING = range(11)
 
+# of Python's own functions, those of a graph that write
+IN_PLACE = {
+    getattr(operator, name)
+    for name in dir(operator)
+    if name in ("setitem", "delitem") or (name[0] == "i" and f"__{name[1:]}__" in dir(operator))
+}
+
 
 def norms(graph: Graph) -> Iterator[Node]:
     """Each call of the operator, as its schema has it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Container, Iterator
 from types import FunctionType
 from typing import Any
@@ -11,10 +10,9 @@ from torch.fx import Node
 from torch.nn import Module
 
 from ..._core import activation
+from ..._core.graphs.nodes import IN_PLACE
 from ...nn._options import options_of
 from ..layers import has_hooks
-
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow}
 
 
 def module_of(root: Module, node: Node) -> Module | None:
@@ -37,7 +35,7 @@ def _overwrites(root: Module, node: Node) -> bool:
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     asked = activation.argument(target, "inplace", node.args, node.kwargs)
-    return in_place or bool(asked) or target in _IN_PLACE
+    return in_place or bool(asked) or target in IN_PLACE
 
 
 def _sees(node: Node) -> list[Node]:
