@@ -37,8 +37,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 with warnings.catch_warnings():
-    # without the native library truenorm warns, and the suite runs on plain PyTorch ops
-    warnings.filterwarnings("ignore", "truenorm runs on plain PyTorch ops", RuntimeWarning)
+    # without the native library truenorm warns, and the suite runs on torch's own operators
+    warnings.filterwarnings("ignore", "truenorm runs on torch's own operators", RuntimeWarning)
     import truenorm
 
 with warnings.catch_warnings():

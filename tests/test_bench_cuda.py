@@ -141,10 +141,12 @@ def test_without_kernels_it_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    lacking = argparse.Namespace(cuda="plain", cuda_words="plain PyTorch ops (no Triton)")
+    lacking = argparse.Namespace(cuda="torch", cuda_words="torch's own operators (no Triton)")
     monkeypatch.setattr(cuda_command, "info", lambda: lacking)
     assert main(["bench", "--device", "cuda"]) == 2
-    assert "no kernels to measure here: plain PyTorch ops (no Triton)" in capsys.readouterr().err
+    assert (
+        "no kernels to measure here: torch's own operators (no Triton)" in capsys.readouterr().err
+    )
 
 
 def test_threads_are_for_the_cpu(

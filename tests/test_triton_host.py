@@ -45,9 +45,11 @@ ROOT = Path(__file__).parent.parent
         ("3.3.1", "13.0", {}, "Triton 3.3.1 is too old"),
         ("3.6.0", "13.0", {"TRUENORM_CUDA": "plain"}, "TRUENORM_CUDA=plain"),
         ("3.6.0", "13.0", {"TRUENORM_BACKEND": "plain"}, "TRUENORM_BACKEND=plain"),
+        ("3.6.0", "13.0", {"TRUENORM_CUDA": "torch"}, "TRUENORM_CUDA=torch"),
+        ("3.6.0", "13.0", {"TRUENORM_BACKEND": "torch"}, "TRUENORM_BACKEND=torch"),
     ],
 )
-def test_why_plain_ops_serve(
+def test_why_no_kernel_serves(
     triton: str | None, cuda: str | None, environment: dict[str, str], reason: str
 ) -> None:
     found = _triton._reason(triton, cuda, environment)
@@ -74,13 +76,13 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_triton, "_devices", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.warns(RuntimeWarning, match=r"cuda:0, correct but slower: .* 7\.5 is below 8\.0"):
+    with pytest.warns(RuntimeWarning, match=r"cuda:0, as fast as they: .* 7\.5 is below 8\.0"):
         assert _triton.why_plain(0)
     # once
     assert "7.5 is below 8.0" in _triton.why_plain(0)
     info = truenorm.info()
-    assert info.cuda == "plain"
-    assert "cuda: cuda:0 on plain PyTorch ops (compute capability 7.5" in str(info)
+    assert info.cuda == "torch"
+    assert "cuda: cuda:0 on torch's own operators (compute capability 7.5" in str(info)
     monkeypatch.setenv("TRUENORM_CUDA", "triton")
     _triton._devices.clear()
     with pytest.raises(RuntimeError, match="TRUENORM_CUDA=triton, but not on cuda:0"):
@@ -90,11 +92,11 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(HAS_CUDA, reason="about a machine without a GPU")
 def test_info_names_the_path() -> None:
     info = truenorm.info()
-    assert info.other_devices == "plain"
+    assert info.other_devices == "torch"
     assert f"\ncuda: {info.cuda_words}\n" in str(info)
     if torch.version.cuda is None:
-        assert info.cuda == "plain"
-        assert "plain PyTorch ops (this PyTorch is built without CUDA)" in info.cuda_words
+        assert info.cuda == "torch"
+        assert "torch's own operators (this PyTorch is built without CUDA)" in info.cuda_words
     elif _triton.TRITON:
         # what would serve a GPU
         assert (info.cuda, info.cuda_words) == (

@@ -17,6 +17,7 @@ from torch.compiler import is_exporting
 from . import (
     checks,
     exchange,
+    fallback,
     gradients,
     operators,
     plain,
@@ -36,6 +37,8 @@ def normalize(call: Call, way: int) -> Tensor:
         return normalize_together([call], call.group)[0]
     if way == route.STANDARD:
         return standard.norm(call)
+    if way == route.TORCH:
+        return fallback.norm(call)
     y, record = _made(call, way, keep=call.running is not None)
     if call.running is not None:
         _move(call, record)
@@ -174,6 +177,8 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
     """Divide each value of x (N, C, *) by a power of its neighbouring channels' energy."""
     window = size, alpha, beta, k
     way = route.way_of(x)
+    if way in (route.KERNEL, route.GRAPH) and route.lacks_kernel(x):
+        return fallback.local_response_norm(x, *window)
     if way == route.STANDARD:
         return torch.nn.functional.local_response_norm(x, *window)
     if way == route.PLAIN:

@@ -17,7 +17,7 @@ from torch.autograd import Function, forward_ad
 from torch.jit import _trace
 from torch.overrides import has_torch_function_variadic
 
-from . import gradients, modulation, operators
+from . import fallback, gradients, modulation, operators
 from .call import (
     ACT,
     BY_OUTPUT,
@@ -90,9 +90,10 @@ def call(
         or _dispatch_modes()
         or _is_tracing()
         or _trace._trace_module_map is not None  # see route.tracing
-        or NATIVE is None
     ):
         return None
+    if NATIVE is None:
+        return fallback.shortly(x, weight, bias, form, eps, statistics, after)
     if after is not None and len(after) == 5:
         return _modulated(op, x, weight, bias, form, eps, statistics, after)
     try:

@@ -13,7 +13,14 @@ import torch
 
 from . import imports, pool
 
-BACKENDS = ("auto", "native", "plain")
+BACKENDS = ("auto", "native", "torch", "plain")
+# what serves without kernels, and what of truenorm's promises holds there
+WITHOUT = {"torch": "torch's own operators", "plain": "the formula in float64, many times slower"}
+OF_TORCH = (
+    "torch's own operators: as fast as torch's layers; torch's rounding, not truenorm's bits "
+    "(float32 on a CPU within 3e-5 of the formula at any offset); running statistics stay wide; "
+    "masks, and statistics over processes, by the formula in float64"
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,8 @@ def _load() -> tuple[Native | None, str]:
             f"TRUENORM_BACKEND (={backend!r}) is unknown: set it to one of {', '.join(BACKENDS)}"
         )
     cap_mib = pool.cap_mib()
-    if backend == "plain":
-        return None, "TRUENORM_BACKEND=plain"
+    if backend in ("torch", "plain"):
+        return None, f"TRUENORM_BACKEND={backend}"
     path = _find()
     try:
         if path is None:
@@ -66,7 +73,7 @@ def _load() -> tuple[Native | None, str]:
             raise ImportError(f"truenorm's native library did not load: {error}") from error
         reason = str(error)
     warnings.warn(
-        f"truenorm runs on plain PyTorch ops, correct but slower: {reason}",
+        f"truenorm runs on torch's own operators, at torch's speed: {reason}",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -74,6 +81,10 @@ def _load() -> tuple[Native | None, str]:
 
 
 NATIVE, WHY_NOT = _load()
+# whether the formula in float64 was asked for by name, in the place of torch's own operators
+FORMULA = os.environ.get("TRUENORM_BACKEND") == "plain"
+# what serves where no kernel does
+KERNELLESS = "plain" if FORMULA else "torch"
 
 
 @dataclass(frozen=True)
@@ -82,14 +93,14 @@ class Info:
 
     version: truenorm's.
     torch_version: the installed PyTorch's.
-    cpu: "native" or "plain".
+    cpu: "native"; else "torch", torch's own operators, or "plain", the formula in float64.
     instruction_set: of the native kernels on this machine, or None.
     library: path of the native library, or None.
-    why_plain: why CPU tensors are served by plain PyTorch ops, or "".
+    why_plain: why no kernels serve CPU tensors, or "".
     pool: the recycled memory of large results, or None without the native library.
-    cuda: "triton" or "plain".
-    cuda_words: what serves CUDA tensors, and why where that is plain PyTorch ops.
-    other_devices: what serves tensors of every other device.
+    cuda: "triton", "torch" or "plain".
+    cuda_words: what serves CUDA tensors, and why where that is no kernel.
+    other_devices: what serves tensors of every other device, "torch" or "plain".
     strangers: libraries that take truenorm's layers for none that they know, and why.
     """
 
@@ -100,29 +111,30 @@ class Info:
     library: str | None
     why_plain: str
     pool: pool.Pool | None = None
-    cuda: str = "plain"
-    cuda_words: str = "plain PyTorch ops"
-    other_devices: str = "plain"
+    cuda: str = "torch"
+    cuda_words: str = WITHOUT["torch"]
+    other_devices: str = "torch"
     strangers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.cpu == "native":
             cpu = f"native kernels ({self.instruction_set})"
         else:
-            cpu = f"plain PyTorch ops ({self.why_plain})"
+            cpu = f"{WITHOUT[self.cpu]} ({self.why_plain})"
         return (
             f"truenorm {self.version}, torch {self.torch_version}\n"
             f"cpu: {cpu}\n"
             f"pool: {self.pool or 'none'}\n"
             f"cuda: {self.cuda_words}\n"
-            "mps, xpu and other devices: plain PyTorch ops\n"
+            f"mps, xpu and other devices: {WITHOUT[self.other_devices]}\n"
             f"library: {self.library or 'none'}"
+            + (f"\n{OF_TORCH}" if "torch" in (self.cpu, self.cuda, self.other_devices) else "")
             + "".join(f"\nnot made known to {each}" for each in self.strangers)
         )
 
 
 def info() -> Info:
-    """Which path, native kernels or plain PyTorch ops, serves which device."""
+    """What serves which device: truenorm's kernels, torch's own operators or the formula."""
     from .. import __version__, _triton
 
     imports.retry()
@@ -130,12 +142,13 @@ def info() -> Info:
     return Info(
         version=__version__,
         torch_version=str(torch.__version__),
-        cpu="native" if NATIVE else "plain",
+        cpu="native" if NATIVE else KERNELLESS,
         instruction_set=NATIVE.instruction_set if NATIVE else None,
         library=str(NATIVE.path) if NATIVE else None,
         why_plain=WHY_NOT,
         pool=pool.statistics(),
         cuda=cuda,
         cuda_words=cuda_words,
+        other_devices=KERNELLESS,
         strangers=tuple(f"{name}: {why}" for name, why in imports.FAILED.items()),
     )

@@ -136,7 +136,7 @@ def by_part(call: Call) -> Call | None:
     x = call.x
     if call.group is not None or not x.is_cpu or x.is_complex():
         return None
-    if route.way(call) not in (route.KERNEL, route.GRAPH, route.PLAIN):
+    if route.way_to_output(call) not in (route.KERNEL, route.GRAPH, route.PLAIN):
         return None
     given = call.weight, call.bias, (call.scale, call.shift)
     found = parameters(x, call.form.axes.feature_dims, *given)

@@ -24,7 +24,7 @@ def normalize(call: Call) -> Tensor:
         if by_part is None:
             return modulation.finished(normalize(modulation.bare(call)), call)
         call = by_part
-    way = route.way(call)
+    way = route.way_to_output(call)
     return sharded.normalize(call) if way == route.SHARDED else dense.normalize(call, way)
 
 

@@ -2,8 +2,8 @@
 
 A kernel called at once; the operator itself, which stands in a compiler's graph; the plain formula,
 which torch can transform and differentiate as it likes; torch's own operators, in what is traced
-for a file that runs without truenorm; or, where the input is a DTensor, each process its own part.
-Whoever computes asks here, and nobody else.
+for a file that runs without truenorm, and where no kernel serves the device; or, where the input is
+a DTensor, each process its own part. Whoever computes asks here, and nobody else.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.jit import _trace
 
-from . import exporting, sharding
+from .. import _triton
+from . import exporting, geometry, library, sharding
 from .call import Call
 
-KERNEL, GRAPH, PLAIN, STANDARD, SHARDED = range(5)
+KERNEL, GRAPH, PLAIN, STANDARD, SHARDED, TORCH = range(6)
 
 # looked up once: every call asks
 _is_compiling = torch.compiler.is_compiling
@@ -52,8 +53,23 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+# at compile time too it is asked of the device itself
+_why_not_on_cuda = torch.compiler.assume_constant_result(_triton.why_plain)
+
+
+def lacks_kernel(x: Tensor) -> bool:
+    """Whether no kernel serves x's device, nor was the formula asked for by name."""
+    if x.is_cpu:
+        return library.NATIVE is None and not library.FORMULA
+    if x.is_cuda:
+        if _triton.WHY_NOT:
+            return not _triton.FORMULA
+        return bool(_why_not_on_cuda(x.device.index or 0))
+    return not (x.is_meta or library.FORMULA)
+
+
 def way_of(x: Tensor, *others: Tensor | None) -> int:
-    """One of the five above, for this input; others: what else of the call is differentiated."""
+    """One of the first five, for this input; others: what else of the call is differentiated."""
     if x.layout is _MKLDNN:
         return STANDARD
     if sharding.wanted(x, *others):
@@ -67,10 +83,29 @@ def way_of(x: Tensor, *others: Tensor | None) -> int:
 
 
 def way(call: Call) -> int:
-    """One of the five above, for a whole call."""
+    """One of the first five, for a whole call and its statistics."""
     if call.given is not None:
         sharding.wanted(call.x, *call.given)  # which refuses what is sharded beside a plain x
     found = way_of(call.x, call.weight, call.bias, call.residual)
     if call.mask is not None and found in (KERNEL, GRAPH) and call.own_mask():
         return PLAIN
     return found
+
+
+def way_to_output(call: Call) -> int:
+    """One of the six, for a call's output."""
+    found = way(call)
+    by_torch = found in (KERNEL, GRAPH) and lacks_kernel(call.x) and _by_torch(call)
+    return TORCH if by_torch else found
+
+
+def _by_torch(call: Call) -> bool:
+    """Whether torch's operators compute this call; the formula has the rest."""
+    if call.mask is not None or call.group is not None or call.by_part():
+        return False
+    if call.given is None:
+        return True
+    # they pass no gradient through statistics that are given, and take those of one dtype
+    wide = torch.promote_types(call.x.dtype, torch.float32)
+    fit = all(torch.promote_types(t.dtype, wide) == wide for t in call.given)
+    return fit and call.form.constant and call.form.axes == geometry.BATCH

@@ -109,7 +109,7 @@ def normalize(call: Call) -> Tensor:
         y, record = dense.normalize_with_statistics(own._replace(running=None))
         _move_by_samples(moving, own, record, samples)
     else:
-        y = dense.normalize(own, route.way(own))
+        y = dense.normalize(own, route.way_to_output(own))
     take_back()
     return plan.joined(y, call.x, axes)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("auto", "triton", "plain")
+BACKENDS = ("auto", "triton", "torch", "plain")
 # the oldest that the kernels are written for, and the oldest GPU that it compiles them for
 OLDEST_TRITON, OLDEST_GPU = (3, 4), (8, 0)
 
@@ -32,7 +32,7 @@ def _installed() -> str | None:
 
 
 def _reason(triton: str | None, cuda: str | None, environment: Mapping[str, str]) -> str:
-    """Why plain PyTorch ops serve CUDA tensors, or ""."""
+    """Why no kernel serves CUDA tensors, or ""."""
     asked = environment.get("TRUENORM_CUDA", "auto")
     if asked not in BACKENDS:
         raise ImportError(
@@ -40,8 +40,8 @@ def _reason(triton: str | None, cuda: str | None, environment: Mapping[str, str]
         )
     oldest = ".".join(map(str, OLDEST_TRITON))
     reason = ""
-    if asked == "plain":
-        return "TRUENORM_CUDA=plain"
+    if asked in ("torch", "plain"):
+        return f"TRUENORM_CUDA={asked}"
     if cuda is None:
         reason = "this PyTorch is built without CUDA"
     elif triton is None:
@@ -51,15 +51,26 @@ def _reason(triton: str | None, cuda: str | None, environment: Mapping[str, str]
     if reason and asked == "triton":
         # a backend that was asked for by name must load or raise
         raise ImportError(f"TRUENORM_CUDA=triton, but the kernels cannot be loaded: {reason}")
-    if not reason and asked == "auto" and environment.get("TRUENORM_BACKEND") == "plain":
-        reason = "TRUENORM_BACKEND=plain"
+    backend = environment.get("TRUENORM_BACKEND")
+    if not reason and asked == "auto" and backend in ("torch", "plain"):
+        reason = f"TRUENORM_BACKEND={backend}"
     return reason
+
+
+def _asks_formula(environment: Mapping[str, str]) -> bool:
+    """Whether the formula in float64 was asked for by name."""
+    asked = environment.get("TRUENORM_CUDA", "auto")
+    return asked == "plain" or (asked == "auto" and environment.get("TRUENORM_BACKEND") == "plain")
 
 
 TRITON = _installed()
 WHY_NOT = _reason(TRITON, torch.version.cuda, os.environ)
+FORMULA = _asks_formula(os.environ)
 
-# why plain PyTorch ops serve a device, or ""
+# what serves where no kernel does
+KERNELLESS = "plain" if FORMULA else "torch"
+
+# why no kernel serves a device, or ""
 _devices: dict[int, str] = {}
 
 
@@ -83,7 +94,7 @@ def _probe(index: int) -> str:
 
 
 def why_plain(index: int) -> str:
-    """Why plain PyTorch ops serve a CUDA device, or ""."""
+    """Why no kernel serves a CUDA device, or ""."""
     if WHY_NOT:
         return WHY_NOT
     if index not in _devices:
@@ -92,7 +103,7 @@ def why_plain(index: int) -> str:
             raise RuntimeError(f"TRUENORM_CUDA=triton, but not on cuda:{index}: {reason}")
         if reason:
             warnings.warn(
-                f"truenorm runs on plain PyTorch ops on cuda:{index}, correct but slower: {reason}",
+                f"truenorm runs on torch's own operators on cuda:{index}, as fast as they: {reason}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -122,12 +133,15 @@ def register(library: Any, plain: Kernels) -> None:
 
 
 def describe() -> tuple[str, str]:
-    """("triton" or "plain", in words what serves CUDA tensors)."""
+    """("triton", "torch" or "plain", in words what serves CUDA tensors)."""
+    from .._core.library import WITHOUT
+
+    without = WITHOUT[KERNELLESS]
     if WHY_NOT:
-        return "plain", f"plain PyTorch ops ({WHY_NOT})"
+        return KERNELLESS, f"{without} ({WHY_NOT})"
     words = f"Triton kernels (triton {TRITON})"
     found = [(i, why_plain(i)) for i in range(torch.cuda.device_count())]
-    others = [f"cuda:{index} on plain PyTorch ops ({reason})" for index, reason in found if reason]
+    others = [f"cuda:{index} on {without} ({reason})" for index, reason in found if reason]
     if found and len(others) == len(found):
-        return "plain", "; ".join(others)
+        return KERNELLESS, "; ".join(others)
     return "triton", "; ".join([words, *others])

@@ -257,6 +257,6 @@ def check_tunable(input: Tensor, why_plain: str) -> None:
         )
     if why_plain:
         raise RuntimeError(
-            f"`input` is on {input.device}, which plain PyTorch ops serve ({why_plain}): "
+            f"`input` is on {input.device}, which no Triton kernel serves ({why_plain}): "
             "there is nothing to tune"
         )

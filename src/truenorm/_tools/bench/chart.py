@@ -103,7 +103,7 @@ def draw(results: Sequence[Result], path: Path, where: str = "", *, force: bool 
         about, threads = machine(), shown[0].threads
         where = where or (
             f"{about['processor']}, {threads} thread{'s' if threads > 1 else ''}, "
-            f"{shown[0].dtype}, {about['instruction_set'] or 'plain PyTorch ops'}, "
+            f"{shown[0].dtype}, {about['instruction_set'] or 'no kernels'}, "
             f"torch {about['torch']}; medians over rounds, and quartiles"
         )
         figure.text(0.02, 1 - 0.58 / height, where, fontsize=9, color=QUIET, va="center")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from ..._core.library import WITHOUT
 from .results import EXAMPLES, PICTURES, Results
 from .style import CSS
 from .train import Training
@@ -136,7 +137,7 @@ def _explained(r: Results) -> str:
 
 def page(r: Results, environment: dict[str, Any]) -> str:
     """The whole page."""
-    cpu = "plain PyTorch ops"
+    cpu = WITHOUT.get(environment["cpu"], "")
     if environment["cpu"] == "native":
         cpu = f"native kernels ({environment['instruction_set']})"
     loss, photographs = PICTURES

@@ -1,0 +1,318 @@
+"""Torch's own operators, for devices and platforms without kernels: at torch's speed.
+
+Two things that torch gets wrong are called in another way, at little cost. An InstanceNorm is a
+GroupNorm of one channel a group, which takes a pass less, and has the right gradients where torch's
+InstanceNorm does not: where the batch is 1 and the gradient channels_last. And on a CPU the means
+and deviations that an operator gives back tell whether the offset has spoilt them. Then it is
+called again on the distances from one of each statistic's own values, which are as small as the
+deviations whatever the offset.
+
+Functions take what they need one by one: a small input's time is all Python.
+"""
+
+from __future__ import annotations
+
+from math import isnan
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import activation, geometry, library, operators, running
+from .call import CONSTANT, FEATURES, GROUPS, PER_CHANNEL, UNCENTRED, Call, Running
+
+# Means of up to so many deviations are torch's to take. What it makes of float32 is then off by
+# 5e-6 at most, and by 3e-5 where the channels lie inside, for which it has other sums.
+_FAR, _FAR_INSIDE = 30.0, 4.0
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+_FLOATING = torch.float32, torch.float64, torch.float16, torch.bfloat16
+_PLAIN = Tensor, torch.nn.Parameter
+
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_norm_of = torch.linalg.vector_norm
+
+Triple = tuple[Tensor, Any, Any]
+
+
+def norm(call: Call) -> Tensor:
+    """A call's output; x's own statistics move `running`."""
+    x, weight, bias, form = call[:4]
+    if form.one_plus and weight is not None:
+        weight = 1.0 + weight.to(_wide(x))
+    rest = *form.axes, form.eps, call.given, call.running
+    if form.rounds:
+        y = _normalized(x, None, None, *rest)
+        y = y if weight is None else y * weight.to(x.dtype)
+        y = y if bias is None else y + bias.to(x.dtype)
+    else:
+        y = _normalized(x, weight, bias, *rest)
+    if call.residual is not None:
+        y = y + call.residual
+    return activation.act(y, form.act, form.parameter)
+
+
+def shortly(
+    x: Tensor, weight: Any, bias: Any, form: int, eps: float, statistics: tuple[Any, ...],
+    after: tuple[Any, ...] | None,
+) -> Tensor | None:  # fmt: skip
+    """What `eager.call` is asked for; None where this is not for it, or not in order."""
+    if library.FORMULA or (after is not None and (len(after) == 5 or after[0] is not None)):
+        return None
+    if operators.within_backward():
+        # what is computed again knows of its running statistics on the long way alone
+        return None
+    try:
+        return _shortly(x, weight, bias, form, eps, statistics, after)
+    # what is refused here, the long way words
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+
+
+def _shortly(
+    x: Tensor, weight: Any, bias: Any, form: int, eps: float, statistics: tuple[Any, ...],
+    after: tuple[Any, ...] | None,
+) -> Tensor | None:  # fmt: skip
+    numel, given, moving = x.numel(), None, None
+    if not numel or x.dtype not in _FLOATING:
+        return None
+    features, groups = form >> FEATURES & 0xFF, 0
+    if not features:
+        if x.dim() < 2:
+            return None
+        channels = x.shape[1]
+        groups = channels if form & PER_CHANNEL else form >> GROUPS
+        # torch's operators read as many as there are channels
+        fits = channels % (groups or 1) == 0 and all(
+            t is None or (t.numel() == channels and t.dim() == 1 and t.is_cpu)
+            for t in (weight, bias, *statistics[:2])
+        )
+        if not fits or (not form & CONSTANT and numel == (x.shape[0] * groups or channels)):
+            return None
+    if form & CONSTANT:
+        given = statistics
+    elif statistics:
+        momentum = None if isnan(statistics[3]) else statistics[3]
+        mean, var, count = statistics[:3]
+        moving = Running(mean, var, count, momentum)
+    y = _normalized(x, weight, bias, groups, features, not form & UNCENTRED, eps, given, moving)
+    return y if after is None else activation.act(y, *after[1:])
+
+
+def _normalized(
+    x: Tensor, weight: Any, bias: Any, groups: int, features: int, centred: bool, eps: float,
+    given: Any, moving: Running | None,
+) -> Tensor:  # fmt: skip
+    dtype = x.dtype
+    if groups and groups == x.shape[1] and x.shape[0] == 1 and _as_taken(x)[1]:
+        # the statistics of one sample's channels, which stay inside, are those of a batch
+        groups = 0
+    by_channel = moving is not None or not (features or groups)
+    f = _fitted(x, weight, bias, by_channel, centred)
+    if given is not None:
+        mean, var = (t.detach().to(_wide(x)) for t in given)
+        if torch.is_grad_enabled():
+            # torch's backward reads them, which may have moved by then
+            mean, var = mean.clone(), var.clone()
+        y = torch.batch_norm(*f, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
+    elif features:
+        y = _of_features(*f, features, centred, eps)
+    elif groups and moving is not None:
+        y = _of_channels(f, eps, moving)
+    elif not groups:
+        y = _of_batch(f, eps, moving)
+    else:
+        y = _of_groups(f, groups, eps)
+    # autocast has some of them give float32
+    return y if y.dtype is dtype else y.to(dtype)
+
+
+def local_response_norm(x: Tensor, *window: Any) -> Tensor:
+    # torch's own has no half precision of some ranks, and rounds every step of it
+    return F.local_response_norm(x.to(_wide(x)), *window).to(x.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fitted(x: Tensor, weight: Any, bias: Any, by_channel: bool, centred: bool) -> Triple:
+    """An input and its parameters in dtypes that an operator takes together, none rounded."""
+    dtype = x.dtype
+    alike = (weight is None or weight.dtype is dtype) and (bias is None or bias.dtype is dtype)
+    wide = _wide(x)
+    if alike and (dtype is wide or not by_channel):
+        return x, weight, bias
+    if by_channel:
+        # half precision goes with wide statistics, and those with wide parameters
+        x = x if x.is_cpu or x.is_cuda else x.to(wide)
+    elif weight is None or not (x.is_cpu and centred):
+        x = x.to(wide)
+    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+    return x, weight, bias
+
+
+# ---------------------------------------------------------------- offsets
+
+
+def _looks(x: Tensor) -> bool:
+    """Whether to look at what an operator makes of an offset: where nobody waits for the answer."""
+    return (
+        x.is_cpu
+        and x.dtype is torch.float32
+        and not (_is_compiling() or _dispatch_modes())
+        and type(x) in _PLAIN
+    )
+
+
+def _is_far(mean: Tensor, rstd: Tensor, limit: float) -> bool:
+    # a group's are part of the graph
+    farthest = _norm_of(mean.detach() * rstd.detach(), torch.inf)
+    return bool(farthest.item() > limit)
+
+
+def _as_taken(x: Tensor) -> tuple[Tensor, bool]:
+    """x as torch's operators read it, and whether they read it with the channels inside."""
+    if x.is_contiguous():
+        return x, False
+    memory_format = _FORMATS.get(x.dim())
+    if memory_format is None or not x.is_contiguous(memory_format=memory_format):
+        return x.contiguous(), False
+    if x.stride(0) * x.shape[0] != x.numel():
+        # of one sample: torch goes by the strides of sizes of 1 too, and its gradients are wrong
+        x = x.as_strided(x.shape, (x.numel(), *x.stride()[1:]))
+    return x, True
+
+
+def _corner(x: Tensor, leading: tuple[Any, ...], dims: int) -> Tensor:
+    """One value of each statistic, which is a constant: x[leading, :1, ...], of so many."""
+    at = *leading, *(slice(1),) * dims
+    return x.detach()[at]
+
+
+# ---------------------------------------------------------------- the operators
+
+
+def _of_features(x: Tensor, weight: Any, bias: Any, dims: int, centred: bool, eps: float) -> Tensor:
+    shape = x.shape[-dims:] if weight is None else weight.shape
+    if not centred:
+        y = torch.rms_norm(x, shape, weight, eps)
+        return y if bias is None else y + bias
+    if not _looks(x):
+        return torch.layer_norm(x, shape, weight, bias, eps)
+    y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+    if _is_far(mean, rstd, _FAR):
+        first = _corner(x, (...,), dims)
+        y = torch.layer_norm(x - first, shape, weight, bias, eps)
+    return y
+
+
+def _of_groups(f: Triple, groups: int, eps: float) -> Tensor:
+    x, weight, bias = f
+    n, c, s = geometry.ncs(x.shape, geometry.BATCH)
+    # of one channel a group torch's layer makes x contiguous, which its sums are more exact for
+    v, inside = (x.contiguous(), False) if groups == c else _as_taken(x)
+    if weight is None and bias is not None:
+        # whose gradient torch's own fails to take alone
+        weight = torch.ones_like(bias)
+    if not _looks(x):
+        return torch.group_norm(v, groups, weight, bias, eps, torch.backends.cudnn.enabled)
+    y, mean, rstd = torch.native_group_norm(v, weight, bias, n, c, s, groups, eps)
+    if _is_far(mean, rstd, _FAR_INSIDE if inside else _FAR):
+        first = _corner(x, (slice(None), slice(None, None, c // groups)), x.dim() - 2)
+        v = v - first.repeat_interleave(c // groups, 1)
+        y = torch.group_norm(v, groups, weight, bias, eps)
+    return y
+
+
+def _of_batch(f: Triple, eps: float, moving: Running | None) -> Tensor:
+    x = f[0]
+    if moving is None or _looks(x) or not _moved_by_torch(moving, x):
+        y, own_mean, own_var = _observing(f, eps)
+        if moving is not None:
+            _move(moving, own_mean, own_var, x.numel() // x.shape[1])
+        return y
+    mean, var, count, momentum, *_ = moving
+    assert momentum is not None
+    if _is_again():
+        # the same node as in the forward that is computed again
+        mean, var, count = mean.clone(), var.clone(), None
+    y = torch.batch_norm(*f, mean, var, True, momentum, eps, torch.backends.cudnn.enabled)
+    if count is not None:
+        count.add_(1)
+    return y
+
+
+def _of_channels(f: Triple, eps: float, moving: Running) -> Tensor:
+    """An InstanceNorm whose running statistics move: a batch of one with the samples' channels."""
+    x, weight, bias = f
+    n, c, values = geometry.ncs(x.shape, geometry.BATCH)
+    weight, bias = (None if t is None else t.repeat(n) for t in (weight, bias))
+    y, mean, var = _observing((x.reshape(1, n * c, values), weight, bias), eps)
+    _move(moving, mean, var, values)
+    return y.view(x.shape)
+
+
+def _observing(f: Triple, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Each channel by its own statistics over the batch: y, means and unbiased variances.
+
+    Whether or not these are asked for, so that a checkpoint's two forwards have the same node.
+    """
+    x, weight, bias = f
+    observed = x.new_zeros((2, x.shape[1]), dtype=_wide(x))
+    mean, var = observed.unbind()
+    if not _looks(x):
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, cudnn), mean, var
+    v, inside = _as_taken(x)
+    if x.shape[0] == 1 and not inside:
+        # for the same reason, as to the gradient that comes
+        v = v.view(1, x.shape[1], -1)
+    y, own, rstd = torch.native_batch_norm(v, weight, bias, mean, var, True, 1.0, eps)
+    if _is_far(own, rstd, _FAR_INSIDE if inside else _FAR):
+        first = _corner(v, (slice(1), slice(None)), v.dim() - 2)
+        y = torch.native_batch_norm(v - first, weight, bias, mean, var, True, 1.0, eps)[0]
+        mean = mean + first.flatten()
+    return y.view(x.shape), mean, var
+
+
+# ---------------------------------------------------------------- running statistics
+
+
+def _is_again() -> bool:
+    """Whether a batch is computed again, as a compiler's graph is not."""
+    return not _is_compiling() and operators.within_backward()
+
+
+def _moved_by_torch(moving: Running, x: Tensor) -> bool:
+    """Whether torch's own norm moves these statistics as this layer does."""
+    wide = _wide(x)
+    return (
+        moving.momentum is not None
+        and not moving.skip_nonfinite
+        and moving.gathered is None
+        and moving.mean.dtype is wide
+        and moving.var.dtype is wide
+    )
+
+
+def _move(moving: Running, mean: Tensor, var: Tensor, values: int) -> None:
+    """var: unbiased; values: of each of them."""
+    if moving.mean.numel() == mean.numel() and values > 1 and _moved_by_torch(moving, mean):
+        if not _is_again():
+            _move_simply(moving, mean, var)
+        return
+    record = torch.stack([mean, var * ((values - 1) / values), torch.full_like(mean, values)])
+    running.move(moving, record.to(operators.statistic_dtype(mean)))
+
+
+def _move_simply(moving: Running, mean: Tensor, var: Tensor) -> None:
+    momentum = moving.momentum
+    assert momentum is not None
+    with torch.no_grad():
+        moving.mean.lerp_(mean, momentum)
+        moving.var.lerp_(var, momentum)
+        if moving.num_batches_tracked is not None:
+            moving.num_batches_tracked.add_(1)
