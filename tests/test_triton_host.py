@@ -76,7 +76,7 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_triton, "_devices", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.warns(RuntimeWarning, match=r"cuda:0, as fast as they: .* 7\.5 is below 8\.0"):
+    with pytest.warns(RuntimeWarning, match=r"cuda:0, as fast: .* 7\.5 is below 8\.0"):
         assert _triton.why_plain(0)
     # once
     assert "7.5 is below 8.0" in _triton.why_plain(0)

@@ -76,7 +76,7 @@ def _shortly(
     after: tuple[Any, ...] | None,
 ) -> Tensor | None:  # fmt: skip
     numel, given, moving = x.numel(), None, None
-    if not numel or x.dtype not in _FLOATING:
+    if not numel or x.dtype not in _FLOATING or x.layout is not torch.strided:
         return None
     features, groups = form >> FEATURES & 0xFF, 0
     if not features:
@@ -110,6 +110,9 @@ def _normalized(
         # the statistics of one sample's channels, which stay inside, are those of a batch
         groups = 0
     by_channel = moving is not None or not (features or groups)
+    if weight is None and bias is not None and not by_channel:
+        # alone torch's LayerNorm has no second derivatives of it, and its GroupNorm no first
+        weight = torch.ones_like(bias)
     f = _fitted(x, weight, bias, by_channel, centred)
     if given is not None:
         mean, var = (t.detach().to(_wide(x)) for t in given)
@@ -182,7 +185,8 @@ def _as_taken(x: Tensor) -> tuple[Tensor, bool]:
         return x.contiguous(), False
     if x.stride(0) * x.shape[0] != x.numel():
         # of one sample: torch goes by the strides of sizes of 1 too, and its gradients are wrong
-        x = x.as_strided(x.shape, (x.numel(), *x.stride()[1:]))
+        last = x.movedim(1, -1)
+        x = last.reshape(-1, x.shape[1]).view(last.shape).movedim(-1, 1)
     return x, True
 
 
@@ -214,11 +218,9 @@ def _of_groups(f: Triple, groups: int, eps: float) -> Tensor:
     n, c, s = geometry.ncs(x.shape, geometry.BATCH)
     # of one channel a group torch's layer makes x contiguous, which its sums are more exact for
     v, inside = (x.contiguous(), False) if groups == c else _as_taken(x)
-    if weight is None and bias is not None:
-        # whose gradient torch's own fails to take alone
-        weight = torch.ones_like(bias)
     if not _looks(x):
         return torch.group_norm(v, groups, weight, bias, eps, torch.backends.cudnn.enabled)
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     y, mean, rstd = torch.native_group_norm(v, weight, bias, n, c, s, groups, eps)
     if _is_far(mean, rstd, _FAR_INSIDE if inside else _FAR):
         first = _corner(x, (slice(None), slice(None, None, c // groups)), x.dim() - 2)
@@ -229,14 +231,14 @@ def _of_groups(f: Triple, groups: int, eps: float) -> Tensor:
 
 def _of_batch(f: Triple, eps: float, moving: Running | None) -> Tensor:
     x = f[0]
-    if moving is None or _looks(x) or not _moved_by_torch(moving, x):
+    if x.is_cpu or _is_compiling() or moving is None or not _moved_by_torch(moving, x):
         y, own_mean, own_var = _observing(f, eps)
         if moving is not None:
             _move(moving, own_mean, own_var, x.numel() // x.shape[1])
         return y
     mean, var, count, momentum, *_ = moving
     assert momentum is not None
-    if _is_again():
+    if operators.within_backward():
         # the same node as in the forward that is computed again
         mean, var, count = mean.clone(), var.clone(), None
     y = torch.batch_norm(*f, mean, var, True, momentum, eps, torch.backends.cudnn.enabled)
@@ -263,17 +265,17 @@ def _observing(f: Triple, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias = f
     observed = x.new_zeros((2, x.shape[1]), dtype=_wide(x))
     mean, var = observed.unbind()
-    if not _looks(x):
-        cudnn = torch.backends.cudnn.enabled
-        return torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, cudnn), mean, var
+    rest = weight, bias, mean, var, True, 1.0, eps
+    if not x.is_cpu or _is_compiling():
+        return torch.batch_norm(x, *rest, torch.backends.cudnn.enabled), mean, var
     v, inside = _as_taken(x)
     if x.shape[0] == 1 and not inside:
         # for the same reason, as to the gradient that comes
         v = v.view(1, x.shape[1], -1)
-    y, own, rstd = torch.native_batch_norm(v, weight, bias, mean, var, True, 1.0, eps)
-    if _is_far(own, rstd, _FAR_INSIDE if inside else _FAR):
+    y, own, rstd = torch.native_batch_norm(v, *rest)
+    if _looks(x) and _is_far(own, rstd, _FAR_INSIDE if inside else _FAR):
         first = _corner(v, (slice(1), slice(None)), v.dim() - 2)
-        y = torch.native_batch_norm(v - first, weight, bias, mean, var, True, 1.0, eps)[0]
+        y = torch.native_batch_norm(v - first, *rest)[0]
         mean = mean + first.flatten()
     return y.view(x.shape), mean, var
 
@@ -281,38 +283,37 @@ def _observing(f: Triple, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 # ---------------------------------------------------------------- running statistics
 
 
-def _is_again() -> bool:
-    """Whether a batch is computed again, as a compiler's graph is not."""
-    return not _is_compiling() and operators.within_backward()
-
-
 def _moved_by_torch(moving: Running, x: Tensor) -> bool:
     """Whether torch's own norm moves these statistics as this layer does."""
+    fixed = moving.momentum is not None and not moving.skip_nonfinite
+    return fixed and moving.gathered is None and _are_wide(moving, x)
+
+
+def _are_wide(moving: Running, x: Tensor) -> bool:
     wide = _wide(x)
-    return (
-        moving.momentum is not None
-        and not moving.skip_nonfinite
-        and moving.gathered is None
-        and moving.mean.dtype is wide
-        and moving.var.dtype is wide
-    )
+    return moving.mean.dtype is wide and moving.var.dtype is wide
 
 
 def _move(moving: Running, mean: Tensor, var: Tensor, values: int) -> None:
-    """var: unbiased; values: of each of them."""
-    if moving.mean.numel() == mean.numel() and values > 1 and _moved_by_torch(moving, mean):
-        if not _is_again():
-            _move_simply(moving, mean, var)
+    """Towards observed ones; var: unbiased; values: of each of them."""
+    direct = mean.is_cpu and not _is_compiling() and moving.gathered is None and values > 1
+    if direct and moving.mean.numel() == mean.numel() and _are_wide(moving, mean):
+        if not operators.within_backward():
+            _move_directly(moving, mean, var)
         return
     record = torch.stack([mean, var * ((values - 1) / values), torch.full_like(mean, values)])
     running.move(moving, record.to(operators.statistic_dtype(mean)))
 
 
-def _move_simply(moving: Running, mean: Tensor, var: Tensor) -> None:
-    momentum = moving.momentum
-    assert momentum is not None
+def _move_directly(moving: Running, mean: Tensor, var: Tensor) -> None:
+    count, factor = moving.num_batches_tracked, moving.momentum
+    if moving.skip_nonfinite and not (mean + var).isfinite().all().item():
+        return
+    if factor is None:
+        assert count is not None
+        factor = 1.0 / (count.item() + 1.0)
     with torch.no_grad():
-        moving.mean.lerp_(mean, momentum)
-        moving.var.lerp_(var, momentum)
-        if moving.num_batches_tracked is not None:
-            moving.num_batches_tracked.add_(1)
+        moving.mean.lerp_(mean, factor)
+        moving.var.lerp_(var, factor)
+        if count is not None:
+            count.add_(1)

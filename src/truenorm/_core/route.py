@@ -103,6 +103,8 @@ def _by_torch(call: Call) -> bool:
     """Whether torch's operators compute this call; the formula has the rest."""
     if call.mask is not None or call.group is not None or call.by_part():
         return False
+    if call.x.layout is not torch.strided or not call.x.is_floating_point():
+        return False  # in the operator's words
     if call.given is None:
         return True
     # they pass no gradient through statistics that are given, and take those of one dtype

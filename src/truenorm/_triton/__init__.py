@@ -103,7 +103,7 @@ def why_plain(index: int) -> str:
             raise RuntimeError(f"TRUENORM_CUDA=triton, but not on cuda:{index}: {reason}")
         if reason:
             warnings.warn(
-                f"truenorm runs on torch's own operators on cuda:{index}, as fast as they: {reason}",
+                f"truenorm runs on torch's own operators on cuda:{index}, as fast: {reason}",
                 RuntimeWarning,
                 stacklevel=2,
             )
