@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from cases import CASES, IDS, Case, run
 from checking import same_layout
 from torch import Tensor, fx

@@ -339,6 +339,23 @@ def test_under_a_compiler(case: Case, formula: list[str]) -> None:
     assert not formula
 
 
+@pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[9]], ids=lambda case: case.id)
+def test_a_compiled_batch_of_any_size(case: Case) -> None:
+    layer = case.build()
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+    for size in (3, 5, 8):
+        x = torch.randn(size, *case.shape[1:])
+        torch._dynamo.mark_dynamic(x, 0)
+        assert relative(compiled(x).detach(), layer(x).detach()) <= FLOAT32_BETWEEN
+
+
+def test_a_row_alone() -> None:
+    for layer in (truenorm.LayerNorm((7,)), truenorm.RMSNorm((7,))):
+        x = torch.randn(7)
+        y = by_the_long_way(lambda layer=layer, x=x: randomize(layer)(x))
+        assert relative(y.detach(), exact(layer, x, torch.zeros(7)).output) <= FLOAT32_BETWEEN
+
+
 def run_compiled(layer: Any, x: Tensor, grad: Tensor) -> Any:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = x.detach().requires_grad_()

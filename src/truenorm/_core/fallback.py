@@ -42,7 +42,9 @@ def norm(call: Call) -> Tensor:
     x, weight, bias, form = call[:4]
     if form.one_plus and weight is not None:
         weight = 1.0 + weight.to(_wide(x))
-    rest = *form.axes, form.eps, call.given, call.running
+    groups, features, centred = form.axes
+    groups = 0 if features else groups
+    rest = groups, features, centred, form.eps, call.given, call.running
     if form.rounds:
         y = _normalized(x, None, None, *rest)
         y = y if weight is None else y * weight.to(x.dtype)
@@ -251,6 +253,13 @@ def _of_channels(f: Triple, eps: float, moving: Running) -> Tensor:
     """An InstanceNorm whose running statistics move: a batch of one with the samples' channels."""
     x, weight, bias = f
     n, c, values = geometry.ncs(x.shape, geometry.BATCH)
+    if _is_compiling():
+        # torch's own leaves the number of samples open
+        mean, var = x.new_zeros((2, c), dtype=_wide(x)).unbind()
+        rest = weight, bias, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled
+        y = torch.instance_norm(x, *rest)
+        _move(moving, mean, var, values)
+        return y
     weight, bias = (None if t is None else t.repeat(n) for t in (weight, bias))
     y, mean, var = _observing((x.reshape(1, n * c, values), weight, bias), eps)
     _move(moving, mean, var, values)
