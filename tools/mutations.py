@@ -163,8 +163,8 @@ MUTATIONS = [
     Mutation(
         "1 padding that is counted",
         "kernel_moments.h",
-        "Padded<T, kStep>::fill(padded, p, len, origin)",
-        "Padded<T, kStep>::fill(padded, p, len, p[0])",
+        "const V unread_value = splat<V>(compute_t<T>(to_double(origin)));",
+        "const V unread_value = splat<V>(compute_t<T>(to_double(origin) + 1.0));",
         "formats",
     ),
     Mutation(
