@@ -13,7 +13,7 @@ from torch.nn import Module
 
 import truenorm
 from truenorm._models import kernelizing
-from truenorm.nn import _ruled as ruled
+from truenorm.nn import _orders
 
 kernels: Any = pytest.importorskip("kernels")
 SIZE = 48
@@ -62,8 +62,8 @@ def test_each_has_its_own_order_of_casts(
     theirs = nn.ModuleList([make() for make in NORMS.values()]).to(dtype)
     ours = kernelized(copy.deepcopy(theirs))
     called = []
-    real = ruled._kernel
-    monkeypatch.setattr(ruled, "_kernel", lambda *args: called.append(1) or real(*args))
+    real = _orders._kernel
+    monkeypatch.setattr(_orders, "_kernel", lambda *args: called.append(1) or real(*args))
     torch.manual_seed(0)
     x, gate = (torch.randn(7, 5, SIZE).to(dtype) for _ in range(2))
     for norm, own in zip(ours, theirs, strict=True):  # type: ignore[call-overload]

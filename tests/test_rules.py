@@ -17,7 +17,7 @@ from truenorm import Rule
 from truenorm._models.rules import recognise as recognition
 from truenorm._models.rules import register
 from truenorm._models.rules.recognise import recognise
-from truenorm.nn import _ruled as ruled
+from truenorm.nn import _orders
 from truenorm.nn._ruled import Ruled
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -511,8 +511,8 @@ def test_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_rule_the_kernels_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """What truenorm computes is held against the class too, not only the formula."""
     monkeypatch.setattr(recognition, "_found", {})
-    real = ruled._kernel
-    monkeypatch.setattr(ruled, "_kernel", lambda *args: real(*args) * (1 + 1e-4))
+    real = _orders._kernel
+    monkeypatch.setattr(_orders, "_kernel", lambda *args: real(*args) * (1 + 1e-4))
     found = recognise(HandRMSNorm())
     assert found is not None
     assert found.kind is None

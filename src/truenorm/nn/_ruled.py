@@ -1,7 +1,7 @@
-"""Norms that other libraries write: truenorm's kernels in the order of casts that each one has.
+"""Norms that other libraries write: layers of their classes, with truenorm's forward before theirs.
 
-`compute` is the one place that knows how. A call that truenorm cannot serve better (a compiler's,
-a tracer's, under autocast, of a dtype that was not proven) is the class's own forward's.
+A call that truenorm cannot serve better (a compiler's, a tracer's, under autocast, of a dtype that
+was not proven) is the class's own forward's.
 """
 
 from __future__ import annotations
@@ -16,169 +16,20 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Module, Parameter
 
-from .. import _triton, functional
-from .._core import activation, added, eager, exporting, route
-from .._core.call import ONE_PLUS, ROUNDS
-from .._core.library import NATIVE
-from .._core.normalize import normalize
+from .. import functional
+from .._core import activation, exporting
 from .._core.rule import Rule
 from . import _unlike
 from ._base import Direct
+from ._leaving import has_kernel, is_faster_there, is_watched
 from ._options import STORE, Attribute
+from ._orders import compute, gated, groups_of, in_order, of_sum
 
 _PLAIN = (Parameter, Tensor)
-_RMS, _LAYER = eager.rms(1), eager.layer(1)
-# values, of which a call's time is what calls cost
-_SMALL = 4096
-_SMALL_UNLIKE = 65_536
 
 # kinds whose weights have a shape of their own
 _UNLIKE = ("l2", "response", "weight")
-ACTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "sigmoid": torch.sigmoid,
-}
-
 Pair = tuple[torch.dtype, torch.dtype]  # of the input, and of the weight
-
-
-# --- what is computed
-
-
-def _kernel(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str, flags: int = 0
-) -> Tensor:
-    """x̂ · weight + bias over the last dimension, in float32 and rounded once.
-
-    flags: ROUNDS for each step in x's dtype, ONE_PLUS for 1 + weight.
-    """
-    form = flags | (_LAYER if kind == "layer" else _RMS)
-    direct = eager.call(eager.OWN, x, weight, bias, form, eps, (), None)
-    if direct is not None:
-        return direct
-    shape = (x.shape[-1],)
-    if kind == "layer":
-        call = functional.layer_call(x, shape, weight, bias, eps)
-    else:
-        call = functional.rms_call(x, shape, weight, eps)
-    steps = bool(flags & ROUNDS), bool(flags & ONE_PLUS)
-    same = call.form._replace(rounds=steps[0], one_plus=steps[1])
-    return normalize(call._replace(form=same, bias=bias))
-
-
-def scaled_by(weight: Tensor | None, rule: Rule) -> Tensor | None:
-    """What x̂ is multiplied by."""
-    if weight is None or not rule.offset:
-        return weight
-    return rule.offset + (weight.float() if rule.wide_offset else weight)
-
-
-def output_dtype(x: Tensor, weight: Tensor | None, rule: Rule) -> torch.dtype:
-    """The dtype that the module's own output has."""
-    if weight is None or (rule.rounding == "once" and not rule.wide_output):
-        return x.dtype
-    if rule.rounding == "to_weight" and weight.dtype in (torch.float16, torch.bfloat16):
-        return weight.dtype
-    if rule.rounding == "to_weight":
-        return torch.promote_types(weight.dtype, torch.float32)
-    return torch.promote_types(x.dtype, weight.dtype)
-
-
-def _one_call(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule
-) -> tuple[Tensor | None, int] | None:
-    """The weight and the flags by which a kernel does all of it; None where it does not."""
-    out = output_dtype(x, weight, rule)
-    if out != x.dtype:
-        return None
-    plus = ONE_PLUS if rule.offset == 1.0 and rule.wide_offset else 0
-    if rule.rounding == "once" and (plus or not rule.offset):
-        if bias is None or rule.kind == "layer":
-            return weight, plus
-    elif (
-        out.itemsize == 2
-        and not rule.offset
-        and all(t is None or t.dtype == out for t in (weight, bias))
-    ):
-        return weight, ROUNDS
-    if rule.rounding == "once" or out == torch.float32:
-        return scaled_by(weight, rule), 0
-    return None
-
-
-def compute(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rule: Rule
-) -> Tensor:
-    """A norm over the last dimension, in the rule's order of casts.
-
-    In float32 every order of casts is the same. Where half precision meets weights of another
-    dtype, x̂ is a kernel's result, and the affine step torch's own.
-    """
-    if (one := _one_call(x, weight, bias, rule)) is not None:
-        return _kernel(x, one[0], bias, eps, rule.kind, one[1])
-    out, by = output_dtype(x, weight, rule), scaled_by(weight, rule)
-    if rule.rounding == "once":
-        y = _kernel(x.float(), by, bias, eps, rule.kind)
-        return y if y.dtype == out else y.to(out)
-    if rule.rounding == "to_weight" and out == torch.float32:
-        return _kernel(x.float(), by, bias, eps, rule.kind)
-    if rule.rounding == "to_weight" and out != x.dtype:
-        y = _kernel(x.float(), None, None, eps, rule.kind).to(out)
-    else:
-        y = _kernel(x, None, None, eps, rule.kind)
-    y = y if by is None else by * y
-    return y if bias is None else y + bias
-
-
-def groups_of(module: Any, rule: Rule, features: int) -> int:
-    """How many groups the features are normalized in."""
-    if rule.group_size is not None:
-        size = rule.group_size
-        return features // (getattr(module, size) if isinstance(size, str) else size)
-    groups = rule.groups
-    return int(getattr(module, groups) if isinstance(groups, str) else groups or 1)
-
-
-def _in_groups(x: Tensor, weight: Tensor | None, eps: float, rule: Rule, groups: int) -> Tensor:
-    if groups == 1:
-        return compute(x, weight, None, eps, rule)
-    rows = x.unflatten(-1, (groups, -1))
-    y = compute(rows, None, None, eps, rule).flatten(-2)
-    return y if weight is None else weight * y
-
-
-def gated(
-    x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, rule: Rule, groups: int
-) -> Tensor:
-    """An RMSNorm of x · act(gate), or one of x, times act(gate): act in float32."""
-    by = ACTS[rule.gate_act](gate.float())
-    if rule.gate == "within":
-        weight = None if weight is None else weight.float()
-        return (_in_groups(x.float(), weight, eps, rule, groups) * by).to(x.dtype)
-    if rule.gate == "after":
-        return (_in_groups(x, weight, eps, rule, groups) * by).to(x.dtype)
-    wide = x * by
-    if rule.rounding == "once" or x.dtype == output_dtype(x, weight, rule) == torch.float32:
-        weight = None if weight is None else weight.float()
-        return _in_groups(wide, weight, eps, rule, groups).to(output_dtype(x, weight, rule))
-    y = _in_groups(wide, None, eps, rule, groups).to(x.dtype)
-    return y if weight is None else weight * y
-
-
-def _in_order(x: Tensor) -> tuple[list[int], list[int]] | None:
-    """The dimensions by falling stride, and the way back; None where the last is not innermost.
-
-    Elementwise operators, which the classes are made of, leave their output so.
-    """
-    if 0 in x.stride():
-        return None
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    if order[-1] != x.dim() - 1:
-        return None
-    back = [0] * len(order)
-    for place, d in enumerate(order):
-        back[d] = place
-    return order, back
 
 
 # --- the activation behind it
@@ -287,7 +138,7 @@ class Ruled(Module):
             return None
         if torch.is_autocast_enabled(x.device.type) or exporting.wanted():
             return None
-        if (self._is_torchs or rule.kind in _UNLIKE) and _is_faster_there(self, x, rule):
+        if (self._is_torchs or rule.kind in _UNLIKE) and is_faster_there(self, x, rule):
             return None
         layer: Any = self
         ours = self._ours
@@ -304,18 +155,14 @@ class Ruled(Module):
         eps = getattr(self, rule.eps) if isinstance(rule.eps, str) else rule.eps
         if eps is None:
             eps = torch.finfo(x.dtype if x.dtype.itemsize > 2 else torch.float32).eps
-        if not eps >= 0 or not x.numel() or not _has_kernel(x):
+        if not eps >= 0 or not x.numel() or not has_kernel(x):
             return None
-        if _is_watched(x, weight, bias, gate):
+        if is_watched(x, weight, bias, gate):
             return None
         if other is not None and ours is not None:
             return ours.forward(layer, x, add=other)
         if other is not None:
-            one = _one_call(x, weight, bias, rule)
-            if one is None:
-                return None
-            bits = one[1] | (_LAYER if rule.kind == "layer" else _RMS)
-            return added.by_bits(x, other, one[0], bias, bits, float(eps))
+            return of_sum(x, other, weight, bias, float(eps), rule)
         if rule.gate is not None:
             return self._gated(x, gate, weight, float(eps))
         if ours is not None:
@@ -356,7 +203,7 @@ class Ruled(Module):
             return compute(last, weight, bias, eps, rule).movedim(-1, 1)
         if x.is_contiguous() or not self._keeps:
             return compute(x.contiguous(), weight, bias, eps, rule)
-        if (orders := _in_order(x)) is None:
+        if (orders := in_order(x)) is None:
             return None
         return compute(x.permute(orders[0]), weight, bias, eps, rule).permute(orders[1])
 
@@ -366,14 +213,14 @@ class Ruled(Module):
         groups = groups_of(self, self._rule, x.shape[-1])
         if x.is_contiguous() or not self._keeps:
             return gated(x.contiguous(), gate, weight, eps, self._rule, groups)
-        if (orders := _in_order(x)) is None:
+        if (orders := in_order(x)) is None:
             return None
         x, gate = x.permute(orders[0]), gate.permute(orders[0])
         return gated(x, gate, weight, eps, self._rule, groups).permute(orders[1])
 
     def _standardized(self, x: Tensor, gain: Tensor | None, eps: float) -> Tensor | None:
         weight: Any = self.weight
-        if type(weight) not in _PLAIN or weight.dtype != x.dtype or _is_watched(weight):
+        if type(weight) not in _PLAIN or weight.dtype != x.dtype or is_watched(weight):
             return None
         gain = None if gain is None else gain * getattr(self, "scale", 1.0)
         return _unlike.convolved(x, self, _unlike.standardized(weight, gain, eps))
@@ -430,29 +277,3 @@ def gated_forward_of(own: Callable[..., Any]) -> Callable[..., Any]:
         return own(self, *args, **kwargs)
 
     return forward
-
-
-def _is_faster_there(layer: Any, x: Tensor, rule: Rule) -> bool:
-    """Whether torch takes less time: its layer_norm, or a class's own steps in small sizes."""
-    if not x.is_cpu or rule.kind == "l2":
-        return False
-    if rule.kind == "weight":
-        return bool(layer.weight.numel() < _SMALL_UNLIKE)
-    if rule.kind == "response":
-        return x.numel() < _SMALL_UNLIKE
-    return x.numel() < _SMALL or (rule.axis == 1 and x.dtype == torch.float32)
-
-
-def _has_kernel(x: Tensor) -> bool:
-    if x.is_cpu:
-        return NATIVE is not None
-    return x.is_cuda and not _triton.why_plain(x.device.index)
-
-
-def _is_watched(*tensors: Tensor | None) -> bool:
-    """Whether somebody records, transforms or recasts the operators of this call."""
-    x = tensors[0]
-    assert x is not None
-    return (
-        torch._C._len_torch_dispatch_stack() > 0 or route.standard() or route.transformed(*tensors)
-    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._core.rule import Rule
-from ...nn._ruled import ACTS, output_dtype, scaled_by
+from ...nn._orders import ACTS, output_dtype, scaled_by
 
 
 def _normalized(x: Tensor, dims: tuple[int, ...], eps: float, centred: bool) -> Tensor:

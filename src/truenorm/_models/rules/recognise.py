@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import Conv2d, Module
 
 from ..._core.rule import Rule
-from ...nn._ruled import ACTS, Ruled, groups_of
+from ...nn._orders import ACTS, groups_of
+from ...nn._ruled import Ruled
 from .. import swap
 from ..swap import Kind
 from . import register, swapping

@@ -1,0 +1,43 @@
+"""When another library's class serves a call itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _triton
+from .._core import route
+from .._core.library import NATIVE
+from .._core.rule import Rule
+
+# values, of which a call's time is what calls cost
+_SMALL = 4096
+_SMALL_UNLIKE = 65_536
+
+
+def is_faster_there(layer: Any, x: Tensor, rule: Rule) -> bool:
+    """Whether torch takes less time: its layer_norm, or a class's own steps in small sizes."""
+    if not x.is_cpu or rule.kind == "l2":
+        return False
+    if rule.kind == "weight":
+        return bool(layer.weight.numel() < _SMALL_UNLIKE)
+    if rule.kind == "response":
+        return x.numel() < _SMALL_UNLIKE
+    return x.numel() < _SMALL or (rule.axis == 1 and x.dtype == torch.float32)
+
+
+def has_kernel(x: Tensor) -> bool:
+    if x.is_cpu:
+        return NATIVE is not None
+    return x.is_cuda and not _triton.why_plain(x.device.index)
+
+
+def is_watched(*tensors: Tensor | None) -> bool:
+    """Whether somebody records, transforms or recasts the operators of this call."""
+    x = tensors[0]
+    assert x is not None
+    return (
+        torch._C._len_torch_dispatch_stack() > 0 or route.standard() or route.transformed(*tensors)
+    )

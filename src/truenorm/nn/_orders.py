@@ -1,0 +1,170 @@
+"""A rule's norm by truenorm's kernels, in the order of casts that the rule names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from .._core import added, eager
+from .._core.call import ONE_PLUS, ROUNDS
+from .._core.normalize import normalize
+from .._core.rule import Rule
+
+_RMS, _LAYER = eager.rms(1), eager.layer(1)
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def _bits(kind: str) -> int:
+    return _LAYER if kind == "layer" else _RMS
+
+
+def _kernel(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str, flags: int = 0
+) -> Tensor:
+    """x̂ · weight + bias over the last dimension, in float32 and rounded once.
+
+    flags: ROUNDS for each step in x's dtype, ONE_PLUS for 1 + weight.
+    """
+    form = flags | _bits(kind)
+    direct = eager.call(eager.OWN, x, weight, bias, form, eps, (), None)
+    if direct is not None:
+        return direct
+    shape = (x.shape[-1],)
+    if kind == "layer":
+        call = functional.layer_call(x, shape, weight, bias, eps)
+    else:
+        call = functional.rms_call(x, shape, weight, eps)
+    steps = bool(flags & ROUNDS), bool(flags & ONE_PLUS)
+    same = call.form._replace(rounds=steps[0], one_plus=steps[1])
+    return normalize(call._replace(form=same, bias=bias))
+
+
+def scaled_by(weight: Tensor | None, rule: Rule) -> Tensor | None:
+    """What x̂ is multiplied by."""
+    if weight is None or not rule.offset:
+        return weight
+    return rule.offset + (weight.float() if rule.wide_offset else weight)
+
+
+def output_dtype(x: Tensor, weight: Tensor | None, rule: Rule) -> torch.dtype:
+    """The dtype that the module's own output has."""
+    if weight is None or (rule.rounding == "once" and not rule.wide_output):
+        return x.dtype
+    if rule.rounding == "to_weight" and weight.dtype in (torch.float16, torch.bfloat16):
+        return weight.dtype
+    if rule.rounding == "to_weight":
+        return torch.promote_types(weight.dtype, torch.float32)
+    return torch.promote_types(x.dtype, weight.dtype)
+
+
+def _one_call(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule
+) -> tuple[Tensor | None, int] | None:
+    """The weight and the flags by which a kernel does all of it; None where it does not."""
+    out = output_dtype(x, weight, rule)
+    if out != x.dtype:
+        return None
+    plus = ONE_PLUS if rule.offset == 1.0 and rule.wide_offset else 0
+    if rule.rounding == "once" and (plus or not rule.offset):
+        if bias is None or rule.kind == "layer":
+            return weight, plus
+    elif (
+        out.itemsize == 2
+        and not rule.offset
+        and all(t is None or t.dtype == out for t in (weight, bias))
+    ):
+        return weight, ROUNDS
+    if rule.rounding == "once" or out == torch.float32:
+        return scaled_by(weight, rule), 0
+    return None
+
+
+def compute(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rule: Rule
+) -> Tensor:
+    """A norm over the last dimension, in the rule's order of casts.
+
+    In float32 every order of casts is the same. Where half precision meets weights of another
+    dtype, x̂ is a kernel's result, and the affine step torch's own.
+    """
+    if (one := _one_call(x, weight, bias, rule)) is not None:
+        return _kernel(x, one[0], bias, eps, rule.kind, one[1])
+    out, by = output_dtype(x, weight, rule), scaled_by(weight, rule)
+    if rule.rounding == "once":
+        y = _kernel(x.float(), by, bias, eps, rule.kind)
+        return y if y.dtype == out else y.to(out)
+    if rule.rounding == "to_weight" and out == torch.float32:
+        return _kernel(x.float(), by, bias, eps, rule.kind)
+    if rule.rounding == "to_weight" and out != x.dtype:
+        y = _kernel(x.float(), None, None, eps, rule.kind).to(out)
+    else:
+        y = _kernel(x, None, None, eps, rule.kind)
+    y = y if by is None else by * y
+    return y if bias is None else y + bias
+
+
+def of_sum(
+    x: Tensor, other: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rule: Rule
+) -> tuple[Tensor, Tensor] | None:
+    """(norm(h), h) of h = x + other by one pass; None where there is none."""
+    if (one := _one_call(x, weight, bias, rule)) is None:
+        return None
+    return added.by_bits(x, other, one[0], bias, one[1] | _bits(rule.kind), eps)
+
+
+def groups_of(module: Any, rule: Rule, features: int) -> int:
+    """How many groups the features are normalized in."""
+    if rule.group_size is not None:
+        size = rule.group_size
+        return features // (getattr(module, size) if isinstance(size, str) else size)
+    groups = rule.groups
+    return int(getattr(module, groups) if isinstance(groups, str) else groups or 1)
+
+
+def _in_groups(x: Tensor, weight: Tensor | None, eps: float, rule: Rule, groups: int) -> Tensor:
+    if groups == 1:
+        return compute(x, weight, None, eps, rule)
+    rows = x.unflatten(-1, (groups, -1))
+    y = compute(rows, None, None, eps, rule).flatten(-2)
+    return y if weight is None else weight * y
+
+
+def gated(
+    x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, rule: Rule, groups: int
+) -> Tensor:
+    """An RMSNorm of x · act(gate), or one of x, times act(gate): act in float32."""
+    by = ACTS[rule.gate_act](gate.float())
+    if rule.gate == "within":
+        weight = None if weight is None else weight.float()
+        return (_in_groups(x.float(), weight, eps, rule, groups) * by).to(x.dtype)
+    if rule.gate == "after":
+        return (_in_groups(x, weight, eps, rule, groups) * by).to(x.dtype)
+    wide = x * by
+    if rule.rounding == "once" or x.dtype == output_dtype(x, weight, rule) == torch.float32:
+        weight = None if weight is None else weight.float()
+        return _in_groups(wide, weight, eps, rule, groups).to(output_dtype(x, weight, rule))
+    y = _in_groups(wide, None, eps, rule, groups).to(x.dtype)
+    return y if weight is None else weight * y
+
+
+def in_order(x: Tensor) -> tuple[list[int], list[int]] | None:
+    """The dimensions by falling stride, and the way back; None where the last is not innermost.
+
+    Elementwise operators, which the classes are made of, leave their output so.
+    """
+    if 0 in x.stride():
+        return None
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    if order[-1] != x.dim() - 1:
+        return None
+    back = [0] * len(order)
+    for place, d in enumerate(order):
+        back[d] = place
+    return order, back
