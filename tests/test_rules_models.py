@@ -36,7 +36,14 @@ def _convnext() -> Module:
     return transformers.ConvNextForImageClassification(config)
 
 
+def _cohere() -> Module:
+    few = {name: value for name, value in TINY.items() if name != "head_dim"}
+    config = transformers.CohereConfig(**few, use_qk_norm=True, pad_token_id=0)
+    return transformers.CohereForCausalLM(config)
+
+
 MODELS: dict[str, Any] = {
+    "Cohere": _cohere,  # its queries' and keys' norms have a row of weights for each head
     "Llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)),
     "Qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TINY)),
     "Gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**TINY)),
@@ -48,8 +55,8 @@ MODELS: dict[str, Any] = {
 def built(name: str, dtype: torch.dtype) -> Module:
     torch.manual_seed(1)
     model: Module = MODELS[name]().to(dtype).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
+    for key, parameter in model.named_parameters():
+        if parameter.dim() == 1 or "_norm." in key:
             parameter.data.add_(0.2 * torch.randn_like(parameter))
     return model
 

@@ -3,8 +3,8 @@
     python tools/measure_rules.py [--rounds N] [WORD …]
 
 The two take turns in one process, on one thread; what is printed is the median of the pairs' ratios
-(above 1: truenorm is faster). Words pick the cases whose name has one of them; a library that is
-not installed is left out.
+(above 1: truenorm is faster), by the thread's own clock. Words pick the cases whose name has one of
+them; a library that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -64,6 +64,9 @@ def _transformers() -> Iterator[Case]:
         kind = path.rpartition(".")[2]
         yield Case(f"{kind} (4, 64, 1024)", _of(models + path, 1024), wide)
         yield Case(f"{kind} (2, 16, 64)", _of(models + path, 64), small)
+    for shape in ((2, 128, 64, 128), (2, 32, 16, 64), (2, 16, 4, 8), (1, 1, 64, 128)):
+        per_head = _of(models + cohere, shape[-2:])
+        yield Case(f"CohereLayerNorm of heads {shape}", per_head, _rows(*shape))
     yield Case("LlamaRMSNorm of heads, strided", _of(models + llama, 64), _heads)
     gated = {
         "mamba2.modeling_mamba2.MambaRMSNormGated": {"group_size": 512},
@@ -135,11 +138,11 @@ def cases() -> Iterator[Case]:
 
 
 def _once(module: Module, given: tuple[Tensor, ...], grad: Tensor | None) -> float:
-    begin = time.perf_counter()
+    begin = time.thread_time()
     y = module(*given)
     if grad is not None:
         y.backward(grad)
-    return time.perf_counter() - begin
+    return time.thread_time() - begin
 
 
 def ratios(theirs: Module, ours: Module, given: tuple[Tensor, ...], rounds: int) -> Iterator[float]:

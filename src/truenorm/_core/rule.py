@@ -40,6 +40,9 @@ class Rule(NamedTuple):
         that cast, in float32 again, and then cast to the input's dtype.
     gate_act: "silu" or "sigmoid".
     group_size: in the place of groups, how many features each has: an attribute, or the number.
+    heads: of "rms" and "layer": whether weight and bias are (H, D), a row for each head of inputs
+        (*, H, D), of whose last dimension the statistics are. Read off the module's own weight,
+        whatever a rule says.
     """
 
     kind: Kind
@@ -56,6 +59,7 @@ class Rule(NamedTuple):
     gate: Literal["before", "within", "after"] | None = None
     gate_act: str = "silu"
     group_size: str | int | None = None
+    heads: bool = False
 
     def words(self) -> str:
         """As a survey shows it: "rms, cast_first, 1 + weight"."""
@@ -66,6 +70,8 @@ class Rule(NamedTuple):
             said.append("no weight")
         if self.axis == 1:
             said.append("over channels")
+        if self.heads:
+            said.append("a row per head")
         if self.group_size or (self.groups and self.kind == "rms"):
             said.append("in groups")
         if self.gate:

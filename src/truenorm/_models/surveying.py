@@ -12,6 +12,7 @@ import torch
 from torch.nn import Module
 
 from .._core import checks
+from ..nn._orders import has_pass
 from ..nn._ruled import Ruled
 from . import rules, swap
 from .fusing import patterns, sums
@@ -167,7 +168,7 @@ def _with_outlook(model: Module, rows: list[Norm], found: dict[Module, Any]) -> 
             return sums.takes_sums(module)
         if module not in found:
             return isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm))
-        return sums.has_pass(found[module][1].rule)
+        return has_pass(found[module][1].rule)
 
     def follows(module: Module) -> bool:
         return patterns.is_layer(module) or (not isinstance(module, OWN) and module not in found)

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from .. import functional
 from .._core import added, eager
-from .._core.call import ONE_PLUS, ROUNDS
+from .._core.call import ONE_PLUS, ROUNDS, UNCENTRED, Call, Form
+from .._core.geometry import Axes
 from .._core.normalize import normalize
 from .._core.rule import Rule
 
 _RMS, _LAYER = eager.rms(1), eager.layer(1)
+# values, of which views for a group norm take more time than a product and a sum
+FEW = 32_768
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "sigmoid": torch.sigmoid,
@@ -44,6 +47,41 @@ def _kernel(
     steps = bool(flags & ROUNDS), bool(flags & ONE_PLUS)
     same = call.form._replace(rounds=steps[0], one_plus=steps[1])
     return normalize(call._replace(form=same, bias=bias))
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = y if weight is None else weight * y
+    return y if bias is None else y + bias
+
+
+def fit_heads(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether these have a row for each head of x, (*, H, D), or one that all of them share."""
+    shapes = {tuple(t.shape) for t in parameters if t is not None}
+    return len(shapes) == 1 and shapes.pop() in (tuple(x.shape[-2:]), (1, x.shape[-1]))
+
+
+def _of_heads(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str, flags: int = 0
+) -> Tensor:
+    """The same with weight and bias (H, D), of x (*, H, D): a group norm, each head a group."""
+    shared = bias if weight is None else weight
+    if shared is None:
+        return _kernel(x, None, None, eps, kind, flags)
+    if x.dtype == torch.float32 and x.numel() < FEW:
+        if weight is not None and flags & ONE_PLUS:
+            weight = 1.0 + weight
+        return _affine(_kernel(x, None, None, eps, kind), weight, bias)
+    heads, size = shared.shape
+    weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
+    if heads == 1:
+        return _kernel(x, weight, bias, eps, kind, flags)
+    rows, centred = x.reshape(-1, heads * size), kind == "layer"
+    bits = flags | eager.group(heads) | (0 if centred else UNCENTRED)
+    direct = eager.call(eager.OWN, rows, weight, bias, bits, eps, (), None)
+    if direct is not None:
+        return direct.view(x.shape)
+    form = Form(Axes(heads, 0, centred), eps, one_plus=bool(flags & ONE_PLUS))
+    return normalize(Call(rows, weight, bias, form)).view(x.shape)
 
 
 def scaled_by(weight: Tensor | None, rule: Rule) -> Tensor | None:
@@ -78,6 +116,7 @@ def _one_call(
     elif (
         out.itemsize == 2
         and not rule.offset
+        and not rule.heads  # a kernel rounds within over the last dimension alone
         and all(t is None or t.dtype == out for t in (weight, bias))
     ):
         return weight, ROUNDS
@@ -94,20 +133,26 @@ def compute(
     In float32 every order of casts is the same. Where half precision meets weights of another
     dtype, x̂ is a kernel's result, and the affine step torch's own.
     """
+    kernel = _of_heads if rule.heads else _kernel
     if (one := _one_call(x, weight, bias, rule)) is not None:
-        return _kernel(x, one[0], bias, eps, rule.kind, one[1])
+        return kernel(x, one[0], bias, eps, rule.kind, one[1])
     out, by = output_dtype(x, weight, rule), scaled_by(weight, rule)
     if rule.rounding == "once":
-        y = _kernel(x.float(), by, bias, eps, rule.kind)
+        y = kernel(x.float(), by, bias, eps, rule.kind)
         return y if y.dtype == out else y.to(out)
     if rule.rounding == "to_weight" and out == torch.float32:
-        return _kernel(x.float(), by, bias, eps, rule.kind)
+        return kernel(x.float(), by, bias, eps, rule.kind)
     if rule.rounding == "to_weight" and out != x.dtype:
         y = _kernel(x.float(), None, None, eps, rule.kind).to(out)
     else:
         y = _kernel(x, None, None, eps, rule.kind)
-    y = y if by is None else by * y
-    return y if bias is None else y + bias
+    return _affine(y, by, bias)
+
+
+def has_pass(rule: Rule) -> bool:
+    """Whether a norm of that rule has a pass for a sum and its norm."""
+    plain = rule.axis == -1 and not rule.after and rule.gate is None and not rule.heads
+    return rule.kind in ("rms", "layer") and plain
 
 
 def of_sum(

@@ -23,7 +23,7 @@ from . import _unlike
 from ._base import Direct
 from ._leaving import has_kernel, is_faster_there, is_watched
 from ._options import STORE, Attribute
-from ._orders import compute, gated, groups_of, in_order, of_sum
+from ._orders import compute, fit_heads, gated, groups_of, has_pass, in_order, of_sum
 
 _PLAIN = (Parameter, Tensor)
 
@@ -113,7 +113,7 @@ class Ruled(Module):
     def of_sum(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
         """(norm(h), h) of h = x + other, for two that are alike; None where no one pass does it."""
         rule = self._rule
-        if rule.kind not in ("rms", "layer") or rule.axis != -1 or rule.after or rule.gate:
+        if not has_pass(rule):
             return None
         return None if STORE in vars(self) else self._serve(x, None, other)
 
@@ -146,11 +146,16 @@ class Ruled(Module):
             y = layer._directly(x, None)
             if y is not None:
                 return y
+        # on a GPU not measured
+        if rule.heads and not (x.is_cpu and fit_heads(x, weight, bias)):
+            return None
         channels = (x.shape[rule.axis],)
         for each in (weight, bias):
             if each is None:
                 continue
-            if type(each) not in _PLAIN or (each.shape != channels and rule.kind not in _UNLIKE):
+            if type(each) not in _PLAIN:
+                return None
+            if each.shape != channels and rule.kind not in _UNLIKE and not rule.heads:
                 return None
         eps = getattr(self, rule.eps) if isinstance(rule.eps, str) else rule.eps
         if eps is None:
@@ -203,7 +208,7 @@ class Ruled(Module):
             return compute(last, weight, bias, eps, rule).movedim(-1, 1)
         if x.is_contiguous() or not self._keeps:
             return compute(x.contiguous(), weight, bias, eps, rule)
-        if (orders := in_order(x)) is None:
+        if (orders := in_order(x)) is None or (rule.heads and orders[0][-2] != x.dim() - 2):
             return None
         return compute(x.permute(orders[0]), weight, bias, eps, rule).permute(orders[1])
 

@@ -13,8 +13,8 @@ from torch.fx import Graph, Node
 from torch.nn import Module
 
 from ..._core import added, recomputed
-from ..._core.rule import Rule
 from ...nn._options import options_of
+from ...nn._orders import has_pass
 from ...nn._padded import PaddedRows
 from ...nn._ruled import Ruled
 from .memory import is_left, is_plain, may_write, module_of
@@ -55,12 +55,6 @@ _BY: dict[Any, Callable[..., tuple[Any, Any]]] = {
     torch.add: by_function,
     "add": by_method,
 }
-
-
-def has_pass(rule: Rule) -> bool:
-    """Whether a norm of that rule has a pass for a sum and its norm."""
-    plain = rule.axis == -1 and not rule.after and rule.gate is None
-    return rule.kind in ("rms", "layer") and plain
 
 
 class Sum(NamedTuple):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..._core.rule import Rule
+from ...nn._orders import FEW
 from ...nn._ruled import Pair
 from ...nn._unlike import convolved
 from . import trial
@@ -134,6 +135,11 @@ def shapes_of(rule: Rule, module: Any) -> dict[int, tuple[int, ...]]:
     if rule.kind == "weight":
         sides = (2 * each + 5 for each in module.kernel_size)
         return {4: (2, module.in_channels, *sides)}
+    if rule.heads:
+        held = getattr(module, rule.weight or rule.bias or "")
+        # so many that the kernel serves all of it
+        rows = max(7, -(-FEW // held.numel()))
+        return {3: (rows, *held.shape), 4: (2, -(-rows // 2), *held.shape)}
     features = features_of(module)
     ranks = {"frozen": (4,), "group": (3, 4, 5), "response": (4,)}.get(rule.kind, (2, 3, 4))
     held = getattr(module, rule.weight) if rule.weight else None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Conv2d, Module
+from torch.nn import Conv2d, LayerNorm, Module
 
 from ..._core.rule import Rule
 from ...nn._orders import ACTS, groups_of
@@ -102,12 +102,35 @@ def _tensors(module: Module, rule: Rule) -> dict[str, str] | str:
             return f"its {name!r} is a {type(value).__name__}: convert the model before"
         if value.is_quantized or value.dtype not in DTYPES:
             return f"its {name!r} is {value.dtype}, which only its own class serves"
-        if value.dim() != 1 and (
-            rule.kind not in ("l2", "response", "weight") or value.numel() != max(value.shape)
-        ):
+        if not _fits(value, rule):
             return f"its {name!r} has {value.dim()} dimensions, not 1"
         names[role] = name
     return names
+
+
+def _fits(value: Tensor, rule: Rule) -> bool:
+    """Whether a rule's tensor has a shape that one of that kind can have."""
+    if rule.kind in ("l2", "response", "weight"):
+        return value.dim() == 1 or value.numel() == max(value.shape)
+    return value.dim() == 1 or (value.dim() == 2 and _may_have_heads(rule))
+
+
+def _may_have_heads(rule: Rule) -> bool:
+    return rule.kind in ("rms", "layer") and rule.axis == -1 and rule.gate is None
+
+
+def _by_heads(module: Module, rule: Rule, names: dict[str, str]) -> Rule | str:
+    """The rule, with whether there is a row of weights for each head; or what is not in order."""
+    if not _may_have_heads(rule):
+        return rule._replace(heads=False)
+    shapes = {name: tuple(getattr(module, name).shape) for name in names.values()}
+    if len(set(shapes.values())) > 1:
+        said = " and ".join(f"{name!r} {shape}" for name, shape in shapes.items())
+        return f"it has {said}, which truenorm serves where both have one shape"
+    heads = any(len(shape) == 2 for shape in shapes.values())
+    if heads and isinstance(module, LayerNorm):
+        return "a row of weights per head after torch's layer_norm: truenorm would not be faster"
+    return rule._replace(heads=heads)
 
 
 def _by_formula(module: Module) -> Iterator[Rule]:
@@ -174,6 +197,10 @@ def _try(module: Module, kind: Kind, rule: Rule) -> tuple[Found, bool]:
     names = _tensors(module, rule)
     if isinstance(names, str):
         return Found(rule, None, names), True
+    told = _by_heads(module, rule, names)
+    if isinstance(told, str):
+        return Found(rule, None, told), True
+    rule = told
     if (why := swapping.obstacle(kind, rule)) is not None:
         return Found(rule, None, why), True
     held = (*names.values(), "weight", "bias") if rule.kind == "weight" else names.values()

@@ -36,13 +36,15 @@ _FREE = frozenset({"forward"})
 def torchs(theirs: Kind, rule: Rule) -> Kind | None:
     """The class of torch's that the swapped layer is an instance of.
 
-    Its own base, else the one whose weight means the same: 1 + weight, or weights along the
-    channels of an image, would be read wrongly by whoever knows torch's RMSNorm.
+    Its own base, else the one whose weight means the same: 1 + weight, a row of weights for each
+    head, or weights along the channels of an image, would be read wrongly by whoever knows torch's.
     """
     base = next((k for k in theirs.__mro__ if k in _TORCHS), None)
     if base is not None:
         return base
-    if rule.offset or rule.axis != -1 or rule.gate or (rule.bias and rule.kind == "rms"):
+    if rule.offset or rule.axis != -1 or rule.gate or rule.heads:
+        return None
+    if rule.bias and rule.kind == "rms":
         return None
     return _BY_KIND.get(rule.kind)
 
@@ -106,7 +108,8 @@ def derived(theirs: Kind, rule: Rule, proof: Proof, rounding: str = "module") ->
 def _is_torchs(rule: Rule) -> bool:
     """Whether truenorm's layer of the same name computes the rule."""
     image = rule.kind in ("batch", "group")
-    return rule.rounding == "once" and not rule.offset and (rule.axis == -1 or image)
+    plain = rule.rounding == "once" and not rule.offset and not rule.heads
+    return plain and (rule.axis == -1 or image)
 
 
 def _as_theirs(theirs: Kind, base: Kind, rule: Rule) -> dict[str, Any]:

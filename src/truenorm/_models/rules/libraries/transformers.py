@@ -79,6 +79,8 @@ def read(module: Any, kind: type) -> Rule | Iterable[Rule] | None:
         return _FROZEN
     if name == "OlmoLayerNorm":
         return Rule("layer", weight=None, eps=1e-5)
+    if name == "ChameleonLayerNorm":
+        return Rule("layer", "cast_first", bias="bias", eps=1e-5)
     held = vars(module)
     if name == "ConvNextV2GRN":
         return Rule("response", "steps", bias="bias", eps=1e-6)
