@@ -17,7 +17,7 @@ from truenorm._models.fusing.classes import PLAN
 
 transformers = pytest.importorskip("transformers")
 
-TOKENS = 2, 1100  # of 128 features: past 1 MiB in float32
+TOKENS = 32, 260  # of 128 features: past 4 MiB in float32
 SIZES = {
     "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 2, "vocab_size": 50, "max_position_embeddings": 2048,

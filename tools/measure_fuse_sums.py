@@ -1,7 +1,8 @@
 """A transformer's blocks as they are and fused, in turn: `python tools/measure_fuse_sums.py`.
 
 The blocks have no attention, so that sums and norms are as much of their time as they can be: the
-median, over rounds, of the time as written over the time fused, by the thread's own clock.
+median, over rounds, of the time as written over the time fused, by the thread's own clock. With
+--copies nothing is fused: what comes out is the machine's noise.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 import truenorm
 
 ROUNDS = 15
-SHAPES = (1, 8, 64), (2, 64, 512), (4, 256, 512), (8, 512, 768)
+SHAPES = (
+    (1, 8, 64), (2, 64, 512), (4, 128, 512), (4, 256, 512), (4, 384, 512), (4, 512, 512),
+    (8, 512, 768),
+)  # fmt: skip
 
 
 class Block(nn.Module):
@@ -45,10 +49,13 @@ def seconds(run: Callable[[], Any]) -> float:
             return past / calls
 
 
-def measure(shape: tuple[int, ...], kind: type[nn.Module], last: bool, training: bool) -> float:
+def measure(
+    shape: tuple[int, ...], kind: type[nn.Module], last: bool, training: bool, fuse: bool
+) -> float:
     blocks = nn.Sequential(*(Block(shape[-1], kind, last) for _ in range(2)))
     as_written = truenorm.convert(blocks)
-    fused = truenorm.fuse(copy.deepcopy(as_written))
+    fused = copy.deepcopy(as_written)
+    fused = truenorm.fuse(fused) if fuse else fused
     x, grad = torch.randn(shape, requires_grad=training), torch.randn(shape)
 
     def step(model: nn.Module) -> Callable[[], Any]:
@@ -70,14 +77,20 @@ def measure(shape: tuple[int, ...], kind: type[nn.Module], last: bool, training:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--copies", action="store_true", help="fuse nothing")
+    fuse = not parser.parse_args().copies
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print("| layer | shape | norm first: forward | step | norm last: forward | step |")
     print("| --- | --- | --: | --: | --: | --: |")
     for kind in (nn.LayerNorm, nn.RMSNorm):
         for shape in SHAPES:
-            found = [measure(shape, kind, last, t) for last in (False, True) for t in (False, True)]
+            found = [
+                measure(shape, kind, last, training, fuse)
+                for last in (False, True)
+                for training in (False, True)
+            ]
             cells = " | ".join(f"{ratio:.2f}" for ratio in found)
             print(f"| {kind.__name__} | {shape} | {cells} |", flush=True)
 

@@ -19,6 +19,9 @@ from ...nn._padded import PaddedRows
 from ...nn._ruled import Ruled
 from .memory import is_left, is_plain, may_write, module_of
 
+# bytes of an input from which on a whole step takes less; see docs/performance.md
+LARGE = 4 << 20
+
 
 def _at_once(layer: Any, x: Any, other: Any) -> tuple[Tensor, Tensor] | None:
     """(layer(h), h) of h = x + other by one pass; None where that takes more time than two."""
@@ -29,7 +32,7 @@ def _at_once(layer: Any, x: Any, other: Any) -> tuple[Tensor, Tensor] | None:
 
 def pay(*inputs: Any) -> bool:
     """Whether a module's inputs are so large that one pass for a sum and its norm takes less."""
-    return any(getattr(each, "nbytes", 0) >= added.LARGE for each in inputs)
+    return any(getattr(each, "nbytes", 0) >= LARGE for each in inputs)
 
 
 def _calls(add: Callable[[Any, Any], Any], name: str) -> Callable[..., tuple[Any, Any]]:
