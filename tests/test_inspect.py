@@ -202,7 +202,7 @@ def test_nothing_is_left_behind(training: bool) -> None:
     with pytest.raises(ValueError, match=r"failed on a batch of shape \(2, 4, 8, 8\)"):
         inspect(model, wrong, training=training)
     assert unchanged(model, before)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="after 1 batch"):
         inspect(model, x, progress=_interrupt)
     assert unchanged(model, before)
 
@@ -215,7 +215,7 @@ def test_data_without_a_tensor(data: Any) -> None:
 
 
 def _interrupt(count: int) -> None:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(f"after {count} batch")
 
 
 def test_data_in_every_form() -> None:
