@@ -12,6 +12,7 @@ Functions take what they need one by one: a small input's time is all Python.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isnan
 from typing import Any
 
@@ -86,13 +87,14 @@ def _shortly(
             return None
         channels = x.shape[1]
         groups = channels if form & PER_CHANNEL else form >> GROUPS
-        # torch's operators read as many as there are channels
-        fits = channels % (groups or 1) == 0 and all(
-            t is None or (t.numel() == channels and t.dim() == 1 and t.is_cpu)
-            for t in (weight, bias, *statistics[:2])
-        )
-        if not fits or (not form & CONSTANT and numel == (x.shape[0] * groups or channels)):
+        if (groups and channels % groups) or (
+            not form & CONSTANT and numel == (x.shape[0] * groups or channels)
+        ):
             return None
+        for t in (weight, bias, *statistics[:2]):
+            # torch's operators read as many as there are channels
+            if t is not None and not (t.numel() == channels and t.dim() == 1 and t.is_cpu):
+                return None
     if form & CONSTANT:
         given = statistics
     elif statistics:
@@ -173,9 +175,7 @@ def _looks(x: Tensor) -> bool:
 
 
 def _is_far(mean: Tensor, rstd: Tensor, limit: float) -> bool:
-    # a group's are part of the graph
-    farthest = _norm_of(mean.detach() * rstd.detach(), torch.inf)
-    return bool(farthest.item() > limit)
+    return bool(_norm_of(mean * rstd, torch.inf).item() > limit)
 
 
 def _as_taken(x: Tensor) -> tuple[Tensor, bool]:
@@ -217,13 +217,17 @@ def _of_features(x: Tensor, weight: Any, bias: Any, dims: int, centred: bool, ep
 
 def _of_groups(f: Triple, groups: int, eps: float) -> Tensor:
     x, weight, bias = f
-    n, c, s = geometry.ncs(x.shape, geometry.BATCH)
+    n, c = x.shape[:2]
     # of one channel a group torch's layer makes x contiguous, which its sums are more exact for
     v, inside = (x.contiguous(), False) if groups == c else _as_taken(x)
     if not _looks(x):
         return torch.group_norm(v, groups, weight, bias, eps, torch.backends.cudnn.enabled)
+    # unlike torch.group_norm, it takes what it is given as contiguous
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    y, mean, rstd = torch.native_group_norm(v, weight, bias, n, c, s, groups, eps)
+    sizes = n, c, x.numel() // (n * c), groups
+    y, mean, rstd = torch.native_group_norm(v, weight, bias, *sizes, eps)
+    if mean.requires_grad:
+        mean, rstd = mean.detach(), rstd.detach()
     if _is_far(mean, rstd, _FAR_INSIDE if inside else _FAR):
         first = _corner(x, (slice(None), slice(None, None, c // groups)), x.dim() - 2)
         v = v - first.repeat_interleave(c // groups, 1)
@@ -233,18 +237,25 @@ def _of_groups(f: Triple, groups: int, eps: float) -> Tensor:
 
 def _of_batch(f: Triple, eps: float, moving: Running | None) -> Tensor:
     x = f[0]
-    if x.is_cpu or _is_compiling() or moving is None or not _moved_by_torch(moving, x):
+    if moving is None or not _moved_by_torch(moving, x):
         y, own_mean, own_var = _observing(f, eps)
         if moving is not None:
             _move(moving, own_mean, own_var, x.numel() // x.shape[1])
         return y
     mean, var, count, momentum, *_ = moving
     assert momentum is not None
-    if operators.within_backward():
-        # the same node as in the forward that is computed again
-        mean, var, count = mean.clone(), var.clone(), None
-    y = torch.batch_norm(*f, mean, var, True, momentum, eps, torch.backends.cudnn.enabled)
-    if count is not None:
+    again = operators.within_backward()
+    if x.is_cpu:
+        # of a call's own: what a node holds is not to change before its backward
+        y, new_mean, new_var = _by_torch(f, eps, momentum, mean.clone, var.clone)
+        if not again:
+            mean.copy_(new_mean)
+            var.copy_(new_var)
+    else:
+        # what is computed again has the same node, and moves nothing
+        moved = (mean.clone(), var.clone()) if again else (mean, var)
+        y = torch.batch_norm(*f, *moved, True, momentum, eps, torch.backends.cudnn.enabled)
+    if count is not None and not again:
         count.add_(1)
     return y
 
@@ -271,22 +282,36 @@ def _observing(f: Triple, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
     Whether or not these are asked for, so that a checkpoint's two forwards have the same node.
     """
+    size, dtype = f[0].shape[1], _wide(f[0])
+
+    def nothing() -> Tensor:
+        return f[0].new_zeros(size, dtype=dtype)
+
+    return _by_torch(f, eps, 1.0, nothing, nothing)
+
+
+def _by_torch(
+    f: Triple, eps: float, momentum: float, of_mean: Callable[[], Tensor],
+    of_var: Callable[[], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, and where fresh running statistics have moved to."""
     x, weight, bias = f
-    observed = x.new_zeros((2, x.shape[1]), dtype=_wide(x))
-    mean, var = observed.unbind()
-    rest = weight, bias, mean, var, True, 1.0, eps
+    mean, var = of_mean(), of_var()
     if not x.is_cpu or _is_compiling():
-        return torch.batch_norm(x, *rest, torch.backends.cudnn.enabled), mean, var
+        rest = True, momentum, eps, torch.backends.cudnn.enabled
+        return torch.batch_norm(x, weight, bias, mean, var, *rest), mean, var
     v, inside = _as_taken(x)
-    if x.shape[0] == 1 and not inside:
-        # for the same reason, as to the gradient that comes
+    as_one = x.shape[0] == 1 and not inside
+    if as_one:
+        # torch goes by the strides of sizes of 1 in the gradient that comes, too
         v = v.view(1, x.shape[1], -1)
-    y, own, rstd = torch.native_batch_norm(v, *rest)
+    y, own, rstd = torch.native_batch_norm(v, weight, bias, mean, var, True, momentum, eps)
     if _looks(x) and _is_far(own, rstd, _FAR_INSIDE if inside else _FAR):
         first = _corner(v, (slice(1), slice(None)), v.dim() - 2)
-        y = torch.native_batch_norm(v - first, *rest)[0]
+        mean, var = of_mean() - first.flatten(), of_var()
+        y = torch.native_batch_norm(v - first, weight, bias, mean, var, True, momentum, eps)[0]
         mean = mean + first.flatten()
-    return y.view(x.shape), mean, var
+    return y.view(x.shape) if as_one else y, mean, var
 
 
 # ---------------------------------------------------------------- running statistics
@@ -295,7 +320,7 @@ def _observing(f: Triple, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 def _moved_by_torch(moving: Running, x: Tensor) -> bool:
     """Whether torch's own norm moves these statistics as this layer does."""
     fixed = moving.momentum is not None and not moving.skip_nonfinite
-    return fixed and moving.gathered is None and _are_wide(moving, x)
+    return fixed and moving.gathered is None and _are_wide(moving, x) and not _is_compiling()
 
 
 def _are_wide(moving: Running, x: Tensor) -> bool:
@@ -321,8 +346,7 @@ def _move_directly(moving: Running, mean: Tensor, var: Tensor) -> None:
     if factor is None:
         assert count is not None
         factor = 1.0 / (count.item() + 1.0)
-    with torch.no_grad():
-        moving.mean.lerp_(mean, factor)
-        moving.var.lerp_(var, factor)
-        if count is not None:
-            count.add_(1)
+    moving.mean.lerp_(mean, factor)
+    moving.var.lerp_(var, factor)
+    if count is not None:
+        count.add_(1)
