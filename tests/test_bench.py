@@ -199,6 +199,8 @@ def test_ratios_are_taken_within_a_round(tmp_path: Path) -> None:
     assert timings[FORWARD].ratio("torch") == Quartiles(2.0, 2.0, 2.0)
     assert timings[FORWARD].ratio("compile") is None
     assert timings[FORWARD].of_floor().median == 0.5
+    # read once and written once, in the time of a clone
+    assert timings[FORWARD].copy_rate(600) == 1200 / timings[FORWARD].median("clone")
     # five tensors are moved, where clone() moves two
     assert timings[BOTH].of_floor().median == 1.25
     rows = families([Result(SMALL[0], "float32", 2, "", timings, 2**20)])

@@ -404,3 +404,14 @@ def refusal(layer: Any, x: Tensor) -> str:
     ) as refused:
         layer(x)
     return str(refused.value)
+
+
+def test_info_says_what_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "KERNELLESS", "torch")
+    found = truenorm.info()
+    assert found.cpu == "torch"
+    assert "cpu: torch's own operators (" in str(found)
+    assert str(found).endswith(found.without_kernels)
+    assert "within 3e-5 of the formula at any offset" in found.without_kernels
+    monkeypatch.setattr(library, "FORMULA", True)
+    assert not truenorm.info().without_kernels

@@ -101,6 +101,7 @@ class Info:
     cuda: "triton", "torch" or "plain".
     cuda_words: what serves CUDA tensors, and why where that is no kernel.
     other_devices: what serves tensors of every other device, "torch" or "plain".
+    without_kernels: what holds where torch's own operators serve a device of this machine, or "".
     strangers: libraries that take truenorm's layers for none that they know, and why.
     """
 
@@ -114,6 +115,7 @@ class Info:
     cuda: str = "torch"
     cuda_words: str = WITHOUT["torch"]
     other_devices: str = "torch"
+    without_kernels: str = ""
     strangers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -128,9 +130,19 @@ class Info:
             f"cuda: {self.cuda_words}\n"
             f"mps, xpu and other devices: {WITHOUT[self.other_devices]}\n"
             f"library: {self.library or 'none'}"
-            + (f"\n{OF_TORCH}" if "torch" in (self.cpu, self.cuda, self.other_devices) else "")
+            + (f"\n{self.without_kernels}" if self.without_kernels else "")
             + "".join(f"\nnot made known to {each}" for each in self.strangers)
         )
+
+
+def _is_kernelless(cuda: str) -> bool:
+    """Whether torch's own operators serve a device of this machine."""
+    if FORMULA:
+        return False
+    if NATIVE is None:
+        return True
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device is not None and (cuda != "triton" or device.type != "cuda")
 
 
 def info() -> Info:
@@ -150,5 +162,6 @@ def info() -> Info:
         cuda=cuda,
         cuda_words=cuda_words,
         other_devices=KERNELLESS,
+        without_kernels=OF_TORCH if _is_kernelless(cuda) else "",
         strangers=tuple(f"{name}: {why}" for name, why in imports.FAILED.items()),
     )

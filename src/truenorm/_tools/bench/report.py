@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..extras import has
 from .cases import COMPILE_GOAL, GOALS, Case
 from .results import Result, Row
-from .timing import COMPILE, DIRECTIONS, TORCH, Quartiles
+from .timing import COMPILE, DIRECTIONS, TENSORS_MOVED, TORCH, Quartiles
 
 _MISSING = "–"
 
@@ -36,7 +36,7 @@ class Lines:
         self._compiled, self._write, self._family = compiled, write, ""
 
     def _line(self, label: str, threads: str, cells: Sequence[str]) -> str:
-        widths = [11, 12, *([9] if self._compiled else []), 10] * len(DIRECTIONS)
+        widths = [11, 12, *([9] if self._compiled else []), 9, 7, 10] * len(DIRECTIONS)
         text = "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
         return f"{label:<{self._label}}{threads:>7}{text}"
 
@@ -44,10 +44,12 @@ class Lines:
         cells: list[str] = []
         for name in ("forward", "+backward"):
             compiled = ["compile"] if self._compiled else []
-            cells += [name, "quartiles", *compiled, "of floor"]
+            cells += [name, "quartiles", *compiled, "MiB", "GB/s", "of floor"]
+        moved = ", ".join(str(TENSORS_MOVED[direction]) for direction in DIRECTIONS)
         self._write(
-            "Times faster than torch.nn (compile: than torch.compile); of floor: of the speed of "
-            "moving the bytes."
+            "Times faster than torch.nn (compile: than torch.compile); what must be moved (tensors "
+            f"of the input's size, each once: {moved}), the rate of copying in the same rounds, "
+            "and the share of that floor which is reached."
         )
         self._write(self._line("", "threads", cells))
 
@@ -66,6 +68,8 @@ class Lines:
             cells += _spread(timing.ratio(TORCH))
             if self._compiled:
                 cells.append(_spread(timing.ratio(COMPILE))[0])
+            cells.append(times(TENSORS_MOVED[direction] * result.bytes / 2**20))
+            cells.append(times(timing.copy_rate(result.bytes) / 1e9))
             cells.append(times(timing.of_floor().median))
         self._write(self._line(label, str(result.threads), cells))
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..._core.library import info
 from .cases import FAMILIES, GOALS, LARGE_BYTES, Case
-from .timing import COMPILE, DIRECTIONS, FLOOR_NOTE, FORWARD, TORCH, Timing
+from .timing import COMPILE, DIRECTIONS, FLOOR_NOTE, FORWARD, TENSORS_MOVED, TORCH, Timing
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,14 @@ class Result:
             "threads": self.threads,
             "bytes": self.bytes,
             "wrong": self.wrong,
-            **{direction: timing.as_dict() for direction, timing in self.timings.items()},
+            **{
+                direction: {
+                    **timing.as_dict(),
+                    "bytes_moved": TENSORS_MOVED[direction] * self.bytes,
+                    "copy_bytes_per_second": timing.copy_rate(self.bytes),
+                }
+                for direction, timing in self.timings.items()
+            },
         }
 
 

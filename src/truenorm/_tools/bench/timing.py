@@ -31,6 +31,7 @@ OURS, TORCH, COMPILE, CLONE = "truenorm", "torch", "compile", "clone"
 # and writes y, as clone() does. Forward and backward together also read x and grad_output and write
 # x's gradient: five tensors for clone()'s two. Parameters and statistics are left out.
 FLOOR_IN_CLONES = {FORWARD: 1.0, BACKWARD: 1.5, BOTH: 2.5}
+TENSORS_MOVED = {direction: int(2 * clones) for direction, clones in FLOOR_IN_CLONES.items()}
 FLOOR_NOTE = (
     "forward: clone() of the input; forward+backward: 5 tensors moved (read x, write y, read x, "
     "read grad, write x.grad) at the rate of clone(), which moves 2"
@@ -89,6 +90,10 @@ class Timing:
         found = self.ratio(CLONE, FLOOR_IN_CLONES[self.direction])
         assert found is not None
         return found
+
+    def copy_rate(self, size: int) -> float:
+        """Bytes read and written a second by copying a tensor of that many bytes."""
+        return 2 * size / self.median(CLONE)
 
     def median(self, contender: str) -> float:
         return statistics.median(self.seconds[contender])
