@@ -150,7 +150,7 @@ def info() -> Info:
     from .. import __version__, _triton
 
     imports.retry()
-    cuda, cuda_words = _triton.describe()
+    cuda, cuda_words = _triton.describe(WITHOUT)
     return Info(
         version=__version__,
         torch_version=str(torch.__version__),

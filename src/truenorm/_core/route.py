@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.jit import _trace
 
 from .. import _triton
-from . import exporting, geometry, library, sharding
+from . import exporting, geometry, imports, library, sharding
 from .call import Call
 
 KERNEL, GRAPH, PLAIN, STANDARD, SHARDED, TORCH = range(6)
@@ -53,19 +53,23 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-# at compile time too it is asked of the device itself
-_why_not_on_cuda = torch.compiler.assume_constant_result(_triton.why_plain)
-
-
 def lacks_kernel(x: Tensor) -> bool:
     """Whether no kernel serves x's device, nor was the formula asked for by name."""
-    if x.is_cpu:
+    # x.is_cpu would be a node in a compiler's graph, and a use of what x comes from
+    kind = x.device.type
+    if kind == "cpu":
         return library.NATIVE is None and not library.FORMULA
-    if x.is_cuda:
-        if _triton.WHY_NOT:
-            return not _triton.FORMULA
-        return bool(_why_not_on_cuda(x.device.index or 0))
-    return not (x.is_meta or library.FORMULA)
+    if kind == "cuda":
+        return not _triton.FORMULA and bool(_triton.why_plain(x.device.index or 0))
+    return not (kind == "meta" or library.FORMULA)
+
+
+# what a device is does not change under a compiler, which need not look into the question
+imports.after_import(
+    "torch._dynamo",
+    "which devices have kernels",
+    lambda dynamo: dynamo.assume_constant_result(_triton.why_plain),
+)
 
 
 def way_of(x: Tensor, *others: Tensor | None) -> int:

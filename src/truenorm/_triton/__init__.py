@@ -132,11 +132,9 @@ def register(library: Any, plain: Kernels) -> None:
             library.impl(name, serving(name, kernel), "CUDA")
 
 
-def describe() -> tuple[str, str]:
+def describe(words_without: Mapping[str, str]) -> tuple[str, str]:
     """("triton", "torch" or "plain", in words what serves CUDA tensors)."""
-    from .._core.library import WITHOUT
-
-    without = WITHOUT[KERNELLESS]
+    without = words_without[KERNELLESS]
     if WHY_NOT:
         return KERNELLESS, f"{without} ({WHY_NOT})"
     words = f"Triton kernels (triton {TRITON})"
