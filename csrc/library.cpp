@@ -2,6 +2,7 @@
 // schemas stand in src/truenorm/_core/operators.py.
 #include <torch/csrc/stable/library.h>
 
+#include "pages.h"
 #include "pool.h"
 #include "tensors.h"
 

@@ -1,14 +1,13 @@
 #include "pool.h"
 
-#include <pthread.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <mutex>
 #include <new>
 #include <vector>
+
+#include "exported.h"
+#include "pages.h"
 
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
@@ -28,32 +27,15 @@
 namespace truenorm {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kHugeFrom = 2 * kHugePage;
 // Sizes that differ by less are one size. A multiple of every page size.
 constexpr size_t kGranule = size_t{64} << 10;
 
 size_t rounded(size_t bytes) { return (bytes + kGranule - 1) & ~(kGranule - 1); }
 
-void* map(size_t capacity) {
-  // a huge page must start where the address divides by its size: map more, and cut to that
-  const size_t spare = capacity >= kHugeFrom ? kHugePage : 0;
-  void* const mapped =
-      mmap(nullptr, capacity + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) return nullptr;
-  if (spare == 0) return mapped;
-  char* const begin = static_cast<char*>(mapped);
-  const size_t before = (kHugePage - uintptr_t(begin) % kHugePage) % kHugePage;
-  if (before > 0) munmap(begin, before);
-  if (before < spare) munmap(begin + before + capacity, spare - before);
-  ask_for_huge_pages(begin + before, capacity);
-  return begin + before;
-}
-
 void unmap(const Buffer& buffer) {
   // whoever is given these addresses next knows nothing of the poison
   ASAN_UNPOISON_MEMORY_REGION(buffer.data, buffer.capacity);
-  munmap(buffer.data, buffer.capacity);
+  unmap_pages(buffer.data, buffer.capacity);
 }
 
 class Pool {
@@ -62,8 +44,8 @@ class Pool {
   static Pool& instance() {
     static Pool* const pool = [] {
       auto* made = new Pool;
-      pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
-                     [] { instance().in_child(); });
+      around_fork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                  [] { instance().in_child(); });
       return made;
     }();
     return *pool;
@@ -84,11 +66,11 @@ class Pool {
         ++misses_;
       }
     }
-    if (buffer.data == nullptr) buffer.data = map(buffer.capacity);
+    if (buffer.data == nullptr) buffer.data = map_pages(buffer.capacity);
     if (buffer.data == nullptr) {
       // idle memory of other sizes may be what is missing
       empty();
-      buffer.data = map(buffer.capacity);
+      buffer.data = map_pages(buffer.capacity);
     }
     if (buffer.data != nullptr) {
       ASAN_POISON_MEMORY_REGION(buffer.data, buffer.capacity);
@@ -185,19 +167,7 @@ Buffer take(size_t bytes) { return Pool::instance().take(bytes); }
 
 void give_back(Buffer buffer) noexcept { Pool::instance().give_back(buffer); }
 
-void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  if (bytes < kHugeFrom) return;
-  const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
-  const auto begin = (uintptr_t(data) + page - 1) & ~(page - 1);
-  const auto end = (uintptr_t(data) + bytes) & ~(page - 1);
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace truenorm
-
-#define TRUENORM_EXPORT extern "C" __attribute__((visibility("default")))
 
 TRUENORM_EXPORT void truenorm_pool_set_cap(int64_t bytes) {
   truenorm::Pool::instance().set_cap(size_t(bytes));

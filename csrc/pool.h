@@ -19,8 +19,4 @@ Buffer take(size_t bytes);
 
 void give_back(Buffer buffer) noexcept;
 
-// Linux hands out fresh memory page by page, and the faults cost more than the arithmetic: asks for
-// huge pages where that pays. To be called before the first touch.
-void ask_for_huge_pages(void* data, size_t bytes);
-
 }  // namespace truenorm

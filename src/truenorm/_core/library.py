@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import platform
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from . import imports, pool
+from . import imports, loading, pool
 
+_X86_SETS = "baseline, avx2 or avx512"
 BACKENDS = ("auto", "native", "torch", "plain")
 # what serves without kernels, and what of truenorm's promises holds there
 WITHOUT = {"torch": "torch's own operators", "plain": "the formula in float64, many times slower"}
@@ -56,20 +58,20 @@ def _load() -> tuple[Native | None, str]:
                 "this installation has no native library: install a wheel for this platform, "
                 "or install from source with a C++20 compiler (g++ or clang++) on PATH"
             )
-        torch.ops.load_library(str(path))
-        library = ctypes.CDLL(str(path))
+        library = loading.load(path)
         library.truenorm_instruction_set.restype = ctypes.c_char_p
         name = library.truenorm_instruction_set()
         if name is None:
             raise OSError(
                 f"TRUENORM_ISA (={os.environ.get('TRUENORM_ISA')!r}) is not an instruction set "
-                "of this machine and library: unset it, or set it to baseline, avx2 or avx512"
+                "of this machine and library: unset it, or set it to "
+                + ("neon" if platform.machine() in ("aarch64", "arm64") else _X86_SETS)
             )
         pool.attach(library, cap_mib)
         return Native(path, name.decode()), ""
     except OSError as error:
-        # a backend that was asked for by name must load or raise
-        if backend == "native" or os.environ.get("TRUENORM_ISA"):
+        # what was asked for by name must load or raise
+        if backend == "native" or any(map(os.environ.get, ("TRUENORM_ISA", "TRUENORM_LIBRARY"))):
             raise ImportError(f"truenorm's native library did not load: {error}") from error
         reason = str(error)
     warnings.warn(
