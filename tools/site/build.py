@@ -27,7 +27,7 @@ ROOT = HERE.parents[1]
 NAVIGATION = {
     "Layers": ["layers/index", "layers/*"],
     "How to": ["howto/index", "howto/*"],
-    "Numbers": ["measured", "performance", "where-torch-differs", "scale"],
+    "Numbers": ["measured", "performance", "where-torch-differs", "scale", "platforms"],
     "Inside": ["formula-to-kernel", "architecture", "contributing", "changelog"],
     "Examples": ["examples/*"],
     "API": ["api/layers", "api/functions", "api/models"],
