@@ -168,12 +168,12 @@ TN_INLINE vf rounded(vf v) {
 }
 
 // x̂ · weight + bias of one vector, each step rounded.
-template <class T>
-TN_INLINE vf affine_in_steps(vf x, const RowVectors<T>& by, const float* weight,
-                             const float* bias) {
-  vf y = rounded<T>(((x - by.hi) - by.lo) * by.rstd);
-  if (weight) y = rounded<T>(y * load_raw<vf>(weight));
-  if (bias) y = rounded<T>(y + load_raw<vf>(bias));
+template <class T, class V>
+TN_INLINE V affine_in_steps(V x, const RowVectors<T>& by, const compute_t<T>* weight,
+                            const compute_t<T>* bias) {
+  V y = rounded<T>(((x - by.hi) - by.lo) * by.rstd);
+  if (weight) y = rounded<T>(y * load_raw<V>(weight));
+  if (bias) y = rounded<T>(y + load_raw<V>(bias));
   return y;
 }
 
