@@ -1,6 +1,6 @@
 # Other platforms and processors than this machine's. Each target says what it needs and cannot have;
 # that is no failure.
-.PHONY: neon processors check-macos check-windows wheel-aarch64
+.PHONY: neon processors check-macos check-windows wheel-aarch64 test-aarch64
 
 # the kernels alone: no torch is needed for that, and none for aarch64 is at hand
 DIGEST_FLAGS := -std=c++20 -O3 -DNDEBUG -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi -Werror
@@ -43,3 +43,9 @@ wheel-aarch64: $(VENV)/wheel  ## build dist/*aarch64.whl by g++'s cross form
 	@$(BIN)/python tools/cross.py aarch64
 	@! compgen -G 'build/cross/aarch64/wheel/*.whl' > /dev/null || \
 		{ rm -f dist/*aarch64.whl; $(call REPAIR,aarch64,build/cross/aarch64/wheel/*.whl); ls dist/*aarch64.whl; }
+
+# what to run: make test-aarch64 EMULATED="tests/test_layer.py"
+EMULATED ?=
+
+test-aarch64: $(VENV)/wheel  ## a part of the suite on an emulated aarch64, by the wheel in dist (qemu-user, debootstrap, 4 GB)
+	@$(BIN)/python tools/emulate.py $(EMULATED)
