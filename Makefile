@@ -59,8 +59,11 @@ format: $(VENV)/dev  ## put the Python and the C++ in style
 docs: $(VENV)/docs  ## build the documentation: build/site/index.html
 	@$(BIN)/python tools/site/build.py
 
-# what torch's own wheels ask of a Linux; auditwheel refuses a library that asks for more
-REPAIR = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --only-plat \
+# what torch's own wheels ask of a Linux; auditwheel refuses a library that asks for more, and goes by
+# this machine's processor, not the wheel's
+AUDITWHEEL = $(BIN)/python -c "import platform; platform.machine = lambda: '$(1)'; \
+	from auditwheel.main import main; raise SystemExit(main())"
+REPAIR = PATH="$(CURDIR)/$(BIN):$$PATH" $(call AUDITWHEEL,$(1)) repair --only-plat \
 	--exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist --plat manylinux_2_28_$(1) $(2) \
 	> build/wheel.log 2>&1 || { cat build/wheel.log >&2; exit 1; }
 MAKE_WHEEL = TRUENORM_REQUIRE_NATIVE=ON $(PIP) wheel -qq --no-deps --no-build-isolation

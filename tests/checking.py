@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import pytest
 import torch
 from cases import Result, exact, run
 from tolerances import assert_gradient, assert_output
-from torch import Tensor
+from torch import Tensor, nn
+
+# LayerNorm has one in every torch, the others from 2.12 on
+takes_bias = pytest.mark.skipif(
+    "bias" not in inspect.signature(nn.GroupNorm).parameters, reason="torch's layer takes no bias="
+)
 
 
 def check_layer(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import LAYOUTS, randomize, run
-from checking import check_layer, same_layout
+from checking import check_layer, same_layout, takes_bias
 from tolerances import FLOAT32_FORWARD, FLOAT64, assert_gradient, assert_output, relative
 
 from truenorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, LazyBatchNorm2d, reference
@@ -74,6 +74,7 @@ def test_affine_and_tracking(affine: bool, track: bool, training: bool) -> None:
     check_layer(layer, data(3, 5, 7, 9))
 
 
+@takes_bias
 def test_without_bias() -> None:
     layer = build(BatchNorm2d, 5, bias=False)
     assert layer.bias is None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import LAYOUTS, randomize
-from checking import check_layer, same_layout
+from checking import check_layer, same_layout, takes_bias
 from tolerances import assert_output
 
 from truenorm import GroupNorm, InstanceNorm2d, LayerNorm
@@ -61,7 +61,9 @@ def test_every_dtype(dtype: torch.dtype, of_parameters: str) -> None:
         check_layer(layer, LAYOUTS[layout](data(2, 9, 5, 7, dtype=dtype)))
 
 
-@pytest.mark.parametrize("kwargs", [{"affine": False}, {"bias": False}])
+@pytest.mark.parametrize(
+    "kwargs", [{"affine": False}, pytest.param({"bias": False}, marks=takes_bias)]
+)
 def test_without_parameters(kwargs: dict[str, bool]) -> None:
     layer = build(3, 9, **kwargs)
     assert layer.bias is None
