@@ -14,7 +14,7 @@ import truenorm.functional as F
 from truenorm._core import pool
 
 only_native = pytest.mark.skipif(
-    truenorm.info().pool is None, reason="plain PyTorch ops recycle nothing"
+    truenorm.info().pool is None, reason="without the library nothing is recycled"
 )
 
 CAP = 64

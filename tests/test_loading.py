@@ -75,7 +75,7 @@ def test_a_library_that_was_cut_is_refused_before_it_is_loaded(
     broken = _cut(tmp_path / "cut.so", int(size * whole) if 0 < size < 1 else int(size) % whole)
     nothing_named.setattr(library, "_find", lambda: broken)
     with pytest.warns(
-        RuntimeWarning, match=r"correct but slower: .*cut.so is .*install truenorm again"
+        RuntimeWarning, match=r"at torch's speed: .*cut.so is .*install truenorm again"
     ):
         native, why = library._load()
     assert native is None
