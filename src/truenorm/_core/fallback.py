@@ -21,7 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import activation, geometry, library, operators, running
-from .call import CONSTANT, FEATURES, GROUPS, PER_CHANNEL, UNCENTRED, Call, Running
+from .call import (
+    CONSTANT,
+    FEATURES,
+    GROUPS,
+    ONE_PLUS,
+    PER_CHANNEL,
+    ROUNDS,
+    UNCENTRED,
+    Call,
+    Running,
+)
 
 # Means of up to so many deviations are torch's to take. What it makes of float32 is then off by
 # 5e-6 at most, and by 3e-5 where the channels lie inside, for which it has other sums.
@@ -79,7 +89,8 @@ def _shortly(
     after: tuple[Any, ...] | None,
 ) -> Tensor | None:  # fmt: skip
     numel, given, moving = x.numel(), None, None
-    if not numel or x.dtype not in _FLOATING or x.layout is not torch.strided:
+    plain = x.dtype in _FLOATING and x.layout is torch.strided
+    if not (numel and plain) or form & (ROUNDS | ONE_PLUS):
         return None
     features, groups = form >> FEATURES & 0xFF, 0
     if not features:
