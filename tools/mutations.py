@@ -295,8 +295,8 @@ MUTATIONS = [
     Mutation(
         "steps: x̂ that is not rounded before the weight",
         "kernel_elementwise.h",
-        "vf y = rounded<T>(((x - by.hi) - by.lo) * by.rstd);",
-        "vf y = ((x - by.hi) - by.lo) * by.rstd;",
+        "V y = rounded<T>(((x - by.hi) - by.lo) * by.rstd);",
+        "V y = ((x - by.hi) - by.lo) * by.rstd;",
         "operator_of_the_dtype",
         tests=STEPS,
     ),
