@@ -228,7 +228,8 @@ def test_running_statistics_move_as_torchs(
 
 
 def test_a_checkpoint_moves_them_once() -> None:
-    for case in (CASES[2], CASES[5], CUMULATIVE):
+    untracked = Case("BatchNorm2d", (5,), {"track_running_stats": False}, (3, 5, 7, 9))
+    for case in (CASES[2], CASES[5], CUMULATIVE, untracked):
         once, twice = case.build(), case.build()
         twice.load_state_dict(once.state_dict())
         x = case.input().requires_grad_()

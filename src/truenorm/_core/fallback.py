@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activation, geometry, library, operators, running
+from . import activation, geometry, library, operators, running, standard
 from .call import (
     CONSTANT,
     FEATURES,
@@ -50,21 +50,9 @@ Triple = tuple[Tensor, Any, Any]
 
 def norm(call: Call) -> Tensor:
     """A call's output; x's own statistics move `running`."""
-    x, weight, bias, form = call[:4]
-    if form.one_plus and weight is not None:
-        weight = 1.0 + weight.to(_wide(x))
-    groups, features, centred = form.axes
-    groups = 0 if features else groups
-    rest = groups, features, centred, form.eps, call.given, call.running
-    if form.rounds:
-        y = _normalized(x, None, None, *rest)
-        y = y if weight is None else y * weight.to(x.dtype)
-        y = y if bias is None else y + bias.to(x.dtype)
-    else:
-        y = _normalized(x, weight, bias, *rest)
-    if call.residual is not None:
-        y = y + call.residual
-    return activation.act(y, form.act, form.parameter)
+    groups, features, centred = call.form.axes
+    rest = 0 if features else groups, features, centred, call.form.eps, call.given, call.running
+    return standard.finished(call, lambda weight, bias: _normalized(call.x, weight, bias, *rest))
 
 
 def shortly(
@@ -121,7 +109,7 @@ def _normalized(
     given: Any, moving: Running | None,
 ) -> Tensor:  # fmt: skip
     dtype = x.dtype
-    if groups and groups == x.shape[1] and x.shape[0] == 1 and _as_taken(x)[1]:
+    if groups and groups == x.shape[1] and x.shape[0] == 1 and _has_channels_inside(x):
         # the statistics of one sample's channels, which stay inside, are those of a batch
         groups = 0
     by_channel = moving is not None or not (features or groups)
@@ -189,12 +177,15 @@ def _is_far(mean: Tensor, rstd: Tensor, limit: float) -> bool:
     return bool(_norm_of(mean * rstd, torch.inf).item() > limit)
 
 
+def _has_channels_inside(x: Tensor) -> bool:
+    """Whether torch's operators read x with the channels inside."""
+    memory_format = None if x.is_contiguous() else _FORMATS.get(x.dim())
+    return memory_format is not None and x.is_contiguous(memory_format=memory_format)
+
+
 def _as_taken(x: Tensor) -> tuple[Tensor, bool]:
     """x as torch's operators read it, and whether they read it with the channels inside."""
-    if x.is_contiguous():
-        return x, False
-    memory_format = _FORMATS.get(x.dim())
-    if memory_format is None or not x.is_contiguous(memory_format=memory_format):
+    if not _has_channels_inside(x):
         return x.contiguous(), False
     if x.stride(0) * x.shape[0] != x.numel():
         # of one sample: torch goes by the strides of sizes of 1 too, and its gradients are wrong
@@ -248,20 +239,21 @@ def _of_groups(f: Triple, groups: int, eps: float) -> Tensor:
 
 def _of_batch(f: Triple, eps: float, moving: Running | None) -> Tensor:
     x = f[0]
-    if moving is None or not _moved_by_torch(moving, x):
-        y, own_mean, own_var = _observing(f, eps)
-        if moving is not None:
-            _move(moving, own_mean, own_var, x.numel() // x.shape[1])
+    if moving is None:
+        return _by_torch(f, eps)[0]
+    if not _moved_by_torch(moving, x):
+        y, own_mean, own_var = _by_torch(f, eps, 1.0, lambda: _nothing(x, x.shape[1]))
+        _move(moving, own_mean, own_var, x.numel() // x.shape[1])
         return y
     mean, var, count, momentum, *_ = moving
     assert momentum is not None
     again = operators.within_backward()
     if x.is_cpu:
         # of a call's own: what a node holds is not to change before its backward
-        y, new_mean, new_var = _by_torch(f, eps, momentum, mean.clone, var.clone)
+        y, *new = _by_torch(f, eps, momentum, lambda: (mean.clone(), var.clone()))
         if not again:
-            mean.copy_(new_mean)
-            var.copy_(new_var)
+            mean.copy_(new[0])
+            var.copy_(new[1])
     else:
         # what is computed again has the same node, and moves nothing
         moved = (mean.clone(), var.clone()) if again else (mean, var)
@@ -277,37 +269,31 @@ def _of_channels(f: Triple, eps: float, moving: Running) -> Tensor:
     n, c, values = geometry.ncs(x.shape, geometry.BATCH)
     if _is_compiling():
         # torch's own leaves the number of samples open
-        mean, var = x.new_zeros((2, c), dtype=_wide(x)).unbind()
+        mean, var = _nothing(x, c)
         rest = weight, bias, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled
         y = torch.instance_norm(x, *rest)
         _move(moving, mean, var, values)
         return y
     weight, bias = (None if t is None else t.repeat(n) for t in (weight, bias))
-    y, mean, var = _observing((x.reshape(1, n * c, values), weight, bias), eps)
+    flat = x.reshape(1, n * c, values), weight, bias
+    y, mean, var = _by_torch(flat, eps, 1.0, lambda: _nothing(x, n * c))
     _move(moving, mean, var, values)
     return y.view(x.shape)
 
 
-def _observing(f: Triple, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Each channel by its own statistics over the batch: y, means and unbiased variances.
-
-    Whether or not these are asked for, so that a checkpoint's two forwards have the same node.
-    """
-    size, dtype = f[0].shape[1], _wide(f[0])
-
-    def nothing() -> Tensor:
-        return f[0].new_zeros(size, dtype=dtype)
-
-    return _by_torch(f, eps, 1.0, nothing, nothing)
+def _nothing(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Statistics that a momentum of 1 has forgotten."""
+    mean, var = x.new_zeros((2, size), dtype=_wide(x))
+    return mean, var
 
 
 def _by_torch(
-    f: Triple, eps: float, momentum: float, of_mean: Callable[[], Tensor],
-    of_var: Callable[[], Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, and where fresh running statistics have moved to."""
+    f: Triple, eps: float, momentum: float = 0.0,
+    fresh: Callable[[], tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Any, Any]:  # fmt: skip
+    """Each channel by its own statistics over the batch; where `fresh` running ones move to."""
     x, weight, bias = f
-    mean, var = of_mean(), of_var()
+    mean, var = (None, None) if fresh is None else fresh()
     if not x.is_cpu or _is_compiling():
         rest = True, momentum, eps, torch.backends.cudnn.enabled
         return torch.batch_norm(x, weight, bias, mean, var, *rest), mean, var
@@ -319,9 +305,11 @@ def _by_torch(
     y, own, rstd = torch.native_batch_norm(v, weight, bias, mean, var, True, momentum, eps)
     if _looks(x) and _is_far(own, rstd, _FAR_INSIDE if inside else _FAR):
         first = _corner(v, (slice(1), slice(None)), v.dim() - 2)
-        mean, var = of_mean() - first.flatten(), of_var()
+        if fresh is not None:
+            mean, var = fresh()
+            mean = mean - first.flatten()
         y = torch.native_batch_norm(v - first, weight, bias, mean, var, True, momentum, eps)[0]
-        mean = mean + first.flatten()
+        mean = None if mean is None else mean + first.flatten()
     return y.view(x.shape) if as_one else y, mean, var
 
 
@@ -330,8 +318,7 @@ def _by_torch(
 
 def _moved_by_torch(moving: Running, x: Tensor) -> bool:
     """Whether torch's own norm moves these statistics as this layer does."""
-    fixed = moving.momentum is not None and not moving.skip_nonfinite
-    return fixed and moving.gathered is None and _are_wide(moving, x) and not _is_compiling()
+    return not _is_compiling() and standard.moved_by_torch(moving) and _are_wide(moving, x)
 
 
 def _are_wide(moving: Running, x: Tensor) -> bool:

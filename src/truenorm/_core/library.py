@@ -19,9 +19,10 @@ BACKENDS = ("auto", "native", "torch", "plain")
 # what serves without kernels, and what of truenorm's promises holds there
 WITHOUT = {"torch": "torch's own operators", "plain": "the formula in float64, many times slower"}
 OF_TORCH = (
-    "torch's own operators: as fast as torch's layers; torch's rounding, not truenorm's bits "
-    "(float32 on a CPU within 3e-5 of the formula at any offset); running statistics stay wide; "
-    "masks, and statistics over processes, by the formula in float64"
+    "torch's own operators: as fast as torch's layers, but for the smallest inputs; torch's "
+    "rounding, not truenorm's bits (float32 on a CPU, by its own statistics and not compiled, "
+    "within 3e-5 of the formula at any offset); running statistics stay wide; masks, and "
+    "statistics over processes, by the formula in float64"
 )
 
 

@@ -53,15 +53,20 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-def lacks_kernel(x: Tensor) -> bool:
-    """Whether no kernel serves x's device, nor was the formula asked for by name."""
+def has_kernel(x: Tensor) -> bool:
+    """Whether truenorm's kernels serve x's device."""
     # x.is_cpu would be a node in a compiler's graph, and a use of what x comes from
     kind = x.device.type
     if kind == "cpu":
-        return library.NATIVE is None and not library.FORMULA
-    if kind == "cuda":
-        return not _triton.FORMULA and bool(_triton.why_plain(x.device.index or 0))
-    return not (kind == "meta" or library.FORMULA)
+        return library.NATIVE is not None
+    return kind == "cuda" and not _triton.why_plain(x.device.index or 0)
+
+
+def lacks_kernel(x: Tensor) -> bool:
+    """Whether none does, nor was the formula asked for by name."""
+    kind = x.device.type
+    formula = _triton.FORMULA if kind == "cuda" else library.FORMULA
+    return not (formula or kind == "meta" or has_kernel(x))
 
 
 # what a device is does not change under a compiler, which need not look into the question

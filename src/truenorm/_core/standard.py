@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,21 +19,33 @@ def norm(call: Call) -> Tensor:
         if call.running is not None:
             running.move(call.running, record)
         return y
-    y = _own(call) if call.given is None else _given(call, *call.given)
+
+    def by(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        bare = call._replace(weight=weight, bias=bias)
+        return _own(bare) if call.given is None else _given(bare, *call.given)
+
+    return finished(call, by)
+
+
+def finished(call: Call, by: Callable[[Tensor | None, Tensor | None], Tensor]) -> Tensor:
+    """A call's output, whose norm with a weight and a bias `by` computes."""
+    x, weight, bias, form = call[:4]
+    if form.one_plus and weight is not None:
+        weight = 1.0 + weight.to(torch.promote_types(x.dtype, torch.float32))
+    if form.rounds:
+        y = by(None, None)
+        y = y if weight is None else y * weight.to(x.dtype)
+        y = y if bias is None else y + bias.to(x.dtype)
+    else:
+        y = by(weight, bias)
     if call.residual is not None:
         y = y + call.residual
-    return activation.act(y, call.form.act, call.form.parameter)
+    return activation.act(y, form.act, form.parameter)
 
 
 def _own(call: Call) -> Tensor:
     x, weight, bias, form = call[:4]
     axes, eps = form.axes, form.eps
-    if form.one_plus and weight is not None:
-        weight = 1.0 + weight.to(torch.promote_types(x.dtype, torch.float32))
-    if form.rounds:
-        y = _own(call._replace(weight=None, bias=None))
-        y = y if weight is None else y * weight.to(x.dtype)
-        return y if bias is None else y + bias.to(x.dtype)
     if axes.feature_dims:
         shape = x.shape[-axes.feature_dims :] if weight is None else weight.shape
         if axes.centred:
@@ -41,7 +55,7 @@ def _own(call: Call) -> Tensor:
             return _rms(x, axes.feature_dims, weight, eps)
         return F.rms_norm(x, list(shape), weight, eps)
     moving = call.running
-    if moving is not None and not _moved_by_torch(moving):
+    if moving is not None and not moved_by_torch(moving):
         running.move(moving, plain.statistics(x, None, axes))
         moving = None
     mean, var, count, momentum = (None, None, None, 0.0) if moving is None else moving[:4]
@@ -68,7 +82,7 @@ def _rms(x: Tensor, dims: int, weight: Tensor | None, eps: float) -> Tensor:
     return (y if weight is None else y * weight).to(x.dtype)
 
 
-def _moved_by_torch(moving: Running) -> bool:
+def moved_by_torch(moving: Running) -> bool:
     """Whether torch's own norm moves these statistics as this layer does.
 
     It does not skip what is not finite, and in a trace keeps the example's 1 / count.

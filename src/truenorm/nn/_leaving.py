@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _triton
 from .._core import route
-from .._core.library import NATIVE
 from .._core.rule import Rule
 
 # values, of which a call's time is what calls cost
@@ -26,12 +24,6 @@ def is_faster_there(layer: Any, x: Tensor, rule: Rule) -> bool:
     if rule.kind == "response":
         return x.numel() < _SMALL_UNLIKE
     return x.numel() < _SMALL or (rule.axis == 1 and x.dtype == torch.float32)
-
-
-def has_kernel(x: Tensor) -> bool:
-    if x.is_cpu:
-        return NATIVE is not None
-    return x.is_cuda and not _triton.why_plain(x.device.index)
 
 
 def is_watched(*tensors: Tensor | None) -> bool:

@@ -18,10 +18,11 @@ from torch.nn import Module, Parameter
 
 from .. import functional
 from .._core import activation, exporting
+from .._core.route import has_kernel
 from .._core.rule import Rule
 from . import _unlike
 from ._base import Direct
-from ._leaving import has_kernel, is_faster_there, is_watched
+from ._leaving import is_faster_there, is_watched
 from ._options import STORE, Attribute
 from ._orders import compute, fit_heads, gated, groups_of, has_pass, in_order, of_sum
 
