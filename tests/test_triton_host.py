@@ -89,6 +89,20 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
         _triton.why_plain(0)
 
 
+def test_a_compiler_does_not_look_into_what_a_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As asking the driver, or a warning, would break a graph in two."""
+    monkeypatch.setattr(_triton, "WHY_NOT", "")
+    monkeypatch.setattr(_triton, "_devices", {})
+    asked: list[int] = []
+    monkeypatch.setattr(_triton, "_probe", lambda index: asked.append(index) or "too old")
+    call = torch.compile(lambda x: x + bool(_triton.why_plain(3)), fullgraph=True, backend="eager")
+    with pytest.warns(RuntimeWarning, match=r"cuda:3, as fast: too old"):
+        assert call(torch.zeros(2)).tolist() == [1.0, 1.0]
+    assert call(torch.zeros(2)).tolist() == [1.0, 1.0]
+    assert asked == [3]
+    torch.compiler.reset()
+
+
 @pytest.mark.skipif(HAS_CUDA, reason="about a machine without a GPU")
 def test_info_names_the_path() -> None:
     info = truenorm.info()
