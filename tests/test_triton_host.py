@@ -89,6 +89,7 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
         _triton.why_plain(0)
 
 
+@pytest.mark.skipif(PRETENDS, reason="nothing compiles under the mode that pretends a GPU")
 def test_a_compiler_does_not_look_into_what_a_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """As asking the driver, or a warning, would break a graph in two."""
     monkeypatch.setattr(_triton, "WHY_NOT", "")
