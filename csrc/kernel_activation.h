@@ -40,28 +40,12 @@ struct Kink {
   }
 };
 
-// z · min(max(z + 3, 0), 6) / 6
 template <class V>
-struct HardSwish {
-  TN_FLAT V value(V z) const {
-    V gate = z + 3;
-    gate = gate < 0 ? V{} : gate;
-    gate = gate > 6 ? V{} + 6 : gate;
-    return z * gate / 6;
-  }
-  TN_FLAT V gradient(V grad, V z) const {
-    const V slope = z / 3 + (V{} + 1) / 2;
-    const V inside = z >= 3 ? grad : grad * slope;
-    return z <= -3 ? V{} : inside;
-  }
-};
-
-template <class V>
-struct Smooth {
+struct Called {
   Activation act;
 
-  TN_FLAT V value(V z) const { return smooth<false, V>(z, act); }
-  TN_FLAT V gradient(V grad, V z) const { return grad * smooth<true, V>(z, act); }
+  TN_FLAT V value(V z) const { return called<false, V>(z, V{}, act); }
+  TN_FLAT V gradient(V grad, V z) const { return called<true, V>(z, grad, act); }
 };
 
 // body(what makes the values, whether it is the gradient, whether there is a residual)
@@ -80,10 +64,8 @@ TN_INLINE void with_activation(const ActInputs<T>& in, Activation act, const Bod
   };
   if (act.kind <= Act::leaky_relu || act.kind == Act::relu6)
     with_inputs(Kink<V>(act));
-  else if (act.kind == Act::hardswish)
-    with_inputs(HardSwish<V>{});
   else
-    with_inputs(Smooth<V>{act});
+    with_inputs(Called<V>{act});
 }
 
 // z_of(x, residual or null, place) makes z of a pair of vectors. The first and last values of a run

@@ -1,5 +1,6 @@
-// The activations with an exponential, with the same bits for every instruction set: for float and
-// half precision in float, off by a few of its roundings; for double to little more than one.
+// The activations that are more than a few instructions. Those with an exponential have the same
+// bits for every instruction set: for float and half precision in float, off by a few of its
+// roundings; for double to little more than one.
 #pragma once
 
 #include <initializer_list>
@@ -99,9 +100,9 @@ TN_INLINE V normal_integral(V z, V& density) {
   return z < 0 ? tail : A(1) - tail;
 }
 
-// act(z), or act'(z).
+// act'(z) or act(z) of the activations with an exponential.
 template <bool Gradient, class V>
-__attribute__((noinline)) V smooth(V z, Activation act) {
+TN_INLINE V smooth(V z, Activation act) {
   using A = typename Constants<V>::Value;
   const V one = splat<V>(A(1));
   if (act.kind == Act::elu) {
@@ -125,6 +126,30 @@ __attribute__((noinline)) V smooth(V z, Activation act) {
   const V e = Exponential<V>::of(-u).value(), sigma = one / (one + e);
   if constexpr (Gradient) return sigma + z * sigma * (e * sigma) * slope;
   return z * sigma;
+}
+
+// z · min(max(z + 3, 0), 6) / 6, or grad times its derivative.
+template <bool Gradient, class V>
+TN_INLINE V hardswish(V z, V grad) {
+  if constexpr (Gradient) {
+    const V slope = z / 3 + (V{} + 1) / 2;
+    const V inside = z >= 3 ? grad : grad * slope;
+    return z <= -3 ? V{} : inside;
+  } else {
+    V gate = z + 3;
+    gate = gate < 0 ? V{} : gate;
+    gate = gate > 6 ? V{} + 6 : gate;
+    return z * gate / 6;
+  }
+}
+
+// act(z), or grad · act'(z), out of line: there are many loops that call it.
+template <bool Gradient, class V>
+__attribute__((noinline)) V called(V z, V grad, Activation act) {
+  if (act.kind == Act::hardswish) return hardswish<Gradient>(z, grad);
+  const V value = smooth<Gradient>(z, act);
+  if constexpr (Gradient) return grad * value;
+  return value;
 }
 
 }  // namespace

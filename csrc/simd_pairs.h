@@ -136,14 +136,5 @@ TN_INLINE V first_of(V v, int start, int k, int count, V value = V{}) {
   return places<P>(start, k) < count ? v : value;
 }
 
-// A vector as doubles.
-TN_INLINE void doubles_of(vd v, vd (&out)[1]) { out[0] = v; }
-TN_INLINE void doubles_of(vf v, vd (&out)[2]) {
-  vf_half half[2];
-  std::memcpy(half, &v, sizeof(v));
-  out[0] = widen_half(half[0]);
-  out[1] = widen_half(half[1]);
-}
-
 }  // namespace
 }  // namespace truenorm

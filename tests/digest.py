@@ -30,6 +30,7 @@ from promises import (
     not_finite,
     over_float16,
     rounded_together,
+    rounded_together_below_the_normal_floats,
     same_values,
     trainings,
 )
@@ -148,8 +149,8 @@ def half_precision() -> Parts:
                 yield (F.batch_norm(place(x), None, None, weight, bias, training=True),)
         x, weight, bias = same_values(dtype)
         yield (F.instance_norm(x, weight=weight, bias=bias),)
-    layer, x = rounded_together()
-    yield (layer(x).detach(),)
+    for norm, x in (rounded_together(), rounded_together_below_the_normal_floats()):
+        yield (norm(x).detach(),)
 
 
 @kind

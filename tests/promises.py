@@ -230,3 +230,12 @@ def rounded_together() -> tuple[Any, Tensor]:
     layer.weight.data.fill_(16519105 / 2**24)
     layer.bias.data.fill_(2**24 + 2**16)
     return layer, torch.full((40, 1), 1.015625, dtype=torch.bfloat16)
+
+
+def rounded_together_below_the_normal_floats() -> tuple[Any, Tensor]:
+    # x · weight + bias = 131 · 2^-134 - 2^-150 - 2^-180: just below half way between two floats, of
+    # which the upper one is half way between two bfloat16. In double it is exactly half way.
+    layer = truenorm.BatchNorm1d(1, eps=0.0).eval()
+    layer.weight.data.fill_((2**30 - 1) / 151 * 2.0**-148)
+    layer.bias.data.fill_(131 * 2.0**-134 - 2.0**-149)
+    return layer, torch.full((40, 1), 151 * 2.0**-32, dtype=torch.bfloat16)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from promises import cancelling_channels, cancelling_rows, rounded_together, same_values
+from promises import (
+    cancelling_channels,
+    cancelling_rows,
+    rounded_together,
+    rounded_together_below_the_normal_floats,
+    same_values,
+)
 from tolerances import assert_output
 
 import truenorm
@@ -73,3 +79,5 @@ def test_equal_values_leave_exactly_the_bias(dtype: torch.dtype) -> None:
 def test_a_product_and_a_sum_are_rounded_together() -> None:
     layer, x = rounded_together()
     assert layer(x).unique().tolist() == [2.0**24 + 2**17]
+    layer, x = rounded_together_below_the_normal_floats()
+    assert layer(x).unique().tolist() == [65 * 2.0**-133]
