@@ -8,6 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from norms_by_hand import (
+    AnyRankNorm,
+    BiaslessNorm,
+    ChannelNorm,
+    FixedUnitNorm,
+    UnitChannelNorm,
+    UnitChannelNormByWidth,
+    UnitNorm,
+)
 from test_rules import Holder, drawn, of
 from tolerances import FLOAT32_BETWEEN
 from torch import Tensor, nn
@@ -83,6 +92,25 @@ CASES: dict[str, tuple[Any, tuple[int, ...], str]] = {
         ),
         (2, 37, 3, 5, 4),
         "l2, steps, over channels",
+    ),
+    "by hand, a weight": (lambda: drawn(UnitNorm(37)), (2, 9, 37), "l2, steps"),
+    "by hand, 1 + a weight": (
+        lambda: drawn(UnitNorm(37, plus=1.0)), (2, 9, 37), "l2, steps, 1 + gamma",
+    ),
+    "by hand, a weight per head": (
+        lambda: drawn(UnitNorm(3, 1, 37)), (2, 3, 9, 37), "l2, steps",
+    ),
+    "by hand, images": (
+        lambda: drawn(UnitChannelNorm(37)), (2, 37, 9, 7), "l2, steps, over channels",
+    ),
+    "by hand, centred images": (
+        lambda: drawn(ChannelNorm(1, 37, 1, 1)), (2, 37, 9, 7), "layer, steps, over channels",
+    ),
+    "by hand, centred samples": (
+        lambda: drawn(ChannelNorm(37, 1, 1, 1)), (2, 37, 3, 5, 4), "layer, steps, over channels",
+    ),
+    "by hand, any rank": (
+        lambda: drawn(AnyRankNorm(37)), (2, 37, 9, 7), "layer, steps, over channels",
     ),
 }  # fmt: skip
 
@@ -219,6 +247,41 @@ def test_what_is_not_the_formula_is_left() -> None:
     assert [each is not None and each.kind is not None for each in found] == [False, True, False]
     assert found[0] is not None
     assert "not what weight, steps gives" in found[0].reason
+
+
+def test_a_bias_that_is_a_buffer() -> None:
+    theirs = drawn(BiaslessNorm(768))
+    ours: Any = truenorm.convert(Holder(copy.deepcopy(theirs))).norm
+    assert ours._read.words() == "layer, once"
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    x = torch.randn(2, 9, 768)
+    assert ours._serve(x) is not None
+    outputs, gradients = [], []
+    for module in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        outputs.append(module(leaf))
+        wanted = [leaf, *module.parameters()]
+        grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+        gradients.append(torch.autograd.grad(outputs[-1], wanted, grad))
+    assert (outputs[0] - outputs[1]).abs().max() <= FLOAT32_BETWEEN * outputs[1].abs().max()
+    for actual, expected in zip(*gradients, strict=True):
+        assert (actual - expected).norm() <= 5e-5 * expected.norm()
+
+
+def test_a_root_of_another_size_is_noticed() -> None:
+    model = nn.ModuleList(map(drawn, (UnitChannelNormByWidth(8), FixedUnitNorm())))
+    said = truenorm.survey(model)
+    assert [norm.swappable for norm in said.norms] == [False, False]
+    assert all("matches no known formula" in norm.reason for norm in said.norms)
+
+
+def test_an_input_that_is_broadcast_to_the_weight() -> None:
+    """Which is the class's own matter: its root is of the weight's size."""
+    theirs = drawn(UnitNorm(37))
+    ours: Any = truenorm.convert(Holder(copy.deepcopy(theirs))).norm
+    for x in (torch.randn(2, 9, 1), torch.randn(3, 37).expand(2, 3, 37)):
+        assert torch.equal(ours(x), theirs(x)) or (ours(x) - theirs(x)).abs().max() <= 1e-5
+    assert ours._serve(torch.randn(2, 9, 1)) is None
 
 
 def test_a_weight_that_is_computed() -> None:

@@ -24,7 +24,7 @@ from . import _unlike
 from ._base import Direct
 from ._leaving import is_faster_there, is_watched
 from ._options import STORE, Attribute
-from ._orders import compute, fit_heads, gated, groups_of, has_pass, in_order, of_sum
+from ._orders import compute, fit_heads, gated, groups_of, has_pass, in_order, of_sum, scaled_by
 
 _PLAIN = (Parameter, Tensor)
 
@@ -156,7 +156,9 @@ class Ruled(Module):
                 continue
             if type(each) not in _PLAIN:
                 return None
-            if each.shape != channels and rule.kind not in _UNLIKE and not rule.heads:
+            if each.shape == channels or rule.kind in _UNLIKE or rule.heads:
+                continue
+            if each.dim() == 1 or each.numel() != channels[0]:
                 return None
         eps = getattr(self, rule.eps) if isinstance(rule.eps, str) else rule.eps
         if eps is None:
@@ -197,11 +199,26 @@ class Ruled(Module):
             return _unlike.response(x, weight, bias, eps, rule.axis)
         if rule.kind == "l2":
             # F.normalize divides by at least eps: that counts where ‖x‖ is no larger
-            weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
             eps = eps * eps / x.shape[rule.axis]
+            by = scaled_by(weight, rule)
+            if by is not None and by.numel() != x.shape[rule.axis]:
+                # of heads, say: (H, 1, C)
+                y = self._along(x, None, None, eps) if by.shape[-1] == x.shape[-1] else None
+                return y if y is None else y * by
         if rule.kind == "group":
             groups = groups_of(self, rule, 0)
             return functional.group_norm(x, groups, weight, bias, eps)
+        return self._along(x, weight, bias, eps)
+
+    def _along(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor | None:
+        """Of each vector along the rule's axis, weight and bias being vectors too."""
+        rule = self._rule
+        if not rule.heads:
+            weight, bias = (
+                t if t is None or t.dim() == 1 else t.reshape(-1) for t in (weight, bias)
+            )
         if rule.axis == 1:
             last = x.movedim(1, -1)
             if self._keeps and not last.is_contiguous():

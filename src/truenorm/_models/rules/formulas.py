@@ -53,7 +53,7 @@ def formula(
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if rule.kind == "response":
         return _response(x, tensors["weight"], tensors["bias"], eps, rule.axis)
-    if rule.kind == "l2":
+    if rule.axis == 1:
         weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
     out = output_dtype(x, weight, rule)
     if rule.kind == "frozen":

@@ -144,8 +144,14 @@ def shapes_of(rule: Rule, module: Any) -> dict[int, tuple[int, ...]]:
     ranks = {"frozen": (4,), "group": (3, 4, 5), "response": (4,)}.get(rule.kind, (2, 3, 4))
     held = getattr(module, rule.weight) if rule.weight else None
     if held is not None and held.dim() > 1:
-        # (1, 1, 1, C) is broadcast against x, (C, 1, 1) against a sample
-        ranks = (held.dim() + (rule.axis == 1),)
+        ranks = (_rank_against(held, rule.axis),)
+        if not is_vector(held):
+            return {
+                ranks[0]: (
+                    2,
+                    *(each if each > 1 else _VALUES // held.numel() + 3 for each in held.shape),
+                )
+            }
     if rule.axis == 1:
         ranks = tuple(rank for rank in ranks if rank > 2 or rule.kind == "batch")
     return {rank: _shape(features, rank, rule.axis) for rank in ranks}
@@ -183,12 +189,32 @@ class Subject(NamedTuple):
         return y
 
 
+def is_vector(value: Tensor) -> bool:
+    """Whether there is one value for each channel, whatever it is broadcast against."""
+    return value.dim() > 0 and value.numel() == max(value.shape)
+
+
+def axis_of(value: Tensor) -> int:
+    """The dimension of an input that a weight of more than one is along: the last or the channels.
+
+    (1, 1, C) is along the last one; (1, C, 1, 1), against x, and (C, 1, 1), against a sample, are
+    along the channels.
+    """
+    return -1 if value.shape[-1] > 1 else 1
+
+
+def _rank_against(value: Tensor, axis: int) -> int:
+    """How many dimensions an input has that such a weight is broadcast against."""
+    if not is_vector(value):
+        return value.dim() + 1
+    return value.dim() + (axis == 1 and value.shape[0] > 1)
+
+
 def features_of(module: Module) -> int:
     """How many features have a weight each: sizes of a norm's tensors, or what it says."""
     for place in (module._parameters, module._buffers):
         for value in place.values():
             if value is not None and value.dim():
-                # (C,), or one that is broadcast: (1, 1, 1, C), (C, 1, 1)
                 return value.shape[-1] if value.shape[-1] > 1 else value.numel()
     shape = getattr(module, "normalized_shape", None)
     return int(shape[-1]) if isinstance(shape, (tuple, list)) and shape else 48
@@ -269,7 +295,8 @@ def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> P
             return Proof(reason=why)
         rank = max(ranks)
         x = trial.inputs(shapes[rank], rule, eps, F32)
-        x = x if rule.axis == 1 or rank < 3 or rule.kind == "weight" else x.transpose(0, 1)
+        if rule.axis == -1 and rank > 2 and rule.kind != "weight":
+            x = x.transpose(0, 1).contiguous().transpose(0, 1)
         given = (x,) if rule.gate is None else (x, trial.gate(x))
         keeps = made(*given).stride() == x.stride()
         for pair in PAIRS if rule.rounding != "steps" else PAIRS[:1]:

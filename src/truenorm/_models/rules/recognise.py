@@ -11,20 +11,17 @@ from torch import Tensor
 from torch.nn import Conv2d, LayerNorm, Module
 
 from ..._core.rule import Rule
-from ...nn._orders import ACTS, groups_of
+from ...nn._orders import groups_of
 from ...nn._ruled import Ruled
 from .. import swap
 from ..swap import Kind
 from . import register, swapping
+from .candidates import by_formula
 from .libraries import READERS
-from .proof import Subject, agrees, features_of, prove, takes
+from .proof import Subject, agrees, features_of, is_vector, prove, takes
 from .trial import shadows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WEIGHTS = ("weight", "gamma", "scale", "g", "w")
-_BIASES = ("bias", "beta", "b")
-# of a class that has its eps in its code
-_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 
 
 class Found(NamedTuple):
@@ -46,11 +43,13 @@ def looks_like_norm(module: Module) -> bool:
     for child in module.children():
         if any(True for _ in child.parameters()) or looks_like_norm(child):
             return False
-    held = module._parameters.values()
-    own = [p for p in held if p is not None]
-    return bool(own and all(p.dim() <= 2 for p in own)) or any(
-        n == "normalized_shape" or "eps" in n for n in vars(module)
-    )
+    own = [p for p in module._parameters.values() if p is not None]
+    if own and all(p.dim() <= 2 or is_vector(p) or p.shape[-2] == 1 for p in own):
+        return True
+    if any(n == "normalized_shape" or "eps" in n for n in vars(module)):
+        return True
+    # F.normalize has an eps of its own
+    return not own and not module._modules and _origin(type(module)).__name__.endswith("Norm")
 
 
 def _attributes(module: Module) -> tuple[Any, ...]:
@@ -110,9 +109,13 @@ def _tensors(module: Module, rule: Rule) -> dict[str, str] | str:
 
 def _fits(value: Tensor, rule: Rule) -> bool:
     """Whether a rule's tensor has a shape that one of that kind can have."""
-    if rule.kind in ("l2", "response", "weight"):
-        return value.dim() == 1 or value.numel() == max(value.shape)
-    return value.dim() == 1 or (value.dim() == 2 and _may_have_heads(rule))
+    if value.dim() == 1:
+        return True
+    if rule.kind == "l2" and value.dim():
+        return True  # whatever x̂ can be multiplied by
+    if rule.kind in ("response", "weight") or rule.axis == 1:
+        return is_vector(value)
+    return value.dim() == 2 and _may_have_heads(rule)
 
 
 def _may_have_heads(rule: Rule) -> bool:
@@ -133,50 +136,6 @@ def _by_heads(module: Module, rule: Rule, names: dict[str, str]) -> Rule | str:
     return rule._replace(heads=heads)
 
 
-def _by_formula(module: Module) -> Iterator[Rule]:
-    """The known formulas that a module could have, by the names of what it holds."""
-    if "frozen" in type(module).__name__.lower() and "running_var" in module._buffers:
-        # detectron2's and its kin: buffers, or parameters that do not train
-        eps = next((n for n, v in vars(module).items() if n == "eps" and type(v) is float), 1e-5)
-        yield Rule("frozen", "steps", bias="bias", eps=eps, axis=1)
-        return
-    params = {n: p for n, p in module._parameters.items() if p is not None}
-    if len(params) > 2 or any(b is not None for b in module._buffers.values()):
-        return
-    weight = next((n for n in _WEIGHTS if n in module._parameters), None)
-    bias = next((n for n in _BIASES if n in module._parameters), None)
-    if not params.keys() <= {weight, bias} or (weight is None and "eps" not in repr(vars(module))):
-        return
-    if params.get(weight or "") is None:
-        weight = None
-    if params.get(bias or "") is None:
-        bias = None
-    names = [n for n, v in vars(module).items() if "eps" in n.lower() and type(v) is float]
-    gated = not takes(type(module).forward, False)
-    for eps in names or _EPS:
-        base = Rule("rms", weight=weight, bias=bias, eps=eps)
-        if gated:
-            for act in ACTS:
-                rule = base._replace(gate_act=act)
-                for rounding in ("once", "cast_first"):
-                    yield rule._replace(rounding=rounding, gate="before")
-                    yield rule._replace(rounding=rounding, gate="after")
-                yield rule._replace(gate="within")
-            continue
-        for axis in (-1, 1):
-            for kind in ("rms", "layer"):
-                for offset in (0.0, 1.0) if weight is not None else (0.0,):
-                    rule = base._replace(kind=kind, axis=axis, offset=offset)
-                    yield rule
-                    if weight is not None:
-                        yield rule._replace(rounding="cast_first")
-                        yield rule._replace(rounding="to_weight")
-                        yield rule._replace(wide_output=True)
-                    if offset:
-                        yield rule._replace(wide_offset=False)
-                    yield rule._replace(rounding="steps")
-
-
 def _origin(kind: Kind) -> Kind:
     """The class that a class's forward is from."""
     return next(k for k in kind.__mro__ if "forward" in vars(k))
@@ -189,7 +148,7 @@ def _candidates(module: Module, kind: Kind) -> list[Rule] | Iterator[Rule]:
     reader = READERS.get(kind.__module__.partition(".")[0])
     if reader is not None and (named := reader(module, kind)) is not None:
         return [named] if isinstance(named, Rule) else list(named)
-    return _by_formula(module) if looks_like_norm(module) else []
+    return by_formula(module) if looks_like_norm(module) else []
 
 
 def _try(module: Module, kind: Kind, rule: Rule) -> tuple[Found, bool]:
@@ -217,6 +176,10 @@ def _try(module: Module, kind: Kind, rule: Rule) -> tuple[Found, bool]:
     if why := agrees(subject, kind, made, proof, tensors):
         return Found(rule, None, why), False
     return Found(rule, made, ""), True
+
+
+def _is_of_rows_alone(found: Found) -> bool:
+    return found.kind is not None and max(found.kind._ranks) == 2  # type: ignore[attr-defined]
 
 
 def _serves(found: Found, module: Module) -> Found:
@@ -251,7 +214,7 @@ def recognise(module: Module) -> Found | None:
         candidates = _candidates(module, origin)
         if candidates == [] and not looks_like_norm(module):
             return None
-        first, last = None, False
+        first, served, last = None, None, False
         tried = kind, _attributes(module), register.version(), _described(module)
         if (found := _found.get(tried)) is None:
             for rule in candidates:
@@ -261,10 +224,14 @@ def recognise(module: Module) -> Found | None:
                     break
                 found, last = _try(module, kind, rule)
                 first = first or found
-                if found.kind is not None or last:
+                if found.kind is None and not last:
+                    continue
+                if found.kind is not None:
+                    served = found
+                # over the last dimension or over channels: of (N, C) these are the same
+                if not _is_of_rows_alone(found):
                     break
-            if found is None or found.kind is None:
-                found = first or found
+            found = served or first
             if found is None:
                 if not looks_like_norm(module):
                     return None
@@ -279,6 +246,8 @@ def recognise(module: Module) -> Found | None:
 
 
 def _described(module: Module) -> tuple[Any, ...]:
-    """Of what kinds and dtypes a module's tensors are."""
+    """Of what kinds, dtypes and shapes a module's tensors are, but for how long they are."""
     held = (*module._parameters.values(), *module._buffers.values())
-    return tuple(None if t is None else (type(t), t.dtype, t.dim()) for t in held)
+    return tuple(
+        None if t is None else (type(t), t.dtype, *(each > 1 for each in t.shape)) for t in held
+    )
