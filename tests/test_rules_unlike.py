@@ -206,8 +206,25 @@ def test_small_and_contiguous_ones_are_the_classes_own(name: str) -> None:
         "Wan's, images": lambda: (of(WAN, 37), torch.randn(2, 37, 9, 7)),
     }[name]()  # fmt: skip
     ours: Any = truenorm.convert(Holder(copy.deepcopy(theirs))).norm
-    assert ours._serve(x) is None
-    assert torch.equal(ours(x), theirs(x))
+    with torch.no_grad():
+        assert ours._serve(x) is None
+        assert torch.equal(ours(x), theirs(x))
+
+
+def test_what_is_torchs_layer_norm_alone_is_its_own_in_small_sizes() -> None:
+    theirs = drawn(BiaslessNorm(64))
+    ours: Any = truenorm.convert(Holder(copy.deepcopy(theirs))).norm
+    assert ours._serve(torch.randn(2, 4, 64)) is None
+    assert ours._serve(torch.randn(200, 64)) is not None
+
+
+def test_contiguous_images_are_copied_where_that_takes_less_time() -> None:
+    x = torch.randn(2, 37, 9, 7)
+    for theirs, always in ((ChannelNorm(1, 37, 1, 1), True), (UnitChannelNorm(37), False)):
+        ours: Any = truenorm.convert(Holder(drawn(theirs))).norm
+        assert ours._serve(x).is_contiguous()
+        with torch.no_grad():
+            assert (ours._serve(x) is not None) is always
 
 
 class Standardized(nn.Conv2d):

@@ -109,6 +109,7 @@ class Ruled(Module):
     _ranks: ClassVar[frozenset[int]]
     _keeps: ClassVar[bool]  # whether the class's output lies in memory as its input does
     _is_torchs: ClassVar[bool]  # whether the class's own forward is torch's layer_norm
+    _proof: ClassVar[Any]  # what these are from
     _ours: ClassVar[type[Direct] | None]  # whose forward serves it, where torch's class is its own
 
     def of_sum(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -128,6 +129,10 @@ class Ruled(Module):
         if is_compiling() or type(x) is not Tensor or x.dim() not in self._ranks:
             return None
         rule, parameters = self._rule, self._parameters
+        if (self._is_torchs or rule.kind in _UNLIKE or rule.axis == 1) and is_faster_there(
+            self, x, rule
+        ):
+            return None
         # what is held is found without Module.__getattr__, which takes longer than a check
         weight: Any = rule.weight
         if weight is not None:
@@ -138,8 +143,6 @@ class Ruled(Module):
         if (x.dtype, x.dtype if weight is None else weight.dtype) not in self._pairs:
             return None
         if torch.is_autocast_enabled(x.device.type) or exporting.wanted():
-            return None
-        if (self._is_torchs or rule.kind in _UNLIKE) and is_faster_there(self, x, rule):
             return None
         layer: Any = self
         ours = self._ours
@@ -221,9 +224,12 @@ class Ruled(Module):
             )
         if rule.axis == 1:
             last = x.movedim(1, -1)
-            if self._keeps and not last.is_contiguous():
-                return None  # two copies would take longer than what is saved
-            return compute(last, weight, bias, eps, rule).movedim(-1, 1)
+            if not self._keeps or last.is_contiguous():
+                return compute(last, weight, bias, eps, rule).movedim(-1, 1)
+            if not (x.is_contiguous() and x.is_cpu):  # on a GPU not measured
+                return None
+            y = compute(last.contiguous(), weight, bias, eps, rule)
+            return y.movedim(-1, 1).contiguous()
         if x.is_contiguous() or not self._keeps:
             return compute(x.contiguous(), weight, bias, eps, rule)
         if (orders := in_order(x)) is None or (rule.heads and orders[0][-2] != x.dim() - 2):

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch.nn import Module
 
 from ...nn._ruled import Ruled
 from .. import swap
 from ..swap import Kind, Left
-from .proof import Proof
 from .recognise import Found, recognise
 from .swapping import derived
-
-
-def proof_of(kind: Any) -> Proof:
-    """What a swapped layer's class was made by."""
-    return Proof(kind._pairs, kind._ranks, kind._keeps)
 
 
 def find(
@@ -30,13 +24,12 @@ def find(
         if progress is not None:
             progress(name)
         if issubclass(kind, Ruled):
-            proof = proof_of(kind)
-            again = derived(kind._theirs, kind._read, proof, rounding)
+            again = derived(kind._theirs, kind._read, kind._proof, rounding)
             if again is not kind:
                 found[module] = name, Found(kind._read, again, "")
         elif (what := recognise(module)) is not None:
             if what.kind is not None and what.rule is not None and rounding != "module":
-                proof = proof_of(what.kind)
+                proof = cast(Any, what.kind)._proof
                 what = what._replace(kind=derived(kind, what.rule, proof, rounding))
             found[module] = name, what
     return found

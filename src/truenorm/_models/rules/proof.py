@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.functional import layer_norm
+from torch.overrides import TorchFunctionMode
 
 from ..._core.rule import Rule
 from ...nn._orders import FEW
@@ -45,12 +47,14 @@ class Proof(NamedTuple):
 
     keeps: whether the output lies in memory as the input does, as elementwise operators leave it;
         else it is contiguous, or channels_last.
+    is_torchs: whether all that the class calls is torch's layer_norm.
     """
 
     pairs: frozenset[Pair] = frozenset()
     ranks: frozenset[int] = frozenset()
     keeps: bool = True
     reason: str = ""
+    is_torchs: bool = False
 
 
 def apart(
@@ -261,6 +265,19 @@ def compared(subject: Subject, made: Module, x: Tensor, against: Module | None =
     )
 
 
+class _Called(TorchFunctionMode):
+    """What of torch's a forward calls, but for what it reads off tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ != "__get__":
+            self.functions.append(func)
+        return func(*args, **(kwargs or {}))
+
+
 def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> Proof:
     """Run the class in every pair of dtypes and every rank; what holds, or why it does not.
 
@@ -298,7 +315,9 @@ def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> P
         if rule.axis == -1 and rank > 2 and rule.kind != "weight":
             x = x.transpose(0, 1).contiguous().transpose(0, 1)
         given = (x,) if rule.gate is None else (x, trial.gate(x))
-        keeps = made(*given).stride() == x.stride()
+        with _Called() as called:
+            y = made(*given)
+        keeps = y.stride() == x.stride()
         for pair in PAIRS if rule.rounding != "steps" else PAIRS[:1]:
             if not tensors and pair[0] != pair[1]:
                 continue
@@ -312,7 +331,8 @@ def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> P
                 said = f"{pair[0]} with weights of {pair[1]}".replace("torch.", "")
                 return Proof(reason=f"not what {rule.words()} gives: {said}, {difference}")
             pairs.add(pair)
-    return Proof(frozenset(pairs), frozenset(ranks), keeps)
+    is_torchs = called.functions == [layer_norm]
+    return Proof(frozenset(pairs), frozenset(ranks), keeps, is_torchs=is_torchs)
 
 
 def agrees(

@@ -92,7 +92,9 @@ def derived(theirs: Kind, rule: Rule, proof: Proof, rounding: str = "module") ->
         "_pairs": proof.pairs,
         "_ranks": proof.ranks,
         "_keeps": proof.keeps,
-        "_is_torchs": rule.kind == "layer" and issubclass(theirs, torch.nn.LayerNorm),
+        "_is_torchs": proof.is_torchs
+        or (rule.kind == "layer" and issubclass(theirs, torch.nn.LayerNorm)),
+        "_proof": proof,
         "_ours": ours if base and issubclass(theirs, base) and _is_torchs(rule) else None,
         "_theirs": theirs,
         swap._PARTS: (ours or Ruled, theirs),
@@ -161,7 +163,7 @@ def _reduce(self: Module, protocol: Any) -> Any:
     theirs = kind._theirs
     reduced = cast(Any, super(kind, self)).__reduce_ex__(max(protocol, 2))
     args = tuple(theirs if a is type(self) else a for a in reduced[1])
-    what = tuple(kind._read), (kind._pairs, kind._ranks, kind._keeps), kind._rounding
+    what = tuple(kind._read), tuple(kind._proof), kind._rounding
     put = theirs, what, fingerprint(theirs), reduced[0], args
     return _restored, put, *reduced[2:]
 
