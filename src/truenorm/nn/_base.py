@@ -60,6 +60,8 @@ class Arranged(NamedTuple):
 class Direct(Traceable, Configurable):
     """A layer whose plain calls go the short way, with what it holds read from where it is held.
 
+    A compiler's calls have a short way of their own (_core/in_graph.py).
+
     `self.weight` goes through Module.__getattr__, which takes longer than a check. A parametrized,
     pruned or replicated parameter is not in `_parameters`, and then, as for a subclass with a
     `weight` of its own, the call goes the long way.
@@ -74,6 +76,10 @@ class Direct(Traceable, Configurable):
     def _directly(self, input: Tensor, after: After | None) -> Tensor | None:
         """The short way; None where it is not for this call."""
         raise NotImplementedError
+
+    def _in_graph(self, input: Tensor, after: After | None) -> Tensor | None:
+        """The short way of a compiler; None where it is not for this call."""
+        return None
 
     def _act(self) -> tuple[int, float]:
         """The activation's number, and its parameter."""
@@ -118,6 +124,7 @@ class Direct(Traceable, Configurable):
         add: Tensor | None = None,
         _then: tuple[int, float] | None = None,
     ) -> Any:
+        compiling = is_compiling()
         if add is not None:
             of_norm = mask, lengths, padding_value, residual, scale, shift
             given = {n: v for n, v in zip(BESIDE, of_norm, strict=False) if v is not BESIDE[n]}
@@ -130,8 +137,7 @@ class Direct(Traceable, Configurable):
             if (
                 self._direct
                 and type(input) is Tensor
-                and not is_compiling()
-                and not recomputed.asked()
+                and (compiling or not recomputed.asked())
                 and (alone or type(padding_value) is float)
             ):
                 after: After | None = None
@@ -139,7 +145,11 @@ class Direct(Traceable, Configurable):
                     after = residual, *(self._act() if _then is None else _then)
                     if modulated:
                         after = *after, scale, shift
-                direct = self._directly(input, after)
+                direct: Tensor | None = None
+                if not compiling:
+                    direct = self._directly(input, after)
+                elif not modulated:
+                    direct = self._in_graph(input, after)
                 if direct is not None:
                     return direct
         if self._is_traced(input):

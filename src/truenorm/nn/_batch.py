@@ -11,6 +11,8 @@ from torch import Tensor
 from .. import functional
 from .._core import checks, eager
 from .._core.call import CONSTANT, Call
+from .._core.eager import BATCH
+from .._core.in_graph import call as in_graph
 from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
 from ._options import DEFAULTS, with_options
@@ -48,9 +50,33 @@ class BatchForward(Activated, Padded, FixedRank, Spanning, SmallBatches, Running
             return None
         # a batch that is computed again in the backward pass moves nothing
         if mean is None or not self.track_running_stats or eager.graph_task() != -1:
-            return eager.call(eager.OWN, input, weight, bias, eager.BATCH, eps, (), after)
+            return eager.call(eager.OWN, input, weight, bias, BATCH, eps, (), after)
         running = mean, var, count, nan if momentum is None else momentum
-        return eager.call(eager.MOVING, input, weight, bias, eager.BATCH, eps, running, after)
+        return eager.call(eager.MOVING, input, weight, bias, BATCH, eps, running, after)
+
+    def _in_graph(self, input: Tensor, after: eager.After | None) -> Tensor | None:
+        options, training, channels = self._truenorm_options, self.training, self.num_features
+        mean, var, momentum, eps = self.running_mean, self.running_var, self.momentum, self.eps
+        if input.dim() not in self._dims or input.shape[1] != channels:
+            return None
+        if (mean is None) != (var is None) or eps < 0.0:
+            return None
+        if training and momentum is not None and not 0.0 <= momentum <= 1.0:
+            return None
+        given = input, self.weight, self.bias, (channels,)
+        own = training and not options.statistics_frozen
+        if not own and mean is not None:
+            return in_graph(*given, CONSTANT, eps, (mean, var), None, after)
+        if eps <= 0.0 or input.numel() == channels:
+            return None
+        if not own:
+            return in_graph(*given, BATCH, eps, None, None, after)
+        if options.process_group is not None:
+            return None
+        moving = None
+        if mean is not None and self.track_running_stats:
+            moving = mean, var, self.num_batches_tracked, momentum
+        return in_graph(*given, BATCH, eps, None, moving, after)
 
     def _statistics_group(self) -> Any:
         # in evaluation the ranks need not be in step, even without running statistics

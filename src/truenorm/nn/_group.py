@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .. import functional
 from .._core import checks, eager
-from .._core.call import Call
+from .._core.call import GROUPS, Call
+from .._core.eager import INSTANCE
+from .._core.in_graph import call as in_graph
 from ._activation import Activated
 from ._base import Spanning
 from ._options import with_options
@@ -55,6 +57,19 @@ class GroupNorm(Activated, Padded, Spanning, torch.nn.GroupNorm):
             return None
         form = eager.group(self.num_groups)
         return eager.call(eager.OWN, input, weight, bias, form, eps, (), after)
+
+    def _in_graph(self, input: Tensor, after: eager.After | None) -> Tensor | None:
+        groups, eps = self.num_groups, self.eps
+        if input.dim() < 2 or groups < 1 or eps < 0.0:
+            return None
+        channels = input.shape[1]
+        if channels % groups or input.numel() == groups:
+            return None
+        if self._truenorm_options.process_group is not None:
+            return None
+        form = INSTANCE if groups == channels else groups << GROUPS
+        shape = (channels,)
+        return in_graph(input, self.weight, self.bias, shape, form, eps, None, None, after)
 
     def _call(self, x: Tensor, mask: Tensor | None) -> Call:
         checks.check_eps(self.eps, "GroupNorm")

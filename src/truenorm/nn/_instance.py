@@ -10,6 +10,8 @@ from torch import Tensor
 from .. import functional
 from .._core import checks, eager
 from .._core.call import CONSTANT, Call, Running
+from .._core.eager import INSTANCE
+from .._core.in_graph import call as in_graph
 from ._activation import Activated
 from ._base import FixedRank, LazyFeatures, RunningStatistics, Spanning
 from ._options import DEFAULTS, with_options
@@ -42,9 +44,29 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
             return None
         # a batch that is computed again in the backward pass moves nothing
         if mean is None or var is None or eager.graph_task() != -1:
-            return eager.call(eager.OWN, input, weight, bias, eager.INSTANCE, eps, (), after)
+            return eager.call(eager.OWN, input, weight, bias, INSTANCE, eps, (), after)
         running = mean, var, None, momentum or 0.0
-        return eager.call(eager.MOVING, input, weight, bias, eager.INSTANCE, eps, running, after)
+        return eager.call(eager.MOVING, input, weight, bias, INSTANCE, eps, running, after)
+
+    def _in_graph(self, input: Tensor, after: eager.After | None) -> Tensor | None:
+        options, channels = self._truenorm_options, self.num_features
+        mean, var, momentum, eps = self.running_mean, self.running_var, self.momentum, self.eps
+        if input.dim() != self._dims[1] or input.shape[1] != channels or eps < 0.0:
+            return None
+        if momentum is not None and not 0.0 <= momentum <= 1.0:
+            return None
+        if (mean is None) != (var is None):
+            return None
+        of_layer = input, self.weight, self.bias, (channels,)
+        own = self.training and not options.statistics_frozen
+        if not own and self.track_running_stats:
+            if mean is None:
+                return None
+            return in_graph(*of_layer, CONSTANT, eps, (mean, var), None, after)
+        if options.process_group is not None or input.numel() == input.shape[0] * channels:
+            return None
+        moving = None if mean is None else (mean, var, None, momentum or 0.0)
+        return in_graph(*of_layer, INSTANCE, eps, None, moving, after)
 
     def _statistics_group(self) -> Any:
         own = self._statistics_are_own() or not self.track_running_stats

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import functional
 from .._core import checks, eager
-from .._core.call import Call
+from .._core.call import FEATURES, Call
+from .._core.in_graph import call as in_graph
 from ._activation import Activated
 from ._options import with_options
 from ._padded import PaddedRows
@@ -42,6 +43,13 @@ class LayerNorm(Activated, PaddedRows, torch.nn.LayerNorm):
             return None
         form = eager.layer(len(shape))
         return eager.call(eager.OWN, input, weight, bias, form, eps, (), after)
+
+    def _in_graph(self, input: Tensor, after: eager.After | None) -> Tensor | None:
+        shape, eps = self.normalized_shape, self.eps
+        if not shape or input.shape[-len(shape) :] != shape or eps < 0.0:
+            return None
+        form = len(shape) << FEATURES
+        return in_graph(input, self.weight, self.bias, shape, form, eps, None, None, after)
 
     def _call(self, x: Tensor, mask: Tensor | None) -> Call:
         checks.check_eps(self.eps, "LayerNorm")

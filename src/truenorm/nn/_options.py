@@ -128,6 +128,8 @@ class Configurable(torch.nn.Module):
             for name, option in vars(base).get("_own_options", {}).items()
         }
         cls._options = {name: option for name, option in found.items() if option is not None}
+        # in each class: a compiler guards that those before the one that has a name have not
+        cls._truenorm_options = DEFAULTS
 
     def __setattr__(self, name: str, value: Any) -> None:
         theirs = isinstance(value, (Tensor, torch.nn.Module)) or name not in self._options
@@ -274,4 +276,6 @@ def with_options(cls: C) -> C:
         parameters=[*signature.parameters.values(), *added]
     )
     cls.__init__ = __init__  # type: ignore[assignment,method-assign]
+    # in each class, as `_truenorm_options` is
+    cls.forward = cls.forward
     return cls

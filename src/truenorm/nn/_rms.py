@@ -9,11 +9,16 @@ from torch import Tensor
 
 from .. import functional
 from .._core import checks, eager
-from .._core.call import Call
+from .._core.call import FEATURES, UNCENTRED, Call
 from .._core.geometry import RMS_EPS
+from .._core.in_graph import call as in_graph
 from ._activation import Activated
+from ._base import Direct
 from ._options import with_options
 from ._padded import PaddedRows
+
+# not by super(), whose lookup and defaults a compiler guards for each layer
+_forward = Direct.forward
 
 
 @with_options
@@ -52,9 +57,22 @@ class RMSNorm(Activated, PaddedRows, torch.nn.RMSNorm):
         form = eager.rms(len(shape))
         return eager.call(eager.OWN, input, weight, None, form, eps, (), after)
 
+    def _in_graph(self, input: Tensor, after: eager.After | None) -> Tensor | None:
+        shape, eps = self.normalized_shape, self.eps
+        if not (shape and input.is_floating_point()) or input.shape[-len(shape) :] != shape:
+            return None
+        if input.dim() > 3 and not input.is_contiguous():
+            return None  # as above
+        if eps is None:
+            eps = RMS_EPS[input.dtype]
+        if eps < 0.0:
+            return None
+        form = len(shape) << FEATURES | UNCENTRED
+        return in_graph(input, self.weight, None, shape, form, eps, None, None, after)
+
     # named as torch names it
     def forward(self, x: Tensor, **more: Any) -> Any:  # type: ignore[override]
-        return super().forward(x, **more)
+        return _forward(self, x, **more)
 
     def _call(self, x: Tensor, mask: Tensor | None) -> Call:
         if self.eps is not None:
