@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(ROOT / "tools"))
+    from mutate import Builder
     from mutations import MUTATIONS, Mutation
+sys.modules.pop("mutate")
 sys.modules.pop("mutations")
 
 EVERY = pytest.mark.parametrize("mutation", MUTATIONS, ids=[m.promise for m in MUTATIONS])
@@ -35,3 +37,10 @@ def test_it_names_tests(mutation: Mutation) -> None:
 
 def test_no_mutation_twice() -> None:
     assert len({m.promise for m in MUTATIONS}) == len(MUTATIONS)
+
+
+def test_the_copy_has_all_that_is_built(tmp_path: Path) -> None:
+    builder = Builder(tmp_path)
+    named = re.findall(r"\w+/\w+\.cpp", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))
+    assert named
+    assert all((builder.tree / name).is_file() for name in named)

@@ -60,9 +60,10 @@ class Builder:
         self.current: set[Path] = set()
         shutil.rmtree(self.tree, ignore_errors=True)
         self.tree.mkdir(parents=True)
-        for name in ("CMakeLists.txt", "build_backend", "csrc"):
+        for name in ("CMakeLists.txt", "build_backend", "csrc", "tools/kernel_digest.cpp"):
             source = ROOT / name
             copy = shutil.copytree if source.is_dir() else shutil.copy2
+            (self.tree / name).parent.mkdir(exist_ok=True)
             copy(source, self.tree / name)
 
     def _start_from(self, sets: tuple[str, ...]) -> None:
