@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib
 import statistics
 import time
@@ -129,8 +130,52 @@ def _diffusers() -> Iterator[Case]:
     yield Case("diffusers FP32LayerNorm", _of(module + "FP32LayerNorm", 1152), tokens)
 
 
+class UnitNorm(Module):
+    """x / ‖x‖ · √C · g over one axis, as many models have it."""
+
+    def __init__(self, axis: int, *shape: int) -> None:
+        super().__init__()
+        self.gamma = torch.nn.Parameter(torch.ones(shape))
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            torch.nn.functional.normalize(x, dim=self.axis) * x.shape[self.axis] ** 0.5 * self.gamma
+        )
+
+
+class ChannelNorm(Module):
+    """LayerNorm over an image's channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.g = torch.nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.b = torch.nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
+        return (x - mean) / (var + 1e-5).sqrt() * self.g + self.b
+
+
+def _by_hand() -> Iterator[Case]:
+    for shape in ((4, 64, 1024), (2, 16, 64)):
+        unit = functools.partial(UnitNorm, -1, shape[-1])
+        yield Case(f"by hand, unit {shape}", unit, _rows(*shape), (F32,))
+    for shape in ((2, 8, 256, 64), (2, 4, 16, 32)):
+        heads = functools.partial(UnitNorm, -1, shape[1], 1, shape[-1])
+        yield Case(f"by hand, unit per head {shape}", heads, _rows(*shape), (F32,))
+    for shape in ((4, 64, 32, 32), (2, 16, 8, 8)):
+        of_channels = functools.partial(UnitNorm, 1, 1, shape[1], 1, 1)
+        for name, made in (
+            ("unit", of_channels),
+            ("layer", functools.partial(ChannelNorm, shape[1])),
+        ):
+            yield Case(f"by hand, {name} over channels {shape}", made, _rows(*shape), (F32,))
+            yield Case(f"by hand, {name} channels_last {shape}", made, _last(*shape), (F32,))
+
+
 def cases() -> Iterator[Case]:
-    for library in (_transformers, _timm, _diffusers):
+    for library in (_transformers, _timm, _diffusers, _by_hand):
         try:
             yield from library()
         except ImportError as error:
