@@ -55,6 +55,10 @@ def guards(layers: list[nn.Module], shape: tuple[int, ...]) -> int:
     return len(re.findall(r"^[| ]*\+- [A-Z_]+: ", str(entry.guard_manager), re.MULTILINE))
 
 
+@pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 13),
+    reason="older compilers guard more of what a function looks up",
+)
 @MODES
 @EVERY
 def test_there_are_few_guards_more_than_torchs_layer_has(name: str, training: bool) -> None:

@@ -74,6 +74,14 @@ def test_frozen_is_evaluation(make: Callable[[], Any]) -> None:
     assert "_truenorm_options" not in vars(layer)
 
 
+def test_frozen_goes_the_short_way() -> None:
+    for made in (truenorm.BatchNorm2d(5), truenorm.InstanceNorm1d(5, track_running_stats=True)):
+        made.statistics_frozen = True
+        assert made._direct
+        made.on_single = "running"
+        assert not made._direct
+
+
 @EVERY
 def test_frozen_in_the_state(make: Callable[[], Any]) -> None:
     layer = truenorm.freeze(make())

@@ -128,6 +128,9 @@ class Configurable(torch.nn.Module):
             for name, option in vars(base).get("_own_options", {}).items()
         }
         cls._options = {name: option for name, option in found.items() if option is not None}
+        # each mixed-in class says what the way through its own forward asks
+        asked = (vars(base).get("_asked_by_short_way", ()) for base in cls.__mro__)
+        cls._asked_by_short_way = frozenset().union(*asked)
         # in each class: a compiler guards that those before the one that has a name have not
         cls._truenorm_options = DEFAULTS
 
