@@ -91,3 +91,19 @@ class FixedUnitNorm(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) * 3.0
+
+
+class RowsNorm(Module):
+    """An RMSNorm of (N, C) alone, its product rounded after x̂."""
+
+    def __init__(self, features: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c = x.shape
+        wide = x.float().view(n, c)
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, True) + self.eps)).to(
+            x.dtype
+        )

@@ -13,6 +13,7 @@ from norms_by_hand import (
     BiaslessNorm,
     ChannelNorm,
     FixedUnitNorm,
+    RowsNorm,
     UnitChannelNorm,
     UnitChannelNormByWidth,
     UnitNorm,
@@ -264,6 +265,13 @@ def test_what_is_not_the_formula_is_left() -> None:
     assert [each is not None and each.kind is not None for each in found] == [False, True, False]
     assert found[0] is not None
     assert "not what weight, steps gives" in found[0].reason
+
+
+def test_of_rows_alone_the_first_rule_that_is_proven() -> None:
+    ours: Any = truenorm.convert(Holder(drawn(RowsNorm(64)))).norm
+    assert ours._read.words() == "rms, cast_first"
+    assert ours._ranks == {2}
+    assert (torch.bfloat16, torch.bfloat16) in ours._pairs
 
 
 def test_a_bias_that_is_a_buffer() -> None:

@@ -226,11 +226,11 @@ def recognise(module: Module) -> Found | None:
                 first = first or found
                 if found.kind is None and not last:
                     continue
-                if found.kind is not None:
-                    served = found
                 # over the last dimension or over channels: of (N, C) these are the same
                 if not _is_of_rows_alone(found):
+                    served = served if found.kind is None else found
                     break
+                served = served or found
             found = served or first
             if found is None:
                 if not looks_like_norm(module):
