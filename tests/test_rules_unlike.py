@@ -307,6 +307,8 @@ def test_an_input_that_is_broadcast_to_the_weight() -> None:
     for x in (torch.randn(2, 9, 1), torch.randn(3, 37).expand(2, 3, 37)):
         assert torch.equal(ours(x), theirs(x)) or (ours(x) - theirs(x)).abs().max() <= 1e-5
     assert ours._serve(torch.randn(2, 9, 1)) is None
+    of_channels: Any = truenorm.convert(Holder(drawn(UnitChannelNorm(37)))).norm
+    assert of_channels._serve(torch.randn(2, 1, 9, 1)) is None
 
 
 def test_a_weight_that_is_computed() -> None:

@@ -206,7 +206,9 @@ class Ruled(Module):
             by = scaled_by(weight, rule)
             if by is not None and by.numel() != x.shape[rule.axis]:
                 # of heads, say: (H, 1, C)
-                y = self._along(x, None, None, eps) if by.shape[-1] == x.shape[-1] else None
+                if rule.axis == 1 or by.shape[-1] != x.shape[-1]:
+                    return None
+                y = self._along(x, None, None, eps)
                 return y if y is None else y * by
         if rule.kind == "group":
             groups = groups_of(self, rule, 0)
