@@ -3,6 +3,7 @@
 
 #include "masked.h"
 #include "pool.h"
+#include "turned.h"
 
 namespace truenorm {
 namespace {
@@ -178,15 +179,50 @@ void run_call(const Call& c, const Of& of) {
   c.parts > 1 ? run_parts(c, of) : run(of);
 }
 
-void forward_as(const Call& c, const Tensor& x, const Maybe& residual, const Tensor* y,
+// A tensor of x's shape, as a driver takes it.
+struct Arranged {
+  Tensor t;
+  bool turned = false;
+};
+
+int64_t positions_of(const Call& c, const Tensor& t) {
+  return turned_positions(c.g.sizes, t.strides().data(), c.axes.feature_dims);
+}
+
+Arranged arranged(const Call& c, const Tensor& t) {
+  if (c.positions == 0) return {laid_out(t, c.g)};
+  if (positions_of(c, t) == c.positions) return {t, true};
+  return {t.is_contiguous() ? t : torch::stable::contiguous(t)};
+}
+
+// of the result
+bool lies_turned(const Call& c) { return c.axes.as_given && c.g.dense && !c.x.is_contiguous(); }
+
+void forward_as(const Call& c, const Tensor& given, const Maybe& residual, const Tensor* y,
                 double* mean, double* var, bool fixed) {
   const std::optional<Valid> valid = valid_of(c, c.g);
-  with_type(x, [&]<class T>(T) {
+  const Arranged x = arranged(c, given);
+  with_type(x.t, [&]<class T>(T) {
     const Values<compute_t<T>> weight(c.weight, c.one_plus), bias(c.bias);
-    run_call(c, Forward<T>{c.g, table<T>(kernels()), c.eps, values<T>(x), target<T>(y),
-                           weight.get(), bias.get(), mean, var, fixed, !valid && streams<T>(c.g),
-                           values<T>(residual), c.act, valid ? &*valid : nullptr, rows_of(c),
-                           element<T>(c.padding), c.rounds});
+    const Forward<T> f{c.g,
+                       table<T>(kernels()),
+                       c.eps,
+                       values<T>(x.t),
+                       target<T>(y),
+                       weight.get(),
+                       bias.get(),
+                       mean,
+                       var,
+                       fixed,
+                       !valid && streams<T>(c.g),
+                       values<T>(residual),
+                       c.act,
+                       valid ? &*valid : nullptr,
+                       rows_of(c),
+                       element<T>(c.padding),
+                       c.rounds};
+    if (c.positions == 0) return run_call(c, f);
+    forward_turned(f, {c.positions, x.turned, false, lies_turned(c)});
   });
 }
 
@@ -202,35 +238,40 @@ void backward_as(const Call& c, const double* mean, const double* var, const May
                  const Maybe& inner, GradSums* sums, bool each_sample) {
   const Geometry& g = c.g;
   const std::optional<Valid> valid = valid_of(c, g);
-  const Tensor x = laid_out(c.x, g), grad = laid_out_like(c.x, *c.grad, g);
+  const ScalarType type = c.x.scalar_type();
+  const Arranged x = arranged(c, c.x);
+  const Arranged grad =
+      arranged(c, c.grad->scalar_type() == type ? *c.grad : torch::stable::to(*c.grad, type));
   Maybe residual;
   if (c.residual) residual = laid_out(*c.residual, g);
   const Values<double> means(c.sums);
   const double* const of_x_hat = means.get();
-  with_type(x, [&]<class T>(T) {
+  with_type(x.t, [&]<class T>(T) {
     const Values<compute_t<T>> weight(c.weight, c.one_plus), bias(c.bias);
-    run_call(c, Backward<T>{g,
-                            table<T>(kernels()),
-                            c.eps,
-                            values<T>(grad),
-                            values<T>(x),
-                            target<T>(given(grad_x)),
-                            weight.get(),
-                            mean,
-                            var,
-                            c.constant,
-                            streams<T>(g),
-                            sums,
-                            each_sample,
-                            of_x_hat ? of_x_hat + g.num_statistics() : nullptr,
-                            of_x_hat,
-                            target<T>(given(inner)),
-                            bias.get(),
-                            values<T>(residual),
-                            c.act,
-                            valid ? &*valid : nullptr,
-                            rows_of(c),
-                            c.rounds});
+    const Backward<T> b{g,
+                        table<T>(kernels()),
+                        c.eps,
+                        values<T>(grad.t),
+                        values<T>(x.t),
+                        target<T>(given(grad_x)),
+                        weight.get(),
+                        mean,
+                        var,
+                        c.constant,
+                        streams<T>(g),
+                        sums,
+                        each_sample,
+                        of_x_hat ? of_x_hat + g.num_statistics() : nullptr,
+                        of_x_hat,
+                        target<T>(given(inner)),
+                        bias.get(),
+                        values<T>(residual),
+                        c.act,
+                        valid ? &*valid : nullptr,
+                        rows_of(c),
+                        c.rounds};
+    if (c.positions == 0) return run_call(c, b);
+    backward_turned(b, {c.positions, x.turned, grad.turned, lies_turned(c)});
   });
 }
 
@@ -256,6 +297,11 @@ const Call& Call::read(bool of_values, bool over) {
       g.dense = false;
       g.strides = contiguous_strides(g.sizes);
     }
+  }
+  if (axes.as_given && (acts() || by_part)) check::as_given_with_more();
+  if (axes.feature_dims > 0 && !by_part && !acts()) {
+    positions = positions_of(*this, x);
+    if (grad && positions == 0 && x.is_contiguous()) positions = positions_of(*this, *grad);
   }
   check::needs(needs, 31);
   check::activation(int64_t(act.kind));
@@ -288,7 +334,7 @@ void forward_into(const Call& c, const Tensor* y, double* mean, double* var, boo
     return;
   }
   if (c.residual) residual = laid_out(*c.residual, c.g);
-  forward_as(c, laid_out(c.x, c.g), residual, y, mean, var, fixed);
+  forward_as(c, c.x, residual, y, mean, var, fixed);
 }
 
 void apply_into(const Call& c, const Tensor& y) {

@@ -25,18 +25,22 @@ struct Form {
   bool keeps() const { return bits & 256; }
   bool rounds() const { return bits & 512; }
   bool one_plus() const { return bits & 1024; }
+  bool as_given() const { return bits & 2048; }
   Act act() const { return Act(bits >> 16 & 0xff); }
   int64_t feature_dims() const { return bits >> 24 & 0xff; }
   int64_t num_groups() const { return bits >> 32; }
 
   void check() const {
     if (bits < 0) check::wrong_form(bits, "is negative: pass a sum of its flags");
-    if (bits & 0xf800)
+    if (bits & 0xf000)
       check::wrong_form(bits,
-                        "has bits from 11 to 15, which mean nothing here: pass a sum of its "
+                        "has bits from 12 to 15, which mean nothing here: pass a sum of its "
                         "flags");
     if (rounds() && feature_dims() == 0)
       check::wrong_form(bits, "has ROUNDS without `feature_dims`: pass it for trailing dimensions");
+    if (as_given() && feature_dims() == 0)
+      check::wrong_form(bits,
+                        "has AS_GIVEN without `feature_dims`: pass it for trailing dimensions");
     if ((feature_dims() > 0 || per_channel()) && num_groups() > 0)
       check::wrong_form(bits, "has a `num_groups` beside `feature_dims` or PER_CHANNEL: pass 0");
     if (feature_dims() > 0 && per_channel())
@@ -47,7 +51,7 @@ struct Form {
     const int64_t groups = feature_dims() > 0             ? 1
                            : per_channel() && x.dim() > 1 ? x.size(1)
                                                           : num_groups();
-    return {groups, feature_dims(), centred()};
+    return {groups, feature_dims(), centred(), as_given()};
   }
 };
 
@@ -77,6 +81,10 @@ struct Call {
   // the samples, which follow one another.
   bool by_part = false;
   int64_t parts = 1;
+
+  // Positions of a sample, where the channels of x, or of its gradient, lie outside of these, and a
+  // driver takes it as it is; else 0.
+  int64_t positions = 0;
 
   // Looks at every argument before a byte of any is read: in this order, whatever the operator.
   // of_values: whether an empty x has no result; over: x is written to.

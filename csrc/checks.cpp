@@ -170,6 +170,12 @@ void rounds_wide() {
       "precision: pass them in x's dtype");
 }
 
+void as_given_with_more() {
+  fail(
+      "`form` has AS_GIVEN beside an activation, a residual, or weights for parts of the samples: "
+      "pass a norm alone");
+}
+
 void no_memory(const char* name, const Tensor& given) {
   fail(named(name), " of ", shape(given),
        " has no memory: its storage was freed; pass a tensor that holds its values");

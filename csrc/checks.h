@@ -41,6 +41,7 @@ using torch::stable::Tensor;
 [[noreturn]] void wrong_sums(const Tensor& given, const Tensor& x, int64_t count);
 [[noreturn]] void wrong_form(int64_t form, const char* meaning);
 [[noreturn]] void rounds_wide();
+[[noreturn]] void as_given_with_more();
 [[noreturn]] void no_memory(const char* name, const Tensor& given);
 [[noreturn]] void no_values(const char* name, const Tensor& x);
 

@@ -57,6 +57,28 @@ Dims contiguous_strides(const Dims& sizes) {
   return strides;
 }
 
+int64_t turned_positions(const Dims& sizes, const int64_t* strides, int64_t feature_dims) {
+  const int64_t split = sizes.size() - feature_dims;
+  const int64_t channels = product(sizes.begin() + split, sizes.end());
+  int64_t positions = 0;
+  for (int64_t d = sizes.size(); d-- > split;)
+    if (sizes[d] != 1) {
+      positions = strides[d];
+      break;
+    }
+  if (positions <= 1 || !fills(sizes.begin(), strides, split, sizes.size(), positions, true))
+    return 0;
+  int64_t next = 1;
+  bool inside = true;  // a sample
+  for (int64_t d = split; d-- > 0;) {
+    if (sizes[d] == 1) continue;
+    if (inside && next == positions) next *= channels, inside = false;
+    if (sizes[d] == 0 || strides[d] != next) return 0;
+    next *= sizes[d];
+  }
+  return !inside || next == positions ? positions : 0;
+}
+
 Geometry geometry(const int64_t* sizes, const int64_t* strides, int64_t dim, const Axes& axes) {
   Geometry g;
   g.sizes = Dims(sizes, sizes + dim);
@@ -72,7 +94,11 @@ Geometry geometry(const int64_t* sizes, const int64_t* strides, int64_t dim, con
     g.s = 1;
     g.dense =
         fills(sizes, strides, split, dim, 1, true) && fills(sizes, strides, 0, split, g.c, false);
-    if (!g.dense) g.strides = contiguous_strides(g.sizes);
+    if (g.dense) return g;
+    if (axes.as_given && turned_positions(g.sizes, strides, axes.feature_dims) > 0)
+      g.dense = true;
+    else
+      g.strides = contiguous_strides(g.sizes);
     return g;
   }
   g.n = sizes[0];

@@ -41,6 +41,7 @@ struct Axes {
   int64_t num_groups;
   int64_t feature_dims;
   bool centred;
+  bool as_given = false;
 };
 
 enum class Memory {
@@ -68,6 +69,10 @@ struct Geometry {
 inline Geometry samples_of(const Geometry& g, int64_t samples) {
   return {samples, g.c, g.s, g.memory, {}, {}, true, g.num_groups, g.centred};
 }
+
+// Where features lie outside the positions in memory, [N, C, P], how many positions a sample has;
+// else 0.
+int64_t turned_positions(const Dims& sizes, const int64_t* strides, int64_t feature_dims);
 
 // Dense as it is, or the layout that one copy must bring it to; geometry.kept_strides states the
 // rule.

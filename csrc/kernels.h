@@ -152,6 +152,11 @@ struct Kernels {
   void (*widen)(const T* in, double* out, int64_t len);
   void (*narrow)(const double* in, T* out, int64_t len);
 
+  // to[c · to_ld + r] = from[r · ld + c]; along the columns of `from`, which are rows of `to`, or
+  // along its rows
+  void (*turn)(const T* from, int64_t rows, int64_t cols, int64_t ld, T* to, int64_t to_ld,
+               bool along_columns);
+
   // The outputs of a tile, or, where grad is not null, the gradients of its inputs, in float. Where
   // float is not enough they come out as NaN or Inf, and the result is false.
   bool (*response)(const ResponseTile& tile, const T* grad, const T* x, T* out, float* scratch);

@@ -10,6 +10,7 @@
 #include "kernel_local_response_exact.h"
 #include "kernel_masked.h"
 #include "kernel_moments.h"
+#include "kernel_turn.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -49,6 +50,7 @@ constexpr Kernels<T> kernels_of() {
           grad_sums_of_valid<T>,
           widen<T>,
           narrow<T>,
+          turn<T>,
           response<T>,
           response_exact<T>};
 }

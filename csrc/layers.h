@@ -205,12 +205,12 @@ void masked_forward_channels(const Forward<T>& f);
 template <class T>
 void masked_backward_channels(const Backward<T>& b);
 
-// A driver, for every element type.
-#define TN_EVERY_TYPE(driver, Of)                  \
-  template void driver<double>(const Of<double>&); \
-  template void driver<float>(const Of<float>&);   \
-  template void driver<bf16>(const Of<bf16>&);     \
-  template void driver<f16>(const Of<f16>&);
+// A driver, for every element type; what else it takes comes last.
+#define TN_EVERY_TYPE(driver, Of, ...)                                        \
+  template void driver<double>(const Of<double>& __VA_OPT__(, ) __VA_ARGS__); \
+  template void driver<float>(const Of<float>& __VA_OPT__(, ) __VA_ARGS__);   \
+  template void driver<bf16>(const Of<bf16>& __VA_OPT__(, ) __VA_ARGS__);     \
+  template void driver<f16>(const Of<f16>& __VA_OPT__(, ) __VA_ARGS__);
 
 template <class T>
 inline void fill_values(T* to, int64_t count, T fill) {

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from . import geometry
-from .call import ACT, BY_OUTPUT, FEATURES, GROUPS, PER_CHANNEL, ROUNDS, axes_of
+from .call import (
+    ACT,
+    AS_GIVEN,
+    BY_OUTPUT,
+    FEATURES,
+    GROUPS,
+    NEEDS_RESIDUAL,
+    PER_CHANNEL,
+    ROUNDS,
+    axes_of,
+)
 from .geometry import Axes
 
 Check = Callable[[Sequence[Any]], None]
@@ -70,13 +80,15 @@ def _floating(name: str, t: Tensor, x: Tensor, *, complex_too: bool = False) -> 
 def _wrong_form(form: int) -> str:
     if form < 0:
         return "is negative: pass a sum of its flags"
-    if form & 0xF800:
-        return "has bits from 11 to 15, which mean nothing here: pass a sum of its flags"
+    if form & 0xF000:
+        return "has bits from 12 to 15, which mean nothing here: pass a sum of its flags"
     features, groups = form >> FEATURES & 0xFF, form >> GROUPS
     if groups and (features or form & PER_CHANNEL):
         return "has a `num_groups` beside `feature_dims` or PER_CHANNEL: pass 0"
     if features and form & PER_CHANNEL:
         return "has PER_CHANNEL and `feature_dims`: pass one of them"
+    if form & AS_GIVEN and not features:
+        return "has AS_GIVEN without `feature_dims`: pass it for trailing dimensions"
     if form & ROUNDS and not features:
         return "has ROUNDS without `feature_dims`: pass it for trailing dimensions"
     return ""
@@ -104,7 +116,7 @@ def _input(x: Tensor, form: Any, *, complex_too: bool) -> Axes:
             f"`x` of {_shape(x)} needs the dimensions (N, C, …): add them with x[None]"
         )
     axes = axes_of(form, x)
-    groups, feature_dims, _ = axes
+    groups, feature_dims, *_ = axes
     if feature_dims > dim:
         raise RuntimeError(
             f"`feature_dims` (={feature_dims}) must be from 0 to {dim}, the dimensions of `x` of "
@@ -310,8 +322,15 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
             _as_many_parts(weight, args[places["bias"]], differs)
             if operator_name == "gradient_sums":
                 _parameter("weight", weight, x, shape, None, differs)
-        if at_residual is not None and args[at_residual] is not None:
-            _residual(args[at_residual], x, differs)
+        residual = None if at_residual is None else args[at_residual]
+        more = residual is not None or form >> ACT & 0xFF or form & NEEDS_RESIDUAL
+        if form & AS_GIVEN and (more or samples is not None):
+            raise RuntimeError(
+                "`form` has AS_GIVEN beside an activation, a residual, or weights for parts of "
+                "the samples: pass a norm alone"
+            )
+        if residual is not None:
+            _residual(residual, x, differs)
         if at_form is not None:
             _number(
                 "act", form >> ACT & 0xFF, 0, _ACTIVATIONS,

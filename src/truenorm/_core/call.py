@@ -18,7 +18,7 @@ BY_OUTPUT = 16
 CONSTANT, UNCENTRED, PER_CHANNEL = 32, 64, 128
 # the statistics are wanted too
 KEEP = 256
-ROUNDS, ONE_PLUS = 512, 1024
+ROUNDS, ONE_PLUS, AS_GIVEN = 512, 1024, 2048
 ACT, FEATURES, GROUPS = 16, 24, 32  # where in the number these begin
 
 
@@ -46,7 +46,7 @@ class Form(NamedTuple):
 
     def bits(self, x: Tensor, flags: int = 0) -> int:
         """This form of a call with that x, as csrc/call.h reads it."""
-        groups, feature_dims, centred = self.axes
+        groups, feature_dims, centred, as_given = self.axes
         if feature_dims:
             groups = 0
         elif groups and groups == x.shape[1]:
@@ -56,6 +56,8 @@ class Form(NamedTuple):
             flags |= CONSTANT
         if not centred:
             flags |= UNCENTRED
+        if as_given:
+            flags |= AS_GIVEN
         if self.rounds:
             flags |= ROUNDS
         if self.one_plus:
@@ -70,7 +72,7 @@ def axes_of(bits: int, x: Tensor) -> Axes:
     """Which values share a statistic, by a number that `Form.bits` made."""
     feature_dims = bits >> FEATURES & 0xFF
     if feature_dims:
-        return Axes(1, feature_dims, not bits & UNCENTRED)
+        return Axes(1, feature_dims, not bits & UNCENTRED, bool(bits & AS_GIVEN))
     groups = x.shape[1] if bits & PER_CHANNEL else bits >> GROUPS
     return Axes(groups, 0, not bits & UNCENTRED)
 

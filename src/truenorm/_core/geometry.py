@@ -23,11 +23,14 @@ class Axes(NamedTuple):
     feature_dims: 0 for inputs (N, C, *positions); k > 0 where the last k dimensions are the
         channels (no positions) and all others the samples.
     centred: False where the mean is taken as zero (RMSNorm).
+    as_given: True where the result keeps a memory in which the features lie outside of the
+        positions, as the channels of a contiguous image do.
     """
 
     num_groups: int
     feature_dims: int
     centred: bool
+    as_given: bool = False
 
 
 BATCH = Axes(num_groups=0, feature_dims=0, centred=True)
@@ -135,6 +138,30 @@ def _fills(sizes: Sequence[int], strides: Sequence[int], start: int, *, ordered:
     return True
 
 
+def _is_turned(sizes: Sequence[int], strides: Sequence[int], feature_dims: int) -> bool:
+    """Whether the features lie outside of the positions in memory, [N, C, P].
+
+    csrc/geometry.cpp states the same.
+    """
+    split = len(sizes) - feature_dims
+    features = [d for d in range(split, len(sizes)) if sizes[d] != 1]
+    if not features or 0 in sizes:
+        return False
+    positions = strides[features[-1]]
+    if positions <= 1 or not _fills(sizes[split:], strides[split:], positions, ordered=True):
+        return False
+    step, inside = 1, True
+    for d in range(split)[::-1]:
+        if sizes[d] == 1:
+            continue
+        if inside and step == positions:
+            step, inside = step * product(sizes[split:]), False
+        if strides[d] != step:
+            return False
+        step *= sizes[d]
+    return not inside or step == positions
+
+
 def kept_strides(x: Tensor, axes: Axes) -> tuple[int, ...]:
     """Strides of the result: the input's own where its memory is dense with the channels outside or
     inside the positions (contiguous, channels_last, permuted positions or samples), else those of
@@ -149,6 +176,8 @@ def kept_strides(x: Tensor, axes: Axes) -> tuple[int, ...]:
         if _fills(shape[split:], strides[split:], 1, ordered=True) and _fills(
             shape[:split], strides[:split], inner, ordered=False
         ):
+            return strides
+        if axes.as_given and _is_turned(shape, strides, axes.feature_dims):
             return strides
         return _contiguous_strides(shape)
     n, c, s = ncs(shape, axes)

@@ -99,7 +99,8 @@ class _Backward(Inputs):
             self._channels(given)
         empty = self.grad_weight.new_empty(0)
         return (
-            self.grad_x,
+            # an empty one where it is not wanted
+            self.laid_out(self.grad_x) if self.needs_x else self.grad_x,
             self.grad_weight if needs & NEEDS_WEIGHT else empty,
             self.grad_bias if needs & NEEDS_BIAS else empty.clone(),
             self.grad_residual,

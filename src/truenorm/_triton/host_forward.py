@@ -135,7 +135,8 @@ def norm(
     with view.on(x):
         call = Inputs(x, weight, bias, mask, residual, form, parameter)
         y = x.new_empty_strided(x.shape, call.strides)
-        return y, _norm(call, y, mean, var, eps, padding)
+        record = _norm(call, y, mean, var, eps, padding)
+        return call.laid_out(y), record
 
 
 def norm_(

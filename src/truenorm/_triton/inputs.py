@@ -49,7 +49,9 @@ class Inputs:
     ) -> None:
         self.form: Form = unpack(bits, x)
         axes = self.form.axes
-        self.strides = geometry.kept_strides(x, axes)
+        # rows, whatever lies outside of them: see `laid_out`
+        self.strides = geometry.kept_strides(x, axes._replace(as_given=False))
+        self._of_results = geometry.kept_strides(x, axes) if axes.as_given else None
         self.x = view.dense(x, self.strides)
         self.units = view.units_of(self.x, axes)
         self.weight_dtype = None if weight is None else weight.dtype
@@ -84,6 +86,12 @@ class Inputs:
             values = _permuted(values.reshape(*shape[:-1], *self._sizes), self._order)
             values = values.reshape(shape)
         return view.flat(values)
+
+    def laid_out(self, result: Tensor) -> Tensor:
+        """A result in the memory that the call asks for."""
+        if self._of_results is None:
+            return result
+        return geometry.laid_out(result, self._of_results)
 
     def record(self) -> Tensor:
         """Room for one."""

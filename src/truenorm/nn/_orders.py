@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import functional
 from .._core import added, eager
-from .._core.call import ONE_PLUS, ROUNDS, UNCENTRED, Call, Form
+from .._core.call import AS_GIVEN, ONE_PLUS, ROUNDS, UNCENTRED, Call, Form
 from .._core.geometry import Axes
 from .._core.normalize import normalize
 from .._core.rule import Rule
@@ -33,7 +33,8 @@ def _kernel(
 ) -> Tensor:
     """x̂ · weight + bias over the last dimension, in float32 and rounded once.
 
-    flags: ROUNDS for each step in x's dtype, ONE_PLUS for 1 + weight.
+    flags: ROUNDS for each step in x's dtype, ONE_PLUS for 1 + weight, AS_GIVEN to keep a memory in
+        which the last dimension lies outside of the others.
     """
     form = flags | _bits(kind)
     direct = eager.call(eager.OWN, x, weight, bias, form, eps, (), None)
@@ -44,8 +45,9 @@ def _kernel(
         call = functional.layer_call(x, shape, weight, bias, eps)
     else:
         call = functional.rms_call(x, shape, weight, eps)
+    axes = call.form.axes._replace(as_given=bool(flags & AS_GIVEN))
     steps = bool(flags & ROUNDS), bool(flags & ONE_PLUS)
-    same = call.form._replace(rounds=steps[0], one_plus=steps[1])
+    same = call.form._replace(axes=axes, rounds=steps[0], one_plus=steps[1])
     return normalize(call._replace(form=same, bias=bias))
 
 
@@ -126,26 +128,26 @@ def _one_call(
 
 
 def compute(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rule: Rule
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rule: Rule, flags: int = 0
 ) -> Tensor:
-    """A norm over the last dimension, in the rule's order of casts.
+    """A norm over the last dimension, in the rule's order of casts; flags: AS_GIVEN, or none.
 
     In float32 every order of casts is the same. Where half precision meets weights of another
     dtype, x̂ is a kernel's result, and the affine step torch's own.
     """
     kernel = _of_heads if rule.heads else _kernel
     if (one := _one_call(x, weight, bias, rule)) is not None:
-        return kernel(x, one[0], bias, eps, rule.kind, one[1])
+        return kernel(x, one[0], bias, eps, rule.kind, flags | one[1])
     out, by = output_dtype(x, weight, rule), scaled_by(weight, rule)
     if rule.rounding == "once":
-        y = kernel(x.float(), by, bias, eps, rule.kind)
+        y = kernel(x.float(), by, bias, eps, rule.kind, flags)
         return y if y.dtype == out else y.to(out)
     if rule.rounding == "to_weight" and out == torch.float32:
-        return kernel(x.float(), by, bias, eps, rule.kind)
+        return kernel(x.float(), by, bias, eps, rule.kind, flags)
     if rule.rounding == "to_weight" and out != x.dtype:
-        y = _kernel(x.float(), None, None, eps, rule.kind).to(out)
+        y = _kernel(x.float(), None, None, eps, rule.kind, flags).to(out)
     else:
-        y = _kernel(x, None, None, eps, rule.kind)
+        y = _kernel(x, None, None, eps, rule.kind, flags)
     return _affine(y, by, bias)
 
 

@@ -18,6 +18,7 @@ from torch.nn import Module, Parameter
 
 from .. import functional
 from .._core import activation, exporting
+from .._core.call import AS_GIVEN
 from .._core.route import has_kernel
 from .._core.rule import Rule
 from . import _unlike
@@ -230,8 +231,7 @@ class Ruled(Module):
                 return compute(last, weight, bias, eps, rule).movedim(-1, 1)
             if not (x.is_contiguous() and x.is_cpu):  # on a GPU not measured
                 return None
-            y = compute(last.contiguous(), weight, bias, eps, rule)
-            return y.movedim(-1, 1).contiguous()
+            return compute(last, weight, bias, eps, rule, AS_GIVEN).movedim(-1, 1)
         if x.is_contiguous() or not self._keeps:
             return compute(x.contiguous(), weight, bias, eps, rule)
         if (orders := in_order(x)) is None or (rule.heads and orders[0][-2] != x.dim() - 2):

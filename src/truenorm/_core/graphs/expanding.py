@@ -64,7 +64,7 @@ class _Formula:
         self.wide = torch.float32 if like.device.type == "mps" else torch.float64
         self.axes = form.axes
         self.pivot: Any = None
-        groups, features, _ = self.axes
+        groups, features, *_ = self.axes
         # a group of several channels is a dimension of its own
         self.split = 0 if features or groups in (0, like.shape[1]) else groups
         self.x = self._against_x(args[X])
