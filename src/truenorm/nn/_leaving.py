@@ -12,6 +12,7 @@ from .._core.rule import Rule
 
 # values, of which a call's time is what calls cost
 _SMALL = 4096
+_SMALL_UNIT = 16_384
 _SMALL_UNLIKE = 65_536
 
 
@@ -19,18 +20,19 @@ def is_faster_there(layer: Any, x: Tensor, rule: Rule) -> bool:
     """Whether torch takes less time: its layer_norm, or a class's own steps in small sizes."""
     if not x.is_cpu:
         return False
-    if rule.axis == 1 and rule.kind in ("l2", "rms"):
-        # two copies, to have the channels inside and back, take longer than what is saved
-        return layer._keeps and x.is_contiguous() and not torch.is_grad_enabled()
     if rule.kind == "l2":
-        return False
+        inside = rule.axis == 1 and not x.is_contiguous()
+        return inside and x.numel() < _SMALL_UNIT and not torch.is_grad_enabled()
     if rule.kind == "weight":
         return bool(layer.weight.numel() < _SMALL_UNLIKE)
     if rule.kind == "response":
         return x.numel() < _SMALL_UNLIKE
     if not layer._is_torchs:
         return False
-    return x.numel() < _SMALL or (rule.axis == 1 and x.dtype == torch.float32)
+    if rule.axis == 1:
+        # with the channels inside torch's takes as long; else it copies, which takes longer
+        return x.numel() < _SMALL_UNLIKE or (x.dtype == torch.float32 and not x.is_contiguous())
+    return x.numel() < _SMALL
 
 
 def is_watched(*tensors: Tensor | None) -> bool:
