@@ -32,25 +32,24 @@ bool fills(const int64_t* sizes, const int64_t* strides, int64_t from, int64_t t
   return true;
 }
 
-// (N, C, positions…) stored as [N, positions…, C].
-Dims channels_last_strides(const Dims& sizes) {
-  Dims strides(sizes.size());
-  strides[1] = 1;
-  int64_t step = std::max<int64_t>(sizes[1], 1);
-  for (int64_t d = sizes.size(); d-- > 0;) {
-    if (d == 1) continue;
-    strides[d] = step;
-    step *= std::max<int64_t>(sizes[d], 1);
-  }
-  return strides;
-}
-
 }  // namespace
 
 Dims contiguous_strides(const Dims& sizes) {
   Dims strides(sizes.size());
   int64_t step = 1;
   for (int64_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step *= std::max<int64_t>(sizes[d], 1);
+  }
+  return strides;
+}
+
+Dims channels_last_strides(const Dims& sizes) {
+  Dims strides(sizes.size());
+  strides[1] = 1;
+  int64_t step = std::max<int64_t>(sizes[1], 1);
+  for (int64_t d = sizes.size(); d-- > 0;) {
+    if (d == 1) continue;
     strides[d] = step;
     step *= std::max<int64_t>(sizes[d], 1);
   }

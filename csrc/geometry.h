@@ -35,6 +35,7 @@ class Dims {
 };
 
 Dims contiguous_strides(const Dims& sizes);
+Dims channels_last_strides(const Dims& sizes);  // (N, C, positions…) stored as [N, positions…, C]
 
 // Which values share one statistic; src/truenorm/_core/geometry.py says what the fields mean.
 struct Axes {

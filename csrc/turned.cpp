@@ -1,5 +1,7 @@
 #include "turned.h"
 
+#include "tensors.h"
+
 namespace truenorm {
 namespace {
 
@@ -31,12 +33,45 @@ class Side {
   std::unique_ptr<T[]> own_;
 };
 
+bool lies_as(const Tensor& t, const Dims& sizes, const Dims& strides) {
+  for (int64_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1 && t.stride(d) != strides[d]) return false;
+  return true;
+}
+
 }  // namespace
+
+bool turn_into(const Tensor& to, const Tensor& from) {
+  const int64_t dim = from.dim();
+  if (dim < 3 || from.numel() == 0 || to.scalar_type() != from.scalar_type()) return false;
+  const auto given = from.sizes();
+  const Dims sizes(given.begin(), given.end());
+  const Dims outside = contiguous_strides(sizes), inside = channels_last_strides(sizes);
+  const bool in = lies_as(from, sizes, outside) && lies_as(to, sizes, inside);
+  if (!in && !(lies_as(from, sizes, inside) && lies_as(to, sizes, outside))) return false;
+  const int64_t channels = sizes[1], positions = from.numel() / sizes[0] / channels;
+  with_type(from, [&]<class T>(T) {
+    const Kernels<T>& use = table<T>(kernels());
+    const T* const values = static_cast<const T*>(from.const_data_ptr());
+    T* const room = static_cast<T*>(to.mutable_data_ptr());
+    const Tiles tiles(sizes[0], positions, channels);
+    tiles.each([] { return 0; },
+               [&](int64_t, int, const Tile& t) {
+                 if (in)
+                   use.turn(values + t.turned, channels, t.rows, positions, room + t.first,
+                            channels, false);
+                 else
+                   use.turn(values + t.first, t.rows, channels, channels, room + t.turned,
+                            positions, true);
+               });
+  });
+  return true;
+}
 
 template <class T>
 void forward_turned(const Forward<T>& f, const Turned& turned) {
   const Geometry& g = f.geometry;
-  const Tiles tiles(g, turned.positions);
+  const Tiles tiles(g.n / turned.positions, turned.positions, g.c);
   struct Sides {
     Side<T> x, y;
   };
@@ -59,7 +94,7 @@ void forward_turned(const Forward<T>& f, const Turned& turned) {
 template <class T>
 void backward_turned(const Backward<T>& b, const Turned& turned) {
   const Geometry& g = b.geometry;
-  const Tiles tiles(g, turned.positions);
+  const Tiles tiles(g.n / turned.positions, turned.positions, g.c);
   const auto sums = scratch<GradSums>(b.sums ? tiles.tasks() * g.c : 0);
   struct Sides {
     Side<T> grad, x, grad_x;

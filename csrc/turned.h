@@ -16,11 +16,11 @@ struct Tile {
 
 class Tiles {
  public:
-  Tiles(const Geometry& rows, int64_t positions)
-      : samples_(rows.n / positions),
+  Tiles(int64_t samples, int64_t positions, int64_t channels)
+      : samples_(samples),
         positions_(positions),
-        channels_(rows.c),
-        most_(std::min(positions, rows_of_a_tile(rows.c))),
+        channels_(channels),
+        most_(std::min(positions, rows_of_a_tile(channels))),
         per_task_(std::min(kTilesOfATask, ceil_div(positions, most_))),
         tasks_(ceil_div(positions, most_ * per_task_)) {}
 
