@@ -299,7 +299,8 @@ const Call& Call::read(bool of_values, bool over) {
     }
   }
   if (axes.as_given && (acts() || by_part)) check::as_given_with_more();
-  if (axes.feature_dims > 0 && !by_part && !acts()) {
+  const bool alone = !residual && act.kind == Act::none && (!mask || axes.as_given);
+  if (axes.feature_dims > 0 && !by_part && alone) {
     positions = positions_of(*this, x);
     if (grad && positions == 0 && x.is_contiguous()) positions = positions_of(*this, *grad);
   }
@@ -387,7 +388,13 @@ void backward_into(const Call& c, const double* mean, const double* var, const G
   const bool alone = g.values_per_statistic() == 1 && g.centred && !c.constant && !c.sums;
   if (alone) zero(made.x);
   Maybe inner;
-  if (c.acts()) inner = inner_of(c, made, alone);
+  if (c.positions > 0 && made.residual) {
+    // y being a sum of which it is a term
+    Tensor to = *made.residual;
+    torch::stable::copy_(to, *c.grad);
+  } else if (c.acts()) {
+    inner = inner_of(c, made, alone);
+  }
   const bool params = made.weight || made.bias;
   // by element the drivers add the samples up themselves
   const int64_t of_part = c.sums_of_part(), samples = of_part / g.c, count = c.parts * g.c;

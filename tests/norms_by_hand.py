@@ -56,6 +56,16 @@ class ChannelNorm(Module):
         return (x - mean) / (var + self.eps).sqrt() * self.g + self.b
 
 
+class PermutedNorm(nn.LayerNorm):
+    """LayerNorm over an image's channels, by torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(
+            x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps
+        )
+        return y.permute(0, 3, 1, 2)
+
+
 class AnyRankNorm(Module):
     """The same with weights (C,), on inputs of any rank: (N, C) too."""
 

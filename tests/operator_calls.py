@@ -26,7 +26,7 @@ import truenorm
 OPS = torch.ops.truenorm
 LIBRARY = truenorm._core.operators.defined
 # of `form`: call.py
-CONSTANT, UNCENTRED, PER_CHANNEL, KEEP = 32, 64, 128, 256
+CONSTANT, UNCENTRED, PER_CHANNEL, KEEP, AS_GIVEN = 32, 64, 128, 256, 2048
 ACT, FEATURES, GROUPS = 16, 24, 32
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (-1, 0, 1, 2, 3, 5, 7, 9, 16, 99, 2**31, 2**40, -(2**40), 2**62, -(2**63))
@@ -63,6 +63,8 @@ def _form(draw: random.Random, operator: str, axes: tuple[int, int, bool]) -> in
     if operator == "eager_norm_more":
         return draw.choice((0, PER_CHANNEL)) | draw.randint(0, 15) | draw.randint(0, 8) << ACT
     flags = draw.randint(0, 15) | draw.choice((0, KEEP)) | (0 if centred else UNCENTRED)
+    if dims and operator in ("eager_norm", "statistics"):
+        flags |= draw.choice((0, AS_GIVEN))
     if operator == "eager_norm_backward":
         flags |= draw.randint(0, 8) << ACT
     if operator == "eager_add_norm_backward":
@@ -81,6 +83,8 @@ def valid(operator: str, draw: random.Random) -> dict[str, Any]:
     x = torch.randn(shape, dtype=torch.float64).to(dtype)
     if len(shape) == 4 and draw.random() < 0.3:
         x = x.contiguous(memory_format=torch.channels_last)
+    elif axes[1] == 1 and draw.random() < 0.5:  # the features outside of the positions
+        x = x.movedim(-1, 1).contiguous().movedim(1, -1)
     form = _form(draw, operator, axes)
     if operator in ("eager_norm_given", "eager_norm_more"):
         axes = shape[1] if form & PER_CHANNEL else 0, 0, True

@@ -599,7 +599,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"form": 4 << 32}, r"`num_groups` \(=4\) must be 0, or divide the 6 channels"),
     ({"form": 4 << 24}, r"`feature_dims` \(=4\) must be from 0 to 3"),
     ({"form": -1}, r"`form` \(=-1\) is negative"),
-    ({"form": 1 << 12}, "bits from 11 to 15"),
+    ({"form": 1 << 12}, "bits from 12 to 15"),
     ({"form": 512}, "has ROUNDS without `feature_dims`"),
     ({"form": 2 << 32 | PER_CHANNEL}, "`num_groups` beside"),
     ({"form": 1 << 24 | PER_CHANNEL}, "pass one of them"),

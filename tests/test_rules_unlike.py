@@ -13,6 +13,7 @@ from norms_by_hand import (
     BiaslessNorm,
     ChannelNorm,
     FixedUnitNorm,
+    PermutedNorm,
     RowsNorm,
     UnitChannelNorm,
     UnitChannelNormByWidth,
@@ -196,15 +197,14 @@ def test_what_stays(case: tuple[Module, Tensor, str]) -> None:
     assert torch.equal(model(x), compiled)
 
 
-@pytest.mark.parametrize("name", ["StdConv2d", "timm's GRN", "Wan's, images"])
-def test_small_and_contiguous_ones_are_the_classes_own(name: str) -> None:
+@pytest.mark.parametrize("name", ["StdConv2d", "timm's GRN"])
+def test_small_ones_are_the_classes_own(name: str) -> None:
     """Where the class takes less time: docs/howto/other-libraries.md."""
     theirs, x = {
         "StdConv2d": lambda: (of(f"{STD}.StdConv2d", 8, 8, 3), torch.randn(2, 8, 5, 5)),
         "timm's GRN": lambda: (
             of("timm.layers.grn.GlobalResponseNorm", 8), torch.randn(2, 5, 5, 8)
         ),
-        "Wan's, images": lambda: (of(WAN, 37), torch.randn(2, 37, 9, 7)),
     }[name]()  # fmt: skip
     ours: Any = truenorm.convert(Holder(copy.deepcopy(theirs))).norm
     with torch.no_grad():
@@ -219,13 +219,29 @@ def test_what_is_torchs_layer_norm_alone_is_its_own_in_small_sizes() -> None:
     assert ours._serve(torch.randn(200, 64)) is not None
 
 
-def test_contiguous_images_are_copied_where_that_takes_less_time() -> None:
+def test_images_are_served_where_that_takes_less_time() -> None:
     x = torch.randn(2, 37, 9, 7)
-    for theirs, always in ((ChannelNorm(1, 37, 1, 1), True), (UnitChannelNorm(37), False)):
+    last = x.contiguous(memory_format=torch.channels_last)
+    for theirs, small in ((ChannelNorm(1, 37, 1, 1), True), (UnitChannelNorm(37), False)):
         ours: Any = truenorm.convert(Holder(drawn(theirs))).norm
-        assert ours._serve(x).is_contiguous()
-        with torch.no_grad():
-            assert (ours._serve(x) is not None) is always
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
+                assert ours._serve(x).is_contiguous()
+                assert (ours._serve(last) is not None) is (small or enabled)
+
+
+def test_images_of_what_is_torchs_layer_norm_alone() -> None:
+    """torch's copies a contiguous image first; of few values, and in channels_last, it is fast."""
+    ours: Any = truenorm.convert(Holder(drawn(PermutedNorm(32)))).norm
+    x = torch.randn(2, 32, 40, 40)
+    last = x.contiguous(memory_format=torch.channels_last)
+    y = ours._serve(x)
+    expected = PermutedNorm.forward(ours, x)
+    assert y.stride() == expected.stride() == last.stride()
+    assert (y - expected).abs().max() < FLOAT32_BETWEEN
+    assert ours._serve(last) is None
+    assert ours.bfloat16()._serve(last.bfloat16()) is not None
+    assert ours._serve(x[:, :, :5, :5].bfloat16().contiguous()) is None
 
 
 class Standardized(nn.Conv2d):

@@ -136,6 +136,11 @@ void run(const Kernels<T>& k, Digest& digest) {
         k.apply(x.data(), out.data(), runs, len, by_run.data(), stream), add_out(runs * len);
         k.grad_apply_runs(grad.data(), x.data(), out.data(), runs, len, terms, stream);
         add_out(runs * len);
+        for (const bool along : {false, true}) {
+          const int64_t rows = std::min<int64_t>(len, 23), cols = std::min<int64_t>(len, 30);
+          k.turn(x.data(), rows, cols, cols + 1, out.data(), rows + 1, along);
+          for (int64_t i = 0; i < cols; ++i) digest.add(out.data() + i * (rows + 1), rows);
+        }
         k.grad_scale(grad.data(), out.data(), 2, len, scales, stream), add_out(2 * len);
         k.grad_scale_each(grad.data(), out.data(), 3, len, a.data(), stream), add_out(3 * len);
       }

@@ -11,6 +11,7 @@ DIGEST = ("tests/test_instruction_sets.py",)
 STEPS = ("tests/test_rounding.py",)
 PARTS = ("tests/test_parts.py",)
 ADDED = ("tests/test_added.py",)
+TURNED = ("tests/test_turned.py",)
 
 
 class Mutation(NamedTuple):
@@ -319,8 +320,8 @@ MUTATIONS = [
     Mutation(
         "steps: weights in the backward without their one",
         "call.cpp",
-        "weight(c.weight, c.one_plus), bias(c.bias);\n    run_call(c, Backward",
-        "weight(c.weight), bias(c.bias);\n    run_call(c, Backward",
+        "weight(c.weight, c.one_plus), bias(c.bias);\n    const Backward",
+        "weight(c.weight), bias(c.bias);\n    const Backward",
         "one_plus",
         tests=STEPS,
     ),
@@ -350,5 +351,29 @@ MUTATIONS = [
         "same_bits",
         sets=("baseline", "avx512"),
         tests=DIGEST,
+    ),
+    Mutation(
+        "turned: a square's halves change places",
+        "kernel_turn.h",
+        "first = Second * lanes / 2;",
+        "first = (1 - Second) * lanes / 2;",
+        "by_formula or other_layout",
+        tests=TURNED,
+    ),
+    Mutation(
+        "turned: the sums of the first tiles for those of all",
+        "turned.cpp",
+        "b.sums[c].add(sums[task * g.c + c]);",
+        "b.sums[c].add(sums[0 * task + c]);",
+        "by_formula",
+        tests=TURNED,
+    ),
+    Mutation(
+        "turned: the mask of the first rows for each tile's",
+        "turned.cpp",
+        "part.rows = past(f.rows, tile.row);",
+        "part.rows = f.rows;",
+        "do_not_count",
+        tests=TURNED,
     ),
 ]

@@ -323,7 +323,8 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
             if operator_name == "gradient_sums":
                 _parameter("weight", weight, x, shape, None, differs)
         residual = None if at_residual is None else args[at_residual]
-        more = residual is not None or form >> ACT & 0xFF or form & NEEDS_RESIDUAL
+        more = residual is not None or (parameters and form >> ACT & 0xFF)
+        more = more or (at_grad is not None and form & NEEDS_RESIDUAL)
         if form & AS_GIVEN and (more or samples is not None):
             raise RuntimeError(
                 "`form` has AS_GIVEN beside an activation, a residual, or weights for parts of "
