@@ -113,7 +113,7 @@ template <class T>
 void backward_elementwise(const Backward<T>& b);
 
 // Values of a run below which several are summed side by side.
-constexpr int64_t kShortRuns = 64;
+constexpr int64_t kShortRuns = 320;
 
 template <class T>
 void backward_short_runs(const Backward<T>& b);

@@ -135,7 +135,7 @@ def _step(model: Module, x: Tensor, grad: Tensor | None) -> Callable[[], Any]:
 
 
 def _norms(model: Module) -> list[str]:
-    names = {row.name for row in truenorm.survey(model) if row.swaps}
+    names = {norm.name for norm in truenorm.survey(model).norms if norm.swappable}
     return [name for name, _ in model.named_modules() if name in names]
 
 
