@@ -85,11 +85,8 @@ Tensor widened(const Tensor& t, const Geometry& g) {
   return wide;
 }
 
-// A channel's runs over a batch that are shorter than a step of the inner loops are columns, side
-// by side with those of other channels.
 bool are_columns(const Geometry& g) {
-  constexpr int64_t kShort = 32, kMany = 8;  // a column of fewer is no run either
-  return g.over_batch() && g.s > 1 && g.s < kShort && g.c > 1 && g.n >= kMany;
+  return has_short_runs(g) && g.s > 1 && g.c > 1 && !gathers(g);
 }
 
 template <class T>

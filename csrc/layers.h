@@ -187,6 +187,18 @@ struct Backward {
   }
 };
 
+// A channel's runs over a batch that are shorter than a step of the inner loops: those of many
+// samples are columns, side by side with other channels', those of few are gathered into rows.
+inline bool has_short_runs(const Geometry& g) {
+  constexpr int64_t kShort = 32;
+  return g.over_batch() && g.s < kShort;
+}
+inline bool gathers(const Geometry& g) {
+  // a gathered run's cost is that of its copy, a column's that of its coefficients
+  constexpr int64_t kTiny = 12, kFew = 8, kMore = 24;
+  return has_short_runs(g) && g.n < (g.s < kTiny ? kFew : kMore);
+}
+
 template <class T>
 void forward_rows(const Forward<T>& f);
 template <class T>

@@ -118,4 +118,9 @@ constexpr int64_t kShortRuns = 320;
 template <class T>
 void backward_short_runs(const Backward<T>& b);
 
+template <class T>
+void forward_gathered(const Forward<T>& f);
+template <class T>
+void backward_gathered(const Backward<T>& b);
+
 }  // namespace truenorm

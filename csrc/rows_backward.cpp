@@ -122,7 +122,7 @@ void backward_batch(const Backward<T>& b) {
 template <class T>
 void backward_rows(const Backward<T>& b) {
   if (b.geometry.over_batch())
-    backward_batch(b);
+    b.summing() && gathers(b.geometry) ? backward_gathered(b) : backward_batch(b);
   else if (b.geometry.s == 1)
     backward_elementwise(b);
   else if (b.geometry.s < kShortRuns)

@@ -206,7 +206,7 @@ void forward_batch(const Forward<T>& f) {
 template <class T>
 void forward_rows(const Forward<T>& f) {
   if (f.geometry.over_batch())
-    forward_batch(f);
+    !f.fixed&& gathers(f.geometry) ? forward_gathered(f) : forward_batch(f);
   else
     forward_groups(f);
 }

@@ -142,7 +142,9 @@ def _norms(model: Module) -> list[str]:
 def _bare(model: Module, norms: list[str]) -> Module:
     for name in norms:
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, nn.Identity())
+        norm = model.get_submodule(name)
+        # timm's take their activation with them
+        setattr(model.get_submodule(parent), last, getattr(norm, "act", None) or nn.Identity())
     return model
 
 

@@ -12,6 +12,7 @@ STEPS = ("tests/test_rounding.py",)
 PARTS = ("tests/test_parts.py",)
 ADDED = ("tests/test_added.py",)
 TURNED = ("tests/test_turned.py",)
+SHORT = ("tests/test_short_runs.py",)
 
 
 class Mutation(NamedTuple):
@@ -375,5 +376,13 @@ MUTATIONS = [
         "part.rows = f.rows;",
         "do_not_count",
         tests=TURNED,
+    ),
+    Mutation(
+        "gathered: each sample's run over the first one's",
+        "rows_gathered.cpp",
+        "to += g.s;",
+        "to += 0 * g.s;",
+        "by_formula",
+        tests=SHORT,
     ),
 ]
