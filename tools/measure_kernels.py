@@ -21,6 +21,18 @@ Case = tuple[str, tuple[int, ...], tuple[int, ...], bool]
 
 # a layer, its first arguments, the input's shape, whether in channels_last
 CASES: dict[str, list[Case]] = {
+    "few": [
+        *(
+            ("BatchNorm2d", (512,), (samples, 512, size, size), False)
+            for samples in (2, 4, 7, 16)
+            for size in (2, 3, 4, 5)
+        ),
+        ("BatchNorm2d", (2048,), (4, 2048, 5, 5), False),
+        ("GroupNorm", (32, 128), (4, 128, 8, 8), False),
+        ("GroupNorm", (32, 128), (4, 128, 16, 16), False),
+        ("InstanceNorm2d", (512,), (2, 512, 8, 8), False),
+        ("InstanceNorm2d", (512,), (2, 512, 16, 16), False),
+    ],
     "maps": [
         ("InstanceNorm1d", (256,), (32, 256, 16), False),
         ("InstanceNorm2d", (256,), (32, 256, 4, 4), False),
