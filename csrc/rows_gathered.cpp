@@ -28,29 +28,40 @@ void over_samples(const Geometry& g, const Channels& some, const Body& body) {
 }
 
 template <class T>
-class Rows {
+class Gathered {
  public:
-  Rows(const Geometry& g, const Channels& some, const T* from)
-      : len_(g.n * g.s), count_(some.count), values_(scratch<T>(count_ * len_)) {
+  Gathered(const Geometry& g, const Channels& some, const T* from)
+      : len_(g.n * g.s), count_(some.count), values_(scratch<T>(count_ * len_ + kBlock)) {
+    const int64_t sample = g.c * g.s, all = g.n * sample;
     T* to = values_.get();
-    over_samples(g, some, [&](int64_t offset) {
-      for (int64_t c = 0; c < count_; ++c)
-        std::memcpy(to + c * len_, from + offset + c * g.s, size_t(g.s) * sizeof(T));
-      to += g.s;
-    });
+    for (int64_t c = some.first; c < some.first + count_; ++c)
+      for (int64_t at = c * g.s; at < all; at += sample, to += g.s) {
+        if (at + g.s + kBlock <= all)
+          copy_more(from + at, to, g.s);
+        else
+          std::memcpy(to, from + at, size_t(g.s) * sizeof(T));
+      }
   }
 
   const T* row(int64_t i) const { return values_.get() + i * len_; }
   int64_t readable(int64_t from) const { return (count_ - from) * len_; }
 
  private:
+  static constexpr int64_t kBlock = 32 / int64_t(sizeof(T));
+
+  // What is copied past a run's end the next one overwrites: a call for each run takes longer.
+  static void copy_more(const T* from, T* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += kBlock)
+      std::memcpy(to + i, from + i, size_t(kBlock) * sizeof(T));
+  }
+
   int64_t len_, count_;
   std::unique_ptr<T[]> values_;
 };
 
 // body(row, rows), kRowsTogether at a time
 template <class Body>
-void over_rows(int64_t count, const Body& body) {
+void rows_together(int64_t count, const Body& body) {
   for (int64_t i = 0; i < count; i += kRowsTogether)
     body(i, std::min<int64_t>(kRowsTogether, count - i));
 }
@@ -61,8 +72,8 @@ template <class T>
 void forward_gathered(const Forward<T>& f) {
   const Geometry& g = f.geometry;
   over_some(g, [&](const Channels& some) {
-    const Rows<T> x(g, some, f.x);
-    over_rows(some.count, [&](int64_t i, int64_t rows) {
+    const Gathered<T> x(g, some, f.x);
+    rows_together(some.count, [&](int64_t i, int64_t rows) {
       Moments of_rows[kRowsTogether];
       f.kernels.row_moments(x.row(i), rows, g.n * g.s, x.readable(i), true, of_rows);
       for (int64_t j = 0; j < rows; ++j) f.set(some.first + i + j, of_rows[j]);
@@ -98,8 +109,8 @@ void backward_gathered(const Backward<T>& b) {
       });
     }
     double grads[kRunsTogether], grads_x_hat[kRunsTogether];
-    const Rows<T> grad(g, some, b.norm_grad()), x(g, some, b.x);
-    over_rows(some.count, [&](int64_t i, int64_t rows) {
+    const Gathered<T> grad(g, some, b.norm_grad()), x(g, some, b.x);
+    rows_together(some.count, [&](int64_t i, int64_t rows) {
       b.kernels.row_grad_sums(grad.row(i), x.row(i), rows, g.n * g.s, g.n * g.s, x.readable(i),
                               mean + i, rstd + i, nullptr, {grads + i, grads_x_hat + i}, nullptr,
                               nullptr);

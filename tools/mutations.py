@@ -380,8 +380,8 @@ MUTATIONS = [
     Mutation(
         "gathered: each sample's run over the first one's",
         "rows_gathered.cpp",
-        "to += g.s;",
-        "to += 0 * g.s;",
+        "at += sample, to += g.s)",
+        "at += sample, to += 0 * g.s)",
         "by_formula",
         tests=SHORT,
     ),
