@@ -38,7 +38,7 @@ TN_INLINE V interleave(V a, V b, std::integer_sequence<int, J...>) {
 // its bits and those of a lane's have changed places.
 template <class V, int L>
 TN_INLINE void turn_square(V (&rows)[L]) {
-  constexpr std::make_integer_sequence<int, L> lanes;
+  constexpr std::make_integer_sequence<int, L> lanes{};
 #pragma GCC unroll 8
   for (int bit = 1; bit < L; bit *= 2) {
     V next[L];

@@ -121,8 +121,10 @@ void backward_batch(const Backward<T>& b) {
 
 template <class T>
 void backward_rows(const Backward<T>& b) {
-  if (b.geometry.over_batch())
-    b.summing() && gathers(b.geometry) ? backward_gathered(b) : backward_batch(b);
+  if (b.geometry.over_batch() && gathers(b.geometry) && b.summing())
+    backward_gathered(b);
+  else if (b.geometry.over_batch())
+    backward_batch(b);
   else if (b.geometry.s == 1)
     backward_elementwise(b);
   else if (b.geometry.s < kShortRuns)

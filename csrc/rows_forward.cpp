@@ -205,10 +205,12 @@ void forward_batch(const Forward<T>& f) {
 
 template <class T>
 void forward_rows(const Forward<T>& f) {
-  if (f.geometry.over_batch())
-    !f.fixed&& gathers(f.geometry) ? forward_gathered(f) : forward_batch(f);
-  else
+  if (!f.geometry.over_batch())
     forward_groups(f);
+  else if (gathers(f.geometry) && !f.fixed)
+    forward_gathered(f);
+  else
+    forward_batch(f);
 }
 
 TN_EVERY_TYPE(forward_rows, Forward)

@@ -34,13 +34,15 @@ class Gathered {
       : len_(g.n * g.s), count_(some.count), values_(scratch<T>(count_ * len_ + kBlock)) {
     const int64_t sample = g.c * g.s, all = g.n * sample;
     T* to = values_.get();
-    for (int64_t c = some.first; c < some.first + count_; ++c)
-      for (int64_t at = c * g.s; at < all; at += sample, to += g.s) {
-        if (at + g.s + kBlock <= all)
+    for (int64_t c = 0; c < count_; ++c) {
+      // what follows these channels another thread may write
+      const bool inside = (count_ - c) * g.s >= g.s + kBlock;
+      for (int64_t at = (some.first + c) * g.s; at < all; at += sample, to += g.s)
+        if (inside)
           copy_more(from + at, to, g.s);
         else
           std::memcpy(to, from + at, size_t(g.s) * sizeof(T));
-      }
+    }
   }
 
   const T* row(int64_t i) const { return values_.get() + i * len_; }
