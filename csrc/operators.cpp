@@ -134,6 +134,8 @@ STABLE_TORCH_LIBRARY_IMPL(truenorm, CPU, m) {
   m.impl("norm", TORCH_BOX(&truenorm::norm));
   m.impl("norm_", TORCH_BOX(&truenorm::norm_over));
   m.impl("norm_backward", TORCH_BOX(&truenorm::norm_backward));
+  m.impl("norm_below", TORCH_BOX(&truenorm::norm));
+  m.impl("norm_backward_below", TORCH_BOX(&truenorm::norm_backward));
   m.impl("statistics", TORCH_BOX(&truenorm::statistics));
   m.impl("gradient_sums", TORCH_BOX(&truenorm::sums_of));
 }

@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.fx import GraphModule
+from torch.library import opcheck
 
 import truenorm
-from truenorm._core.call import ACT
+from truenorm._core.call import ACT, KEEP
 from truenorm._core.graphs import nodes, options
 
 
@@ -291,6 +293,52 @@ def test_training_is_never_in_place(norm: Callable[[int], nn.Module]) -> None:
     found = [n.target for n in changed(model, torch.randn(3, 4, 5, 6))]
     assert torch.ops.truenorm.norm.default in found
     assert torch.ops.truenorm.norm_.default not in found
+
+
+# ---------------------------------------------------------------- below autograd
+
+
+def _called(code: list[str], name: str) -> int:
+    return "\n".join(code).count(f"torch.ops.truenorm.{name}.default(")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_code_calls_what_autograd_does_not_see(training: bool) -> None:
+    layer = randomized(truenorm.LayerNorm(7))
+    x = torch.randn(4, 7, requires_grad=training)
+    leaves = [x, *layer.parameters()]
+
+    def step() -> list[Tensor]:
+        with torch.set_grad_enabled(training):
+            y = torch.compile(layer, fullgraph=True)(x)
+        return [y, *(torch.autograd.grad(y, leaves, torch.ones_like(y)) if training else ())]
+
+    found, code = run_and_get_code(step)
+    assert _called(code, "norm") == _called(code, "norm_backward") == 0
+    assert _called(code, "norm_below") == 1
+    assert _called(code, "norm_backward_below") == int(training)
+    y = layer(x)
+    right = [y, *(torch.autograd.grad(y, leaves, torch.ones_like(y)) if training else ())]
+    assert all(map(torch.equal, found, right))
+
+
+def test_operators_below_autograd() -> None:
+    x, weight, bias = torch.randn(3, 4, 5), torch.randn(4), torch.randn(4)
+    ours = torch.ops.truenorm
+    call = x, weight, bias, None, None, None, None, KEEP, 1e-5, 0.0, 0.0
+    y, record = ours.norm_below(*call)
+    assert all(map(torch.equal, (y, record), ours.norm(*call)))
+    pulled = y, x, record, weight, None, None, None, None, KEEP | 7, 1e-5, 0.0
+    gradients = ours.norm_backward_below(*pulled)
+    assert all(map(torch.equal, gradients, ours.norm_backward(*pulled)))
+    opcheck(ours.norm_below.default, call)
+    opcheck(ours.norm_backward_below.default, pulled)
+    # nothing is differentiated from here on
+    assert not ours.norm_below(x.requires_grad_(), *call[1:])[0].requires_grad
+    with pytest.raises(RuntimeError, match="takes no empty tensor"):
+        ours.norm_below(x[:0], *call[1:])
+    with pytest.raises(RuntimeError, match="`grad` must have the shape of `x`"):
+        ours.norm_backward_below(y[:2], *pulled[1:])
 
 
 # ---------------------------------------------------------------- options

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from on_triton import DEVICE, needs_triton, small_tiles
-from tolerances import relative
+from on_triton import DEVICE, needs_triton, small_tiles, triton_kernels
+from tolerances import assert_gradient, assert_output, relative
 from triton_calls import (
     ACTIVATIONS,
     BATCH,
@@ -28,6 +28,11 @@ from triton_calls import (
     run,
 )
 
+from truenorm import reference
+from truenorm._core.call import KEEP, Form
+from truenorm._core.geometry import Axes
+
+OPS = torch.ops.truenorm
 pytestmark = needs_triton
 
 CUTS: dict[str, Any] = {"whole": nullcontext, "chunks": small_tiles}
@@ -282,3 +287,22 @@ def test_running_statistics(momentum: float | None) -> None:
         for now, was, new in zip(running, before, seen, strict=True):
             moved = torch.where(some * there.any(0) > 0, was + factor * (new - was), was)
             assert torch.allclose(now.cpu(), (was if broken else moved).to(was.dtype), atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_result_that_lies_as_its_input(dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    image, grad = (torch.randn(2, 6, 5, 7).to(dtype).to(DEVICE) for _ in range(2))
+    weight = torch.randn(6).to(dtype).to(DEVICE)
+    x, g = image.movedim(1, -1), grad.movedim(1, -1)
+    form = Form(Axes(1, 1, True, as_given=True), 1e-5).bits(x) | KEEP
+    call = weight, None, None, None, None, None
+    with triton_kernels():
+        y, record = OPS.norm(x, *call, form, 1e-5, 0.0, 0.0)
+        found = OPS.norm_backward(g, x, record, *call[:4], None, form | 3, 1e-5, 0.0)
+    assert y.stride() == found[0].stride() == x.stride()
+    assert_output(y.cpu(), reference.layer_norm(x.cpu(), (6,), weight.cpu()))
+    right = reference.layer_norm_backward(g.cpu(), x.cpu(), (6,), weight.cpu())
+    for actual, exact in zip(found[:2], right[:2], strict=True):
+        assert exact is not None
+        assert_gradient(actual.cpu(), exact)

@@ -37,7 +37,7 @@ Differs = Callable[[Any, Any], bool]
 _STATISTICS = "mean", "var"
 _PARAMETERS = "weight", "bias"
 # what has no moments where it is empty
-_OF_VALUES = "norm", "norm_"
+_OF_VALUES = "norm", "norm_", "norm_below"
 _ACTIVATIONS = 8  # the last number of activation.py
 
 

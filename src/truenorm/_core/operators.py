@@ -42,12 +42,20 @@ _PULLED = (
 )
 _RUNNING = "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked"
 _WINDOW = "int size, float alpha, float beta, float k"
+_NORM = f"(Tensor x, {_CALL}) -> (Tensor, Tensor)"
+# sums: means over all of which x is a part, where there are others
+_BACKWARD = (
+    f"({_PULLED}, Tensor? sums, int form, float eps, float parameter)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
 _SCHEMAS = {
-    "norm": f"(Tensor x, {_CALL}) -> (Tensor, Tensor)",
+    "norm": _NORM,
     "norm_": f"(Tensor(a!) x, {_CALL}) -> Tensor",
-    # sums: means over all of which x is a part, where there are others
-    "norm_backward": f"({_PULLED}, Tensor? sums, int form, float eps, float parameter)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "norm_backward": _BACKWARD,
+    # the same in compiled graphs, where nothing is to be differentiated any more: autograd's part
+    # of an operator takes longer than a small kernel
+    "norm_below": _NORM,
+    "norm_backward_below": _BACKWARD,
     "statistics": "(Tensor x, Tensor? mask, int form) -> Tensor",
     "gradient_sums": f"({_PULLED}, int form, float eps, float parameter) -> Tensor",
     "move_": f"({_RUNNING}, Tensor record, float? momentum, bool skip_nonfinite) -> ()",
@@ -177,6 +185,8 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "norm": _norm,
     "norm_": _norm_,
     "norm_backward": _norm_backward,
+    "norm_below": _norm,
+    "norm_backward_below": _norm_backward,
     "statistics": _statistics,
     "gradient_sums": _gradient_sums,
     "move_": plain.move,
@@ -185,6 +195,8 @@ PLAIN: dict[str, Callable[..., Any]] = {
 }
 for _name, _kernel in PLAIN.items():
     defined.impl(_name, _kernel, "CompositeExplicitAutograd")
+    if _name.endswith("_below"):
+        defined.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 # asks, and calls move_, which looks at the arguments: the same on every device
 defined.own.impl("move_once_", move_once, "CompositeExplicitAutograd")
 _triton.register(defined, PLAIN)
@@ -253,6 +265,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     "norm": _fake_norm,
     "norm_": _fake_norm_,
     "norm_backward": _fake_norm_backward,
+    "norm_below": _fake_norm,
+    "norm_backward_below": _fake_norm_backward,
     "statistics": _fake_statistics,
     "gradient_sums": _fake_gradient_sums,
     "move_": _fake_nothing,

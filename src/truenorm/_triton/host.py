@@ -28,6 +28,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "norm": norm,
     "norm_": norm_,
     "norm_backward": norm_backward,
+    "norm_below": norm,
+    "norm_backward_below": norm_backward,
     "statistics": statistics,
     "gradient_sums": gradient_sums,
     "move_": move,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch.fx import Graph, Node
 
 from .. import checks
@@ -98,3 +99,16 @@ def install() -> None:
             return None if None in others else (own, *others) if others else own
 
     config.pre_grad_custom_pass = Change()
+    _call_below_autograd()
+
+
+def _call_below_autograd() -> None:
+    """Have what Inductor makes of a graph call the operators that autograd knows nothing of."""
+    from torch._inductor.lowering import fallback_handler, lowerings
+
+    ours = torch.ops.truenorm
+    for of, below in (
+        (ours.norm, ours.norm_below),
+        (ours.norm_backward, ours.norm_backward_below),
+    ):
+        lowerings[of.default] = fallback_handler(below.default)
