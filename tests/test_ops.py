@@ -230,6 +230,8 @@ def test_every_operator_is_here() -> None:
     tested |= {"move_", "move_once_", "response", "response_backward"}
     # by test_eager.py
     tested |= {"eager_norm", "eager_norm_given", "eager_norm_more", "eager_norm_backward"}
+    # by test_graphs.py
+    tested |= {"norm_below", "norm_backward_below"}
     # by test_added.py
     tested |= {"eager_add_norm", "eager_add_norm_backward"}
     registered = {
