@@ -37,32 +37,23 @@ Pair = tuple[torch.dtype, torch.dtype]  # of the input, and of the weight
 # --- the activation behind it
 
 
-def _act_of(module: Module) -> tuple[int, float, bool] | None:
-    """(number, parameter, whether rounding before it changes nothing) of an activation."""
-    match module:
-        case torch.nn.Identity():
-            return activation.NONE, 0.0, True
-        case torch.nn.ReLU():
-            return activation.RELU, 0.0, True
-        case torch.nn.ReLU6():
-            return activation.RELU6, 0.0, True
-        case torch.nn.LeakyReLU():
-            return activation.LEAKY_RELU, module.negative_slope, False
-        case torch.nn.SiLU():
-            return activation.SILU, 0.0, False
-        case torch.nn.Hardswish():
-            return activation.HARDSWISH, 0.0, False
-        case torch.nn.ELU():
-            return activation.ELU, module.alpha, False
-        case torch.nn.GELU():
-            tanh = module.approximate == "tanh"
-            return activation.GELU_TANH if tanh else activation.GELU, 0.0, False
-    return None
+# (number, parameter, whether rounding before it changes nothing) of an activation
+_ACTS: dict[type[Module], Callable[[Any], tuple[int, float, bool]]] = {
+    torch.nn.ReLU: lambda _: (activation.RELU, 0.0, True),
+    torch.nn.ReLU6: lambda _: (activation.RELU6, 0.0, True),
+    torch.nn.LeakyReLU: lambda act: (activation.LEAKY_RELU, act.negative_slope, False),
+    torch.nn.SiLU: lambda _: (activation.SILU, 0.0, False),
+    torch.nn.Hardswish: lambda _: (activation.HARDSWISH, 0.0, False),
+    torch.nn.ELU: lambda act: (activation.ELU, act.alpha, False),
+    torch.nn.GELU: lambda act: (
+        activation.GELU_TANH if act.approximate == "tanh" else activation.GELU, 0.0, False,
+    ),
+}  # fmt: skip
 
 
 def _bare(module: Module) -> bool:
-    """Whether a submodule's call is its class's forward and nothing else."""
-    return type(module).__module__.startswith("torch.nn.") and not (
+    """Whether the call of one of torch's modules is its class's forward and nothing else."""
+    return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -182,10 +173,19 @@ class Ruled(Module):
         y = self._placed(x, weight, bias, float(eps))
         return self._followed(y) if rule.after and y is not None else y
 
+    def _followers(self) -> list[Module]:
+        """What comes after the norm, but for what does nothing."""
+        found, modules = [], self._modules
+        for name in self._rule.after:
+            each: Any = modules[name] if name in modules else getattr(self, name)
+            if type(each) is not torch.nn.Identity or not _bare(each):
+                found.append(each)
+        return found
+
     def _followed(self, y: Tensor) -> Tensor:
         """What comes after the norm, by the submodules' own forwards."""
-        for name in self._rule.after:
-            y = getattr(self, name)(y)
+        for each in self._followers():
+            y = each(y)
         return y
 
     def _placed(
@@ -259,15 +259,17 @@ class Ruled(Module):
     def _finished(self, x: Tensor) -> Tensor:
         """By the layer of truenorm's whose state this one has, with what comes after it."""
         assert self._ours is not None
-        behind = [getattr(self, name) for name in self._rule.after]
-        acts = [each for each in behind if type(each) is not torch.nn.Identity]
-        if len(acts) == 1 and all(map(_bare, behind)):
-            act = _act_of(acts[0])
+        behind = self._followers() if self._rule.after else ()
+        if len(behind) == 1 and type(behind[0]) in _ACTS and _bare(behind[0]):
+            act = _ACTS[type(behind[0])](behind[0])
             exact = x.dtype == torch.float32 or self._rounding == "once"
             # torch's exponentials take less time, where no gradient is to pass through both
-            if act is not None and (act[2] or (exact and torch.is_grad_enabled())):
+            if act[2] or (exact and torch.is_grad_enabled()):
                 return self._ours.forward(self, x, _then=act[:2])  # type: ignore[arg-type,no-any-return]
-        return self._followed(self._ours.forward(self, x))  # type: ignore[arg-type]
+        y: Tensor = self._ours.forward(self, x)  # type: ignore[arg-type]
+        for each in behind:
+            y = each(y)
+        return y
 
     def __prepare_scriptable__(self) -> Any:
         """torch.jit.script compiles the class's own forward."""
