@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import measure_compiled
 import torch
+from measure_compiled import Made
 from torch import Tensor, nn
 from torch.nn import Module
 
 import truenorm
 from truenorm._tools.bench.networks import first_tensor
-
-Made = tuple[Module, Tensor]
 
 
 def _timm(name: str, *shape: int, **more: Any) -> Made:
@@ -37,14 +37,6 @@ def _torchvision(name: str, *shape: int) -> Made:
     import torchvision  # type: ignore[import-untyped]
 
     return getattr(torchvision.models, name)(), torch.randn(shape)
-
-
-def _dynunet() -> Made:
-    from monai.networks.nets import DynUNet
-
-    strides = [1, 2, 2, 2]
-    net = DynUNet(3, 1, 2, [3] * 4, strides, strides[1:], filters=[16, 32, 64, 96])
-    return net, torch.randn(1, 1, 64, 64, 64)
 
 
 def _nnunet() -> Made:
@@ -109,12 +101,12 @@ def _diffusion() -> Made:
 
 
 NETWORKS: dict[str, Callable[[], Made]] = {
-    "MobileNetV2": lambda: _torchvision("mobilenet_v2", 8, 3, 160, 160),
+    "MobileNetV2": measure_compiled.mobilenet_v2,
     "EfficientNet-B0": lambda: _timm("efficientnet_b0", 8, 3, 128, 128),
-    "ResNet-50": lambda: _torchvision("resnet50", 4, 3, 160, 160),
+    "ResNet-50": measure_compiled.resnet50,
     "ConvNeXt-atto": lambda: _timm("convnext_atto", 4, 3, 160, 160),
     "ConvNeXt-tiny": lambda: _torchvision("convnext_tiny", 2, 3, 128, 128),
-    "DynUNet": _dynunet,
+    "DynUNet": measure_compiled.dynunet,
     "nnU-Net": _nnunet,
     "CycleGAN": _cyclegan,
     "diffusion U-Net": _diffusion,

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,28 +23,14 @@ from torch import Tensor
 import truenorm
 from truenorm._core import eager
 from truenorm._core.call import AS_GIVEN
+from truenorm._tools.bench.timing import Plan, in_turn
 
-ROUNDS = 15
+PLAN = Plan(minimum=15, maximum=15, round_seconds=0.02)
 SHAPES = (2, 32, 8, 8), (8, 96, 56, 56), (8, 768, 7, 7), (2, 256, 64, 64), (2, 4, 128, 128)
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    calls, start = 0, time.perf_counter()
-    while True:
-        run()
-        calls += 1
-        if (past := time.perf_counter() - start) > 0.02:
-            return past / calls
-
-
-def in_turn(runs: Sequence[Callable[[], Any]]) -> list[list[float]]:
-    for run in runs:
-        run()
-    return [[seconds(run) for run in runs] for _ in range(ROUNDS)]
-
-
-def ratio(rounds: list[list[float]], one: int, other: int) -> float:
-    return statistics.median(t[one] / t[other] for t in rounds)
+def ratio(seconds: dict[str, list[float]], one: str, other: str) -> float:
+    return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
 
 
 def of_channels(shape: tuple[int, ...], dtype: torch.dtype) -> str:
@@ -62,10 +47,19 @@ def of_channels(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     def theirs() -> Tensor:
         return F.layer_norm(last, shape[1:2], weight, bias).movedim(-1, 1)
 
-    runs = [x.clone, ours(last, AS_GIVEN), ours(last, 0), ours(inside, 0), theirs]
-    rounds = in_turn([*runs, lambda: theirs().contiguous()])
-    over = [ratio(rounds, k, 0) for k in (1, 2, 3)]
-    faster = ratio(rounds, 4, 2), ratio(rounds, 5, 1)
+    seconds = in_turn(
+        {
+            "clone": x.clone,
+            "as given": ours(last, AS_GIVEN),
+            "to inside": ours(last, 0),
+            "inside": ours(inside, 0),
+            "torch": theirs,
+            "torch, back": lambda: theirs().contiguous(),
+        },
+        PLAN,
+    )
+    over = [ratio(seconds, name, "clone") for name in ("as given", "to inside", "inside")]
+    faster = ratio(seconds, "torch", "to inside"), ratio(seconds, "torch, back", "as given")
     return (
         f"over clone(): as given {over[0]:.2f}, to inside {over[1]:.2f}, inside {over[2]:.2f}; "
         f"torch's time over ours: to inside {faster[0]:.2f}, as given {faster[1]:.2f}"
@@ -88,10 +82,11 @@ def of_gradients(kind: str, shape: tuple[int, ...], dtype: torch.dtype, inside: 
 
     ours, theirs = (layer.to(dtype) for layer in layers)
     same, other = grads[inside], grads[not inside]
-    rounds = in_turn([backward(ours, other), backward(ours, same), backward(theirs, other)])
+    runs = {"same": backward(ours, same), "other": backward(ours, other)}
+    seconds = in_turn({**runs, "torch": backward(theirs, other)}, PLAN)
     return (
-        f"the other over the same {ratio(rounds, 0, 1):.2f}, torch's over ours "
-        f"{ratio(rounds, 2, 0):.2f}"
+        f"the other over the same {ratio(seconds, 'other', 'same'):.2f}, torch's over ours "
+        f"{ratio(seconds, 'torch', 'other'):.2f}"
     )
 
 

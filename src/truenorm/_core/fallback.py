@@ -50,10 +50,9 @@ Triple = tuple[Tensor, Any, Any]
 
 def norm(call: Call) -> Tensor:
     """A call's output; x's own statistics move `running`."""
-    groups, features, centred, as_given = axes = call.form.axes
+    groups, features, centred, *_ = call.form.axes
     rest = 0 if features else groups, features, centred, call.form.eps, call.given, call.running
-    y = standard.finished(call, lambda weight, bias: _normalized(call.x, weight, bias, *rest))
-    return geometry.laid_out(y, geometry.kept_strides(call.x, axes)) if as_given else y
+    return standard.finished(call, lambda weight, bias: _normalized(call.x, weight, bias, *rest))
 
 
 def shortly(
