@@ -238,7 +238,9 @@ void backward_elementwise(const Backward<T>& given) {
   if (!b.sums) return serve_rows();
   const Columns columns(g);
   if (short_rows && together > 1 && (busy(columns.blocks()) || g.n * g.c <= kWorthAThread)) {
-    parallel(columns.blocks(), 64 * g.c, [&](int64_t i) {
+    // the last one, which may be short, first: the first thread has the most of them
+    parallel(columns.blocks(), 64 * g.c, [&](int64_t task) {
+      const int64_t i = task ? task - 1 : columns.blocks() - 1;
       std::fill_n(columns.bias(i), g.c, 0.0);
       std::fill_n(columns.weight(i), g.c, 0.0);
       columns.over_samples(i, [&](int64_t n, int64_t samples) {
