@@ -799,3 +799,61 @@ def test_a_scale_that_is_overwritten_is_left_alone() -> None:
     with torch.no_grad():
         assert modulated_calls(fused, x, c) == 0
         torch.testing.assert_close(fused(x, c), as_it_was(x, c))
+
+
+# ---------------------------------------------------------------- a tensor that is taken apart
+
+
+class Attends(nn.Module):
+    """Queries, keys and values as the rows of one tensor, taken out by `q, k, v = …`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(24), nn.GELU()
+        self.qkv, self.out = nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.act(self.norm(x))
+        q, k, v = self.qkv(h).unflatten(-1, (3, 24)).permute(2, 0, 1, 3)
+        return self.out((q @ k.transpose(-1, -2)).softmax(-1) @ v)
+
+
+def nodes_of(y: Tensor) -> set[str]:
+    """Names of the nodes of its gradient's graph."""
+    found, waiting = set(), [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [n for n, _ in node.next_functions]
+    return {node.name() for node in found}
+
+
+def test_a_tensor_is_taken_apart_by_one_operator() -> None:
+    as_it_was, fused = pair(Attends())
+    x = torch.randn(2, 7, 24)
+    assert calls(fused, x) == 1
+    same(as_it_was, fused, x)
+    for model in (as_it_was, fused):
+        # an index's gradient is a tensor of zeros with the part in it, for each part
+        names = nodes_of(model(x))
+        assert "UnbindBackward0" in names
+        assert "SelectBackward0" not in names
+
+
+def test_a_tensor_of_another_size_is_not_taken_apart() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.act = nn.LayerNorm(5), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Any:
+            one, other = x
+            return self.act(self.norm(one)) + other
+
+    as_it_was, fused = pair(Halves())
+    same(as_it_was, fused, torch.randn(2, 3, 5))
+    for model in (as_it_was, fused):
+        for size, why in ((3, "too many"), (1, "not enough")):
+            with pytest.raises(ValueError, match=f"{why} values to unpack"):
+                model(torch.randn(size, 3, 5))

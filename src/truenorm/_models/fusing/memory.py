@@ -13,6 +13,7 @@ from ..._core import activation
 from ..._core.graphs.nodes import IN_PLACE
 from ...nn._options import options_of
 from ..layers import has_hooks
+from .tracing import unpacked
 
 
 def module_of(root: Module, node: Node) -> Module | None:
@@ -30,6 +31,8 @@ def _overwrites(root: Module, node: Node) -> bool:
         own = options_of(module).overwrite_input
         return own or bool(getattr(module, "inplace", False))
     target = node.target
+    if target is unpacked:
+        return False
     if isinstance(target, FunctionType) and not target.__module__.startswith("torch."):
         return True  # who knows
     name = target if isinstance(target, str) else getattr(target, "__name__", "")

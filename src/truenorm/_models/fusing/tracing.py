@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import operator
 import sys
 import weakref
-from types import FunctionType
+from collections.abc import Iterator
+from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +31,35 @@ def _in_place(name: str) -> Any:
     return traced
 
 
+def unpacked(value: Any, count: int) -> tuple[Any, ...]:
+    """What `a, b = value` takes of it.
+
+    Of a tensor by one operator, whose gradient is one too; torch.fx indexes it, and the gradient of
+    each part is then a tensor of zeros with the part in it.
+    """
+    parts = tuple(value)
+    if len(parts) != count:
+        few_or_many = "too many" if len(parts) > count else "not enough"
+        raise ValueError(f"{few_or_many} values to unpack (expected {count})")
+    return parts
+
+
+def _taken(frame: FrameType) -> int | None:
+    """How many values `a, b = …` takes at this place of a function; None where it is no such."""
+    for step in dis.get_instructions(frame.f_code):
+        if step.offset == frame.f_lasti:
+            return int(step.argval) if step.opname == "UNPACK_SEQUENCE" else None
+    return None
+
+
 class _Proxy(Proxy):
     """Python's x += y as what it is: torch.fx takes it for x = x + y."""
+
+    def __iter__(self) -> Iterator[Proxy]:
+        if (count := _taken(sys._getframe(1))) is None:
+            return self.tracer.iter(self)  # type: ignore[no-any-return]
+        parts = self.tracer.create_proxy("call_function", unpacked, (self, count), {})
+        return (parts[place] for place in range(count))
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
