@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import checks
-from . import expanding, joining, nodes, overwriting
+from . import expanding, joining, looping, nodes, overwriting
 from .nodes import X
 
 
@@ -62,6 +62,8 @@ def change(graph: Graph) -> None:
             expanding.expand(graph, norm)
             changed = True
             continue
+        if looping.serves(norm):
+            continue
         joined = joining.join(graph, norm) if _options.join else None
         overwritten = overwriting.overwrite(graph, joined or norm)
         changed = changed or joined is not None or overwritten
@@ -107,8 +109,6 @@ def _call_below_autograd() -> None:
     from torch._inductor.lowering import fallback_handler, lowerings
 
     ours = torch.ops.truenorm
-    for of, below in (
-        (ours.norm, ours.norm_below),
-        (ours.norm_backward, ours.norm_backward_below),
-    ):
-        lowerings[of.default] = fallback_handler(below.default)
+    norm, backward = ours.norm_below.default, ours.norm_backward_below.default
+    lowerings[ours.norm.default] = looping.lowered(fallback_handler(norm))
+    lowerings[ours.norm_backward.default] = fallback_handler(backward)

@@ -57,8 +57,8 @@ class _Proxy(Proxy):
 
     def __iter__(self) -> Iterator[Proxy]:
         if (count := _taken(sys._getframe(1))) is None:
-            return self.tracer.iter(self)  # type: ignore[no-any-return]
-        parts = self.tracer.create_proxy("call_function", unpacked, (self, count), {})
+            return self.tracer.iter(self)
+        parts: Any = self.tracer.create_proxy("call_function", unpacked, (self, count), {})
         return (parts[place] for place in range(count))
 
     @property  # type: ignore[misc]
