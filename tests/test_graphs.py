@@ -259,7 +259,7 @@ def test_only_norms_of_at_most_so_many_values() -> None:
 
 
 def test_inference_writes_over_what_nobody_else_sees() -> None:
-    model = randomized(Block(truenorm.BatchNorm2d, nn.ReLU())).eval()
+    model = randomized(Block(lambda c: truenorm.GroupNorm(2, c), nn.ReLU())).eval()
     x = torch.randn(3, 6, 7, 5)
     with torch.no_grad():
         targets = [n.target for n in changed(copy.deepcopy(model), x)]
@@ -339,6 +339,103 @@ def test_operators_below_autograd() -> None:
         ours.norm_below(x[:0], *call[1:])
     with pytest.raises(RuntimeError, match="`grad` must have the shape of `x`"):
         ours.norm_backward_below(y[:2], *pulled[1:])
+
+
+# ---------------------------------------------------------------- the compiler's own loops
+
+
+def evaluated(layer: Any, offset: float = 0.0) -> Any:
+    """The layer in evaluation, with statistics of its own."""
+    randomized(layer)
+    layer.running_mean.normal_(offset, 2.0)
+    layer.running_var.uniform_(0.05, 4.0)
+    return layer.eval()
+
+
+LOOPS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "1d": (lambda: truenorm.BatchNorm1d(6), (5, 6)),
+    "1d, no parameters": (lambda: truenorm.BatchNorm1d(7, affine=False), (3, 7, 9)),
+    "2d, relu": (lambda: truenorm.BatchNorm2d(19, activation="relu"), (2, 19, 5, 7)),
+    "2d, leaky relu": (lambda: truenorm.BatchNorm2d(6, activation="leaky_relu"), (2, 6, 5, 7)),
+    "instances": (lambda: truenorm.InstanceNorm2d(5, track_running_stats=True), (2, 5, 3, 4)),
+    "3d, relu6": (lambda: truenorm.BatchNorm3d(3, eps=1e-3, activation="relu6"), (2, 3, 4, 3, 5)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LOOPS)
+def test_evaluation_in_the_compilers_loops_has_eager_bits(name: str, dtype: torch.dtype) -> None:
+    make, shape = LOOPS[name]
+    layer = evaluated(make(), 1000.0).to(dtype)
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(shape, dtype=dtype) * 3.0 + 1000.0
+    x[0, 0] = torch.nan
+    x[-1, -1] = -torch.inf
+    inputs = [x, x.contiguous(memory_format=torch.channels_last)] if x.dim() == 4 else [x]
+    for given in inputs:
+        with torch.no_grad():
+            y, code = run_and_get_code(compiled, given)
+            wanted = layer(given)
+        assert torch.equal(y.nan_to_num(7.0), wanted.nan_to_num(7.0))
+        assert torch.equal(y.isnan(), wanted.isnan())
+        assert y.stride() == wanted.stride()
+        assert "torch.ops.truenorm" not in "\n".join(code)
+
+
+def test_loops_take_in_what_stands_around_a_norm() -> None:
+    model = randomized(Block(truenorm.BatchNorm2d, nn.ReLU())).eval()
+    x = torch.randn(3, 6, 7, 5)
+    with torch.no_grad():
+        y, code = run_and_get_code(torch.compile(model, fullgraph=True, dynamic=True), x)
+        torch.testing.assert_close(y, model(x))
+    assert "torch.ops.truenorm" not in "\n".join(code)
+    # a sum and an activation of the layer's own
+    layer = evaluated(truenorm.BatchNorm2d(6, activation="relu"))
+    r = torch.randn(3, 6, 7, 5)
+    with torch.no_grad():
+        found, code = run_and_get_code(torch.compile(layer, fullgraph=True), x, residual=r)
+        assert torch.equal(found, layer(x, residual=r))
+    assert "torch.ops.truenorm" not in "\n".join(code)
+
+
+KERNELS: dict[str, tuple[Callable[[], Any], torch.dtype]] = {
+    "half precision": (lambda: truenorm.BatchNorm2d(6), torch.bfloat16),
+    "an exponential": (lambda: truenorm.BatchNorm2d(6, activation="silu"), torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_evaluation_that_loops_do_not_serve_has_eager_bits(name: str) -> None:
+    make, dtype = KERNELS[name]
+    layer = evaluated(make()).to(dtype)
+    x = torch.randn(3, 6, 7, 5, dtype=dtype)
+    with torch.no_grad():
+        y, code = run_and_get_code(torch.compile(layer, fullgraph=True), x)
+        assert torch.equal(y, layer(x))
+    assert _called(code, "norm_below") == 1
+
+
+def test_frozen_statistics_with_a_gradient_stay_an_operator() -> None:
+    layer = evaluated(truenorm.BatchNorm2d(6))
+    inputs = [torch.randn(3, 6, 7, 5).requires_grad_() for _ in range(2)]
+    inputs[1].data.copy_(inputs[0])
+    grad = torch.randn(3, 6, 7, 5)
+    compiled = torch.compile(layer, fullgraph=True)
+    made = []
+    for call, x in ((layer, inputs[0]), (compiled, inputs[1])):
+        y = call(x)
+        made.append([y, *torch.autograd.grad(y, [x, *layer.parameters()], grad)])
+    assert all(map(torch.equal, *made))
+
+
+def test_a_compiler_reads_a_fused_forward_as_written() -> None:
+    model = randomized(Block(truenorm.BatchNorm2d, nn.ReLU()))
+    fused = truenorm.fuse(copy.deepcopy(model))
+    x = torch.randn(3, 6, 7, 5)
+    # the graph's own pass finds what fuse has found
+    assert forms(changed(fused, x)) == forms(changed(model, x))
+    truenorm.compile_options(join=False)
+    assert forms(changed(fused, x)) != forms(changed(model, x))
 
 
 # ---------------------------------------------------------------- options

@@ -15,8 +15,18 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .. import activation, geometry
-from ..call import ACT, CONSTANT, KEEP, ONE_PLUS, ROUNDS, axes_of
+from .. import activation
+from ..call import (
+    ACT,
+    CONSTANT,
+    FEATURES,
+    GROUPS,
+    KEEP,
+    ONE_PLUS,
+    PER_CHANNEL,
+    ROUNDS,
+    UNCENTRED,
+)
 from . import nodes
 from .nodes import BIAS, BITS, EPS, MASK, MEAN, PARAMETER, RESIDUAL, VAR, WEIGHT, X
 
@@ -31,20 +41,27 @@ def serves(norm: Node) -> bool:
     x = nodes.value(args[X])
     if x is None or args[MEAN] is None or not _is_for_loops(args[BITS], args[MASK]):
         return False
-    given = [args[place] for place in (MEAN, VAR, WEIGHT, BIAS) if args[place] is not None]
-    found = [nodes.value(each) for each in given]
+    found = [nodes.value(each) for each in _by_channel(args) if each is not None]
     return (
         x.device.type == "cpu"
         and x.dtype in _DTYPES
         and x.dim() > 1
-        and axes_of(args[BITS], x) == geometry.BATCH
         and all(t is not None and t.dim() == 1 and t.is_floating_point() for t in found)
     )
 
 
+def _by_channel(args: Any) -> list[Any]:
+    return [args[place] for place in (MEAN, VAR, WEIGHT, BIAS)]
+
+
 def _is_for_loops(bits: int, mask: Any) -> bool:
-    """By what the call's number says: no backward is to come, and each step is a plain one."""
-    if mask is not None or bits & (KEEP | ONE_PLUS | ROUNDS) or not bits & CONSTANT:
+    """By what the call's number says: one statistic for each channel, no backward to come, and
+    each step a plain one.
+    """
+    others = KEEP | ONE_PLUS | ROUNDS | UNCENTRED | PER_CHANNEL
+    if mask is not None or bits & others or not bits & CONSTANT:
+        return False
+    if bits >> FEATURES & 0xFF or bits >> GROUPS:
         return False
     return (bits >> ACT & 0xFF) in _ACTS
 
@@ -54,27 +71,19 @@ def lowered(fallback: Callable[..., Any]) -> Callable[..., Any]:
     from torch._inductor.ir import TensorBox
 
     def lower(*args: Any) -> Any:
-        x, mean, bits = args[X], args[MEAN], args[BITS]
+        x, bits = args[X], args[BITS]
         if (
-            mean is None
+            args[MEAN] is None
             or not isinstance(x, TensorBox)
             or not _is_for_loops(bits, args[MASK])
-            or x.get_device().type != "cpu"
+            or getattr(x.get_device(), "type", None) != "cpu"
             or x.get_dtype() not in _DTYPES
-            or len(mean.get_size()) != 1
-            or axes_of(bits, _Sizes(x.get_size())) != geometry.BATCH
+            or any(t is not None and len(t.get_size()) != 1 for t in _by_channel(args))
         ):
             return fallback(*args)
         return _loops(*args)
 
     return lower
-
-
-class _Sizes:
-    """A shape, for what asks a tensor for nothing else."""
-
-    def __init__(self, sizes: Any) -> None:
-        self.shape = sizes
 
 
 def _loops(*args: Any) -> Any:
@@ -83,10 +92,11 @@ def _loops(*args: Any) -> Any:
     from torch._inductor.virtualized import ops
 
     x, dtype, wide = args[X], args[X].get_dtype(), torch.float64
-    mean, var, weight, bias, residual = (
+    loads: Any = (
         None if args[place] is None else args[place].make_loader()
         for place in (MEAN, VAR, WEIGHT, BIAS, RESIDUAL)
     )
+    mean, var, weight, bias, residual = loads
 
     def in_float64(load: Any, channel: Any) -> Any:
         return ops.to_dtype(load(channel), wide)
@@ -119,15 +129,11 @@ def _loops(*args: Any) -> Any:
 
     def of_value(index: Any) -> Any:
         channel = [index[1]]
-        z = ops.add(
-            ops.mul(ops.sub(values(index), high(channel)), scale(channel)), shift(channel)
-        )
+        z = ops.add(ops.mul(ops.sub(values(index), high(channel)), scale(channel)), shift(channel))
         z = z if residual is None else ops.add(z, residual(index))
         return _acted(ops, z, args[BITS] >> ACT & 0xFF, args[PARAMETER], dtype)
 
-    y = Pointwise.create(
-        device=x.get_device(), dtype=dtype, inner_fn=of_value, ranges=x.get_size()
-    )
+    y = Pointwise.create(device=x.get_device(), dtype=dtype, inner_fn=of_value, ranges=x.get_size())
     nothing = Pointwise.create(
         device=x.get_device(),
         dtype=wide,

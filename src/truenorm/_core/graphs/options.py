@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from .. import checks
+from .. import checks, imports
 from . import expanding, joining, looping, nodes, overwriting
 from .nodes import X
 
@@ -44,6 +44,18 @@ def compile_options(*, join: bool | None = None, own: int | None = None) -> Comp
     given: dict[str, Any] = {"join": join, "own": own}
     _options = _options._replace(**{k: v for k, v in given.items() if v is not None})
     return _options
+
+
+def joins() -> bool:
+    """Whether what follows a norm is taken in by `change`; while a compiler traces, a constant."""
+    return _options.join
+
+
+imports.after_import(
+    "torch._dynamo",
+    "whether graphs join norms",
+    lambda dynamo: dynamo.assume_constant_result(joins),
+)
 
 
 def _is_own(norm: Node) -> bool:

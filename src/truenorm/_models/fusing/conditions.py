@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from torch.nn import Module
 from torch.nn.modules import module as of_torch
 
+from ..._core.graphs.options import joins
 from ...nn._options import options_of
 from .codes import Unreadable
 from .reading import Fact, is_object
@@ -245,6 +246,12 @@ class Conditions:
         """That all else is looked at only where `asked` of these says so, and never compiled."""
         call = f"{self.name(asked)}({', '.join(arguments)})"
         self._first = f"    if is_compiling() or not {call}:\n        return False\n"
+
+    def is_for_eager(self) -> None:
+        """That a compiler, which finds the same in its graph, reads the forward as written: each
+        condition would be a guard.
+        """
+        self._first = f"    if is_compiling() and {self.name(joins)}():\n        return False\n"
 
     def source(self, arguments: str) -> str:
         plain, quick = (

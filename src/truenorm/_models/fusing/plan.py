@@ -130,6 +130,8 @@ def plan(root: Module, kind: type[Module], read: Read) -> Plan:
     if not found and not dropped:
         # a look at all that a forward depends on takes longer than a small sum
         conditions.pays(sums.pay, _inputs(read))
+    elif all(each.over_one is None for each in found):
+        conditions.is_for_eager()
     for fact in read.facts:
         conditions.is_as_read(fact, value_of(fact, MISSING))
     needed = *patterns.requirements(root, found, dropped), *sums.requirements(root, added)
