@@ -112,7 +112,8 @@ sanitize: build/sanitize/_native.so  ## the tests of kernels and pool under ASan
 		TRUENORM_LIBRARY="$(CURDIR)/$<" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest --capture=sys tests/test_kernels.py tests/test_half.py \
 		tests/test_instruction_sets.py tests/test_mask*.py tests/test_fused.py tests/test_operator_checks.py \
-		tests/test_pool*.py tests/test_parts.py tests/test_added.py tests/test_turned.py tests/test_short_runs.py
+		tests/test_pool*.py tests/test_parts.py tests/test_added.py tests/test_turned.py tests/test_short_runs.py \
+		tests/test_gated.py
 
 mutate: $(VENV)/dev  ## break the kernels on purpose, and see the tests notice
 	@$(BIN)/python tools/mutate.py

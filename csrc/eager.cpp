@@ -1,82 +1,18 @@
 // The operators of an eager call on a CPU: all of a layer's step in one call of the dispatcher,
 // which is most of a small input's time. They take only what is in order, and refuse the rest
 // before anything is changed; _core/eager.py then goes the long way, where errors are worded.
+#include "eager.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <bit>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 #include <utility>
 
-#include "call.h"
 #include "running.h"
 
 namespace truenorm {
 namespace {
-
-// What the backward needs besides tensors of the call's own, in one tensor: each scalar's way
-// through the dispatcher takes time. Per statistic the means, then the variances; then these.
-struct Kept {
-  Form form;
-  double eps, parameter;
-
-  static constexpr int64_t kValues = 3;
-
-  static int64_t record_size(const Geometry& g) { return 2 * g.num_statistics() + kValues; }
-  Tensor record(const Geometry& g) const {
-    const Tensor made = empty(record_size(g), ScalarType::Double);
-    double* const end = doubles(made) + record_size(g);
-    end[-3] = std::bit_cast<double>(form.bits);
-    end[-2] = eps;
-    end[-1] = parameter;
-    return made;
-  }
-  // Read before what it says of x is known.
-  static Kept of(const Tensor& record) {
-    const bool whole = check::type_of(record) == ScalarType::Double && record.numel() > kValues &&
-                       record.is_contiguous();
-    if (!whole) check::wrong_record(record, "as eager_norm has made it");
-    check::memory("record", record);
-    const double* const end = doubles(record) + record.numel();
-    return {{std::bit_cast<int64_t>(end[-3])}, end[-2], end[-1]};
-  }
-};
-
-// What is not in order, in the words of checks.h.
-template <class Body>
-void in_order(const Body& body, const char* of = "") {
-  try {
-    body();
-  } catch (const std::runtime_error& error) {
-    throw std::runtime_error(std::string("truenorm: no call for the short way") + of + ": " +
-                             error.what());
-  }
-}
-constexpr const char* kRecorded = ", with a form that `record` holds";
-
-void expect(bool held, const char* words) {
-  if (!held) throw std::runtime_error(words);
-}
-
-// The axes of x, which has values, and more than one to a statistic where one has no variance.
-Axes axes_of(const Tensor& x, Form form) {
-  expect(x.numel() > 0, "`x` is empty: it has no moments; pass a tensor that holds values");
-  const Axes axes = form.axes(x);
-  if (axes.feature_dims > 0 || form.constant()) return axes;
-  const auto sizes = x.sizes();
-  const int64_t dim = int64_t(sizes.size());
-  if (dim < 2) return axes;  // which geometry_of refuses
-  int64_t values = 1;
-  for (int64_t d = 2; d < dim; ++d) values *= sizes[d];
-  if (axes.num_groups == 0)
-    values *= sizes[0];
-  else if (!form.per_channel())  // as torch: fails only where the whole batch has one value
-    values *= sizes[0] * (sizes[1] / axes.num_groups);
-  if (values == 1) check::one_value(x);
-  return axes;
-}
 
 // Given statistics that are not constant are the running ones, which move towards x's own.
 std::tuple<Tensor, Tensor> norm_more(const Tensor& x, Maybe weight, Maybe bias, int64_t bits,
@@ -201,15 +137,6 @@ struct Blocks {
     for (int64_t i = 0; i < count; ++i) block(i);
   }
 };
-
-template <class T>
-const T* values_of(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-T* room_of(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
 
 std::tuple<Tensor, Tensor, Tensor> add_norm(const Tensor& x, const Tensor& other, Maybe weight,
                                             Maybe bias, int64_t bits, double eps) {

@@ -56,6 +56,11 @@ constexpr int64_t kResponseSizes = 8;  // the largest window that is summed in f
 
 constexpr int64_t kPastPacked = 16;
 
+// What is rounded to half precision before a gate's product, as operators of that dtype would.
+struct GateRounding {
+  bool x_hat, product;
+};
+
 // Rows that are summed together, and whose columns are summed before these go on in float64.
 constexpr int kRowsTogether = 8;
 // Short runs whose coefficients are made together.
@@ -156,6 +161,17 @@ struct Kernels {
   // along its rows
   void (*turn)(const T* from, int64_t rows, int64_t cols, int64_t ld, T* to, int64_t to_ld,
                bool along_columns);
+
+  // A gate's act(g) is g · σ(g) where it is a `swish`, and else σ(g).
+  // to = from · act(gate) and, unless it is null, slopes = from · act'(gate); where gate is null,
+  // to = from
+  void (*gate)(const T* from, const T* gate, A* to, A* slopes, int64_t len, bool swish);
+  // to = from · weight · act(gate), each of which may be null; `to` may be `from`
+  void (*gated)(const A* from, const A* weight, const T* gate, T* to, int64_t len, bool swish,
+                GateRounding rounds);
+  // of_other = grad · act(gate) and of_gate = grad · other · act'(gate)
+  void (*gate_grads)(const A* grad, const T* other, const T* gate, T* of_other, T* of_gate,
+                     int64_t len, bool swish);
 
   // The outputs of a tile, or, where grad is not null, the gradients of its inputs, in float. Where
   // float is not enough they come out as NaN or Inf, and the result is false.

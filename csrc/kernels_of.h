@@ -4,6 +4,7 @@
 
 #include "kernel_activation.h"
 #include "kernel_elementwise.h"
+#include "kernel_gate.h"
 #include "kernel_gradients.h"
 #include "kernel_input_gradients.h"
 #include "kernel_local_response.h"
@@ -51,6 +52,9 @@ constexpr Kernels<T> kernels_of() {
           widen<T>,
           narrow<T>,
           turn<T>,
+          gate<T>,
+          gated<T>,
+          gate_grads<T>,
           response<T>,
           response_exact<T>};
 }

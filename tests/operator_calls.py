@@ -47,6 +47,8 @@ def _shapes(draw: random.Random, names: list[str]) -> tuple[tuple[int, ...], tup
     """A shape of x, and axes that fit it: (num_groups, feature_dims, centred)."""
     shape = tuple(draw.choice((1, 2, 3, 4, 6, 33)) for _ in range(draw.choice((2, 3, 4, 4, 5))))
     shape = (shape[0], draw.choice((2, 4, 6)), *shape[2:])
+    if "gate" in names:
+        return (*shape[:1], draw.choice((4, 6, 20))), (draw.choice((1, 2)), 0, False)
     if "form" not in names:
         return shape, (0, 0, True)
     groups = draw.choice((0, 1, 2, shape[1]))
@@ -62,6 +64,8 @@ def _form(draw: random.Random, operator: str, axes: tuple[int, int, bool]) -> in
         return CONSTANT | 7
     if operator == "eager_norm_more":
         return draw.choice((0, PER_CHANNEL)) | draw.randint(0, 15) | draw.randint(0, 8) << ACT
+    if "gated" in operator:
+        return draw.randint(1, 3) | UNCENTRED | groups << GROUPS
     flags = draw.randint(0, 15) | draw.choice((0, KEEP)) | (0 if centred else UNCENTRED)
     if dims and operator in ("eager_norm", "statistics"):
         flags |= draw.choice((0, AS_GIVEN))
@@ -99,6 +103,8 @@ def valid(operator: str, draw: random.Random) -> dict[str, Any]:
     made: dict[str, Any] = {
         "x": x,
         "other": torch.randn(shape).to(dtype),
+        "gate": torch.randn(shape).to(dtype),
+        "order": draw.randint(0, 15),
         "grad_h": torch.randn(shape).to(dtype),
         "grad": torch.randn(shape).to(dtype),
         "residual": torch.randn(shape).to(dtype) if draw.random() < 0.7 else None,
@@ -130,9 +136,11 @@ def valid(operator: str, draw: random.Random) -> dict[str, Any]:
             made["mean"] = made["var"] = None
     if operator == "move_" or operator == "move_once_":
         made["record"] = per(3 * shape[1] * draw.choice((1, 4))).view(3, -1)
-    if operator in ("eager_norm_backward", "eager_add_norm_backward"):
+    if operator.startswith("eager_") and "record" in names:
         bits = torch.tensor([form]).view(torch.float64)
-        made["record"] = torch.cat([per(2 * statistics), bits, torch.tensor([1e-5, 0.3]).double()])
+        last = made["order"] if "gate" in names else 0.3
+        rest = torch.tensor([1e-5, last], dtype=torch.float64)
+        made["record"] = torch.cat([per(2 * statistics), bits, rest])
     return {name: made[name] for name in names}
 
 

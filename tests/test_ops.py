@@ -234,6 +234,8 @@ def test_every_operator_is_here() -> None:
     tested |= {"norm_below", "norm_backward_below"}
     # by test_added.py
     tested |= {"eager_add_norm", "eager_add_norm_backward"}
+    # by test_gated.py
+    tested |= {"eager_gated_norm", "eager_gated_norm_backward"}
     registered = {
         name.removeprefix("truenorm::").split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()

@@ -36,8 +36,8 @@ void run(const Kernels<T>& k, Digest& digest) {
   constexpr int64_t kMost = 3 * 257 + 64;
   uint64_t state = 7;
   std::vector<double> wide(kMost), grads(kMost);
-  std::vector<T> x(kMost), grad(kMost), out(kMost);
-  std::vector<A> a(kMost), b(kMost), c(kMost), d(kMost), e(kMost);
+  std::vector<T> x(kMost), grad(kMost), out(kMost), also(kMost);
+  std::vector<A> a(kMost), b(kMost), c(kMost), d(kMost), e(kMost), a_made(kMost), b_made(kMost);
   std::vector<double> mean(kMost), rstd(kMost), p(kMost), q(kMost);
   for (double offset : {0.0, 3.0, 1000.0}) {
     for (int64_t i = 0; i < kMost; ++i) {
@@ -140,6 +140,15 @@ void run(const Kernels<T>& k, Digest& digest) {
           const int64_t rows = std::min<int64_t>(len, 23), cols = std::min<int64_t>(len, 30);
           k.turn(x.data(), rows, cols, cols + 1, out.data(), rows + 1, along);
           for (int64_t i = 0; i < cols; ++i) digest.add(out.data() + i * (rows + 1), rows);
+        }
+        for (const bool swish : {false, true}) {
+          k.gate(x.data(), grad.data(), a_made.data(), b_made.data(), len, swish);
+          digest.add(a_made.data(), len), digest.add(b_made.data(), len);
+          k.gated(a.data(), b.data(), grad.data(), out.data(), len, swish, {true, true});
+          add_out(len);
+          k.gated(a.data(), nullptr, grad.data(), out.data(), len, swish, {}), add_out(len);
+          k.gate_grads(a.data(), x.data(), grad.data(), out.data(), also.data(), len, swish);
+          add_out(len), digest.add(also.data(), len);
         }
         k.grad_scale(grad.data(), out.data(), 2, len, scales, stream), add_out(2 * len);
         k.grad_scale_each(grad.data(), out.data(), 3, len, a.data(), stream), add_out(3 * len);

@@ -12,6 +12,7 @@ STEPS = ("tests/test_rounding.py",)
 PARTS = ("tests/test_parts.py",)
 ADDED = ("tests/test_added.py",)
 TURNED = ("tests/test_turned.py",)
+GATED = ("tests/test_gated.py",)
 SHORT = ("tests/test_short_runs.py",)
 
 
@@ -384,5 +385,29 @@ MUTATIONS = [
         "at += sample, to += 0 * g.s)",
         "by_formula",
         tests=SHORT,
+    ),
+    Mutation(
+        "a gate's slope without what it multiplies",
+        "kernel_gate.h",
+        "return swish ? sigma.value + g * slope : slope;",
+        "return swish ? sigma.value : slope;",
+        "formula",
+        tests=GATED,
+    ),
+    Mutation(
+        "a gated product that is rounded once where each step is",
+        "gated.cpp",
+        "const bool later = is_half<T> && rounds.x_hat;",
+        "const bool later = false;",
+        "rounded_once",
+        tests=GATED,
+    ),
+    Mutation(
+        "a gated norm's rows read as if they were side by side",
+        "gated.cpp",
+        "apart(held.size(0) > 1 ? held.stride(0) : held.size(1))",
+        "apart(held.size(1))",
+        "strided",
+        tests=GATED,
     ),
 ]

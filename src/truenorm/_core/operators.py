@@ -84,6 +84,11 @@ _EAGER = {
     " -> (Tensor, Tensor, Tensor)",
     "eager_add_norm_backward": "(Tensor grad, Tensor grad_h, Tensor x, Tensor record,"
     " Tensor? weight) -> (Tensor, Tensor, Tensor)",
+    # beside a gate, of rows (N, C) and the groups of these; order: as gated.py packs it
+    "eager_gated_norm": "(Tensor x, Tensor gate, Tensor? weight, int form, float eps, int order)"
+    " -> (Tensor, Tensor)",
+    "eager_gated_norm_backward": "(Tensor grad, Tensor x, Tensor gate, Tensor record,"
+    " Tensor? weight) -> (Tensor, Tensor, Tensor)",
 }
 
 defined = arguments.Library("truenorm")
@@ -309,3 +314,5 @@ eager_norm_more = _operators.eager_norm_more.default
 eager_norm_backward = _operators.eager_norm_backward.default
 eager_add_norm = _operators.eager_add_norm.default
 eager_add_norm_backward = _operators.eager_add_norm_backward.default
+eager_gated_norm = _operators.eager_gated_norm.default
+eager_gated_norm_backward = _operators.eager_gated_norm_backward.default

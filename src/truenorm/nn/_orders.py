@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import functional
 from .._core import added, eager
+from .._core import gated as beside
 from .._core.call import AS_GIVEN, ONE_PLUS, ROUNDS, UNCENTRED, Call, Form
 from .._core.geometry import Axes
 from .._core.normalize import normalize
@@ -187,6 +188,33 @@ def gated(
     x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, rule: Rule, groups: int
 ) -> Tensor:
     """An RMSNorm of x · act(gate), or one of x, times act(gate): act in float32."""
+    if output_dtype(x, weight, rule) == x.dtype and not rule.offset:
+
+        def composed(x: Tensor, gate: Tensor, weight: Tensor | None) -> Tensor:
+            return _gated_by_steps(x, gate, weight, eps, rule, groups)
+
+        order = _gate_order(x, rule, groups)
+        made = beside.at_once(x, gate, weight, eps, groups, order, composed)
+        if made is not None:
+            return made
+    return _gated_by_steps(x, gate, weight, eps, rule, groups)
+
+
+def _gate_order(x: Tensor, rule: Rule, groups: int) -> int:
+    """Where the gate comes in, and what of the steps is rounded, as one number."""
+    order = beside.SWISH * (rule.gate_act == "silu")
+    once = rule.rounding == "once"
+    if rule.gate == "before":
+        order |= beside.BEFORE | beside.ROUNDS_X_HAT * (not once)
+    elif rule.gate == "after":
+        # of several groups the weight is torch's product
+        order |= beside.ROUNDS_PRODUCT | beside.ROUNDS_X_HAT * (not once or groups > 1)
+    return order
+
+
+def _gated_by_steps(
+    x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, rule: Rule, groups: int
+) -> Tensor:
     by = ACTS[rule.gate_act](gate.float())
     if rule.gate == "within":
         weight = None if weight is None else weight.float()
