@@ -224,7 +224,7 @@ void over_batch(const Geometry& g, const Valid& valid, int64_t tensors, bool wri
 int64_t unit_capacity(const Geometry& g) { return std::min(g.n * g.s, std::max(kPiece, g.s)); }
 
 template <class T>
-void forward_batch(const Forward<T>& f) {
+void forward_valid_batch(const Forward<T>& f) {
   const Geometry& g = f.geometry;
   const auto affine = scratch<Affine<T>>(g.c);
   const auto of_unit = [&](int64_t channel, int64_t begin, int64_t end) {
@@ -254,7 +254,7 @@ void forward_batch(const Forward<T>& f) {
 }
 
 template <class T>
-void backward_batch(const Backward<T>& b) {
+void backward_valid_batch(const Backward<T>& b) {
   const Geometry& g = b.geometry;
   const auto affine = scratch<GradAffine<compute_t<T>>>(g.c);
   int64_t count = 0;
@@ -294,12 +294,12 @@ void backward_batch(const Backward<T>& b) {
 
 template <class T>
 void masked_forward_rows(const Forward<T>& f) {
-  f.geometry.over_batch() ? forward_batch(f) : forward_groups(f);
+  f.geometry.over_batch() ? forward_valid_batch(f) : forward_groups(f);
 }
 
 template <class T>
 void masked_backward_rows(const Backward<T>& b) {
-  b.geometry.over_batch() ? backward_batch(b) : backward_groups(b);
+  b.geometry.over_batch() ? backward_valid_batch(b) : backward_groups(b);
 }
 
 TN_EVERY_TYPE(masked_forward_rows, Forward)
