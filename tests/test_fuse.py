@@ -7,6 +7,7 @@ import cProfile
 import functools
 import gc
 import io
+import operator
 import os
 import pickle
 import random
@@ -323,6 +324,34 @@ class OverwrittenThroughAView(Residual):
         return F.relu(z + y) + x
 
 
+class ByHasattr(Residual):
+    def forward(self, x: Tensor) -> Any:
+        return self.bn1(x) if hasattr(x, "logits") else self.act(self.bn1(x))
+
+
+class ByGetattr(Residual):
+    def forward(self, x: Tensor) -> Any:
+        y = self.bn1(x)
+        return y if getattr(y, "_scale", None) is not None else self.act(y)
+
+
+class ByCallable(Residual):
+    def forward(self, x: Any) -> Any:
+        return self.act(self.bn1(x() if callable(x) else x))
+
+
+class WritesOut(Residual):
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self.bn1(x)) if f"{x.dim()}" == "4" else self.bn1(x)
+
+
+class SetsOnAValue(Residual):
+    def forward(self, x: Tensor) -> Any:
+        y = self.act(self.bn1(x))
+        y.data = x + 1.0
+        return y
+
+
 class OwnGELU(nn.GELU):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 2.0
@@ -361,6 +390,7 @@ LEFT_ALONE = [
 ]
 LEFT_ALONE += [InAMode, Remembers, Constant, Random, ByGradients, ByType, ByTypeOfAValue]
 LEFT_ALONE += [ByCaughtError, ByBuffer, ByParameters, ByEnvironment, Prints, Lists, ListsItsOwn]
+LEFT_ALONE += [ByHasattr, ByGetattr, ByCallable, WritesOut, SetsOnAValue]
 LEFT_ALONE += [ResidualOverwritten, OverwrittenThroughAView, OwnActivation, OwnLayer]
 
 
@@ -375,10 +405,54 @@ def test_what_is_left_alone(kind: type[Residual]) -> None:
     assert calls(copy.deepcopy(fused), x) == 0
     SEEN.clear()
     # which have no gradient; which is not copied
-    if kind not in (InputOverwritten, OverwrittenThroughAView, Remembers):
+    if kind not in (InputOverwritten, OverwrittenThroughAView, Remembers, SetsOnAValue):
         same(as_it_was, fused, x)
     torch.testing.assert_close(fused.eval()(x), as_it_was.eval()(x))
     SEEN.clear()
+
+
+IN_PLACE = {
+    "floor division": lambda y, x: operator.ifloordiv(y, 2.0),
+    "remainder": lambda y, x: operator.imod(y, 2.0),
+    "and": lambda y, x: operator.iand(y, x < 1.0),
+    "or": lambda y, x: operator.ior(y, x < 1.0),
+    "exclusive or": lambda y, x: operator.ixor(y, x < 1.0),
+    "left": lambda y, x: operator.ilshift(y, 2),
+    "right": lambda y, x: operator.irshift(y, 1),
+    "power": lambda y, x: operator.ipow(y, 3.0),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_operators_in_place_write_where_others_see_it(name: str) -> None:
+    """Python's y //= 2, y &= mask and so on, of a tensor that is known by another name too."""
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.act = nn.LayerNorm(8), nn.GELU()
+
+        def forward(self, x: Tensor) -> Any:
+            y = x > 0.0 if "or" in name or name == "and" else x + 0.0
+            y = (16.0 * y).int() if name in ("left", "right") else y
+            kept = y
+            y = in_place(y, x)
+            return self.act(self.norm(x)) * kept
+
+    in_place = IN_PLACE[name]
+    as_it_was, fused = pair(Writes())
+    x = torch.randn(2, 4, 8)
+    assert calls(fused, x) == 1
+    assert relative(fused(x), as_it_was(x)) < FLOAT32_BETWEEN
+
+
+def test_a_forward_of_no_module_that_python_knows() -> None:
+    scope: dict[str, Any] = {"__name__": "made_by_exec", "nn": nn}
+    source = "def forward(self, x):\n    return self[1](self[0](x)) if x.sum() > -1e9 else x\n"
+    exec(source, scope)
+    kind = type("Made", (nn.Sequential,), {"forward": scope["forward"]})
+    model = truenorm.convert(kind(nn.LayerNorm(8), nn.GELU()))
+    assert type(truenorm.fuse(model)) is kind
 
 
 def test_hooks_keep_a_layer() -> None:

@@ -6,7 +6,8 @@ import dis
 import functools
 import inspect
 import itertools
-from types import CodeType
+from types import CodeType, FrameType
+from typing import Any
 
 
 class Unreadable(Exception):
@@ -23,6 +24,16 @@ def names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             found.add(step.argval)
     return frozenset(found), frozenset(code.co_names)
+
+
+@functools.cache
+def _steps(code: CodeType) -> dict[int, tuple[str, Any]]:
+    return {step.offset: (step.opname, step.argval) for step in dis.get_instructions(code)}
+
+
+def step_at(frame: FrameType) -> tuple[str, Any]:
+    """The instruction, and its argument, that a function is at."""
+    return _steps(frame.f_code).get(frame.f_lasti, ("", None))
 
 
 @functools.cache

@@ -21,7 +21,7 @@ import torch
 from torch.nn import Module
 
 from ..leftovers import copied, put_back
-from .codes import Unreadable, compares_identity, hands_on, matches, names
+from .codes import Unreadable, compares_identity, hands_on, matches, names, step_at
 
 _GETATTR = Module.__getattr__.__code__
 _MODELS = ("fusing.tracing", "layers", "leftovers", "moments", "running", "swap", "undo")
@@ -33,7 +33,7 @@ _ANSWERED = {getattr(torch.jit, name).__code__ for name in ("is_scripting", "is_
 # results that depend on the arguments alone
 _PURE_MODULES = {"_operator", "math", "cmath", "itertools", "_functools"}
 _PURE = {
-    abs, all, any, bin, callable, chr, divmod, format, getattr, hasattr, hex, isinstance,
+    abs, all, any, bin, chr, divmod, format, getattr, hasattr, hex, isinstance,
     issubclass, iter, len, max, min, next, oct, ord, pow, repr, round, sorted, sum,
 }  # fmt: skip
 _PURE_STANDARD = {"functools", "operator", "itertools", "collections", "typing", "abc", "enum"}
@@ -144,6 +144,19 @@ class Recorder:
             self.asked_for_type = True
         else:
             self.refuse("the forward asks for the type of a value")
+
+    def asks_by_name(self, frame: FrameType, name: str) -> None:
+        """That code which is at `frame` asks a value for an attribute: as `x.name`, or else."""
+        dunder = name.startswith("__")
+        # with LOAD_METHOD, of Pythons before 3.12
+        written = step_at(frame)[0].startswith(("LOAD_ATTR", "LOAD_METHOD"))
+        if not (dunder or written) and _kind(frame.f_globals) == "user":
+            self.refuse(f"the forward asks a value for {name!r} by getattr or hasattr")
+
+    def is_shown(self, frame: FrameType) -> None:
+        """That a value is to be written out as text."""
+        if _kind(frame.f_globals) != "tracer":
+            self.refuse("the forward writes out a value")
 
     def _add(self, how: str, owner: Any, name: str) -> None:
         key = how, id(owner), name

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dis
 import inspect
 import operator
 import sys
 import weakref
 from collections.abc import Iterator
-from types import FrameType, FunctionType
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn import Module
 
 from ..leftovers import Attributes
 from .arguments import PROBE, Given, Signature, hand_on, same_but_for
-from .codes import Unreadable
+from .codes import Unreadable, step_at
 from .reading import Fact, Recorder, is_recorded
 
 
@@ -44,22 +43,31 @@ def unpacked(value: Any, count: int) -> tuple[Any, ...]:
     return parts
 
 
-def _taken(frame: FrameType) -> int | None:
-    """How many values `a, b = …` takes at this place of a function; None where it is no such."""
-    for step in dis.get_instructions(frame.f_code):
-        if step.offset == frame.f_lasti:
-            return int(step.argval) if step.opname == "UNPACK_SEQUENCE" else None
-    return None
-
-
 class _Proxy(Proxy):
-    """Python's x += y as what it is: torch.fx takes it for x = x + y."""
+    """What stands for a value; Python's x += y is what it is, which torch.fx takes for x = x + y.
+
+    What else Python can ask of a value has no place in a graph, and is refused.
+    """
 
     def __iter__(self) -> Iterator[Proxy]:
-        if (count := _taken(sys._getframe(1))) is None:
+        step, count = step_at(sys._getframe(1))
+        if step != "UNPACK_SEQUENCE":
             return self.tracer.iter(self)
         parts: Any = self.tracer.create_proxy("call_function", unpacked, (self, count), {})
         return (parts[place] for place in range(count))
+
+    def __getattr__(self, name: str) -> Any:
+        self.tracer.recorder.asks_by_name(sys._getframe(1), name)  # type: ignore[attr-defined]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer"):
+            self.tracer.recorder.refuse("the forward sets attributes")  # type: ignore[attr-defined]
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        self.tracer.recorder.is_shown(sys._getframe(1))  # type: ignore[attr-defined]
+        return super().__repr__()
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -70,8 +78,10 @@ class _Proxy(Proxy):
         return Tensor if user else type(self)
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ipow"):
-    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+# all that tensors have
+for _name in dir(Tensor):
+    if _name.startswith("__i") and hasattr(operator, _name) and f"__{_name[3:]}" in dir(Tensor):
+        setattr(_Proxy, _name, _in_place(_name))
 
 
 def _modes() -> tuple[Any, ...]:
@@ -190,9 +200,13 @@ def read(module: Module) -> Read:
 def _helpers(forward: Any) -> tuple[Any, ...]:
     """The functions that the forward's own file defines."""
     forward = inspect.unwrap(forward)
-    found = vars(sys.modules[forward.__module__]).values() if forward.__module__ else ()
+    home = sys.modules.get(forward.__module__ or "")
+    if home is None:  # made by exec, say
+        return ()
     return tuple(
-        f for f in found if isinstance(f, FunctionType) and f.__module__ == forward.__module__
+        f
+        for f in vars(home).values()
+        if isinstance(f, FunctionType) and f.__module__ == forward.__module__
     )
 
 
