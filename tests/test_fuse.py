@@ -433,7 +433,7 @@ def test_operators_in_place_write_where_others_see_it(name: str) -> None:
             self.norm, self.act = nn.LayerNorm(8), nn.GELU()
 
         def forward(self, x: Tensor) -> Any:
-            y = x > 0.0 if "or" in name or name == "and" else x + 0.0
+            y = x > 0.0 if name in ("and", "or", "exclusive or") else x + 0.0
             y = (16.0 * y).int() if name in ("left", "right") else y
             kept = y
             y = in_place(y, x)
