@@ -161,7 +161,7 @@ void grad_long_rows(const Backward<T>& b, const Rows<T>& rows) {
   over_blocks(b, 1, pieces, [&](const Block& block) {
     GradSums total;
     for (int64_t p = 0; p < pieces; ++p) total.add(of_row(block)[p]);
-    Sums sums;
+    Sums sums = {};
     sums.grads[0] = total.grad, sums.grads_x_hat[0] = total.grad_x_hat;
     rows.write(block, sums);
   });

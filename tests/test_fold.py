@@ -332,11 +332,11 @@ def test_in_place_and_in_low_precision() -> None:
 
 
 class Misread(Skip):
-    """Another path is taken when a tensor comes than when torch.fx looks."""
+    """Another path is taken by an argument than without it, as torch.fx looks."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, late: bool = False) -> Tensor:
         y = self.conv(x)
-        return self.norm(y) if not isinstance(x, Tensor) else self.norm(y.relu())
+        return self.norm(y.relu()) if late else self.norm(y)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -346,10 +346,47 @@ def test_a_batch_shows_what_was_misread(inplace: bool) -> None:
     kinds = [type(m) for m in model.modules()]
     x = torch.randn(2, 3, 8, 8)
     with pytest.raises(RuntimeError, match=r"folding changed the model's output.*is unchanged"):
-        fold(model, x, inplace=inplace)
+        fold(model, x, call=lambda m, batch: m(batch, late=True), inplace=inplace)
     assert [type(m) for m in model.modules()] == kinds
     assert all(torch.equal(model.state_dict()[n], v) for n, v in state.items())
     assert len(fold(model).folded) == 1
+
+
+def _by_catching(self: Any, x: Tensor) -> Tensor:
+    y = self.conv(x)
+    try:
+        return y if x.sum() > -1e9 else self.norm(y)
+    except torch.fx.proxy.TraceError:
+        return self.norm(y)  # type: ignore[no-any-return]
+
+
+# each takes another way with what stands for a tensor than with a tensor
+UNSAID: dict[str, Any] = {
+    "isinstance": lambda s, x: s.conv(x) if isinstance(x, Tensor) else s.norm(s.conv(x)),
+    "type": lambda s, x: s.conv(x) if type(x) is Tensor else s.norm(s.conv(x)),
+    "hasattr": lambda s, x: s.norm(s.conv(x)) if hasattr(x, "logits") else s.conv(x),
+    "callable": lambda s, x: s.norm(s.conv(x)) if callable(x) else s.conv(x),
+    "text": lambda s, x: s.conv(x) if f"{x.dim()}" == "4" else s.norm(s.conv(x)),
+    "gradients": lambda s, x: s.norm(s.conv(x)) if torch.is_grad_enabled() else s.conv(x),
+    "an error": _by_catching,
+}
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("name", UNSAID)
+def test_a_forward_that_asks_for_what_a_graph_cannot_say(name: str, deep: bool) -> None:
+    kind = type("Asks", (Skip,), {"forward": UNSAID[name]})
+    model = randomize(kind()).eval()
+    if deep:
+        model = nn.Sequential(nn.Identity(), model).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        result = fold(model)
+        assert torch.equal(result.model(x), model(x))
+    # isinstance() of an input is answered as by a tensor
+    if name != "isinstance" or deep:
+        assert not result.folded
+        assert "could not be traced" in result.kept[0].reason
 
 
 def test_bad_input() -> None:

@@ -9,9 +9,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node, Tracer
+from torch.fx import Graph, Node
 from torch.nn import Module
 
+from ..fusing.reading import Recorder
+from ..fusing.tracing import Watched
 from ..layers import has_hooks, kind_of
 from ..leftovers import Attributes
 
@@ -43,7 +45,11 @@ class Order:
         return {after: before for before, after in self.following.items()}
 
 
-class _Tracer(Tracer):
+class _Tracer(Watched):
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        call, given = super().create_args_for_root(*args, **kwargs)
+        return self.watched(call), given
+
     def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
         # hooks would be called with what stands for a tensor here
         if isinstance(m, LINEAR) or kind_of(m) is not None or has_hooks(m):
@@ -60,10 +66,14 @@ def _defaults(module: Module) -> dict[str, Any]:
 
 def _trace(module: Module) -> Graph:
     attributes = Attributes(module.modules())
+    recorder = Recorder(module, type(module).forward, constants=True)
     try:
-        return _Tracer().trace(module, concrete_args=_defaults(module))
+        graph = _Tracer(recorder).trace(module, concrete_args=_defaults(module))
     finally:
         attributes.restore()
+    # a forward that asks for what a graph cannot say may take another way with a tensor
+    recorder.finish()
+    return graph
 
 
 def _read_graph(order: Order, graph: Graph, root: Module, prefix: str) -> list[str]:

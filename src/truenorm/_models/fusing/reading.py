@@ -36,6 +36,11 @@ _PURE = {
     abs, all, any, bin, chr, divmod, format, getattr, hasattr, hex, isinstance,
     issubclass, iter, len, max, min, next, oct, ord, pow, repr, round, sorted, sum,
 }  # fmt: skip
+# the same tensors at every call: who reads a graph and runs the forward may let them be
+CONSTANTS = {
+    torch.arange, torch.as_tensor, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones,
+    torch.tensor, torch.zeros,
+}  # fmt: skip
 _PURE_STANDARD = {"functools", "operator", "itertools", "collections", "typing", "abc", "enum"}
 _OWN = globals()
 _PLAIN = (list, tuple, dict, set, frozenset, str, bytes, int, float, complex, bool)
@@ -83,8 +88,12 @@ def value_of(fact: Fact, missing: Any = None) -> Any:
 class Recorder:
     """Takes down what the forward of `root` reads, while `running`."""
 
-    def __init__(self, root: Module, forward: Any, free: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, root: Module, forward: Any, free: frozenset[str] = frozenset(), *,
+        constants: bool = False,
+    ) -> None:  # fmt: skip
         self.root, self.forward = root, forward
+        self.constants = constants  # whether the forward may make some
         self.free = free  # arguments that may be anything
         self.more = any(name.startswith("**") for name in free)
         self.facts: dict[tuple[str, int, str], Fact] = {}
@@ -110,6 +119,16 @@ class Recorder:
             yield
         finally:
             self._quiet -= 1
+
+    @contextmanager
+    def aloud(self) -> Iterator[None]:
+        """Within, which is in the tracer's doings, a module's own forward is followed."""
+        before = self._quiet, self._inside
+        self._quiet, self._inside = 0, None
+        try:
+            yield
+        finally:
+            self._quiet, self._inside = before
 
     @contextmanager
     def running(self, nodes: Callable[[], int]) -> Iterator[None]:
@@ -186,7 +205,7 @@ class Recorder:
             return
         if function is isinstance or function is issubclass:
             self.asked_for_class = True
-        elif not _is_pure(function):
+        elif not (_is_pure(function) or (self.constants and function in CONSTANTS)):
             self._open.append((function, self._nodes()))
 
     def _closed(self, name: str) -> None:

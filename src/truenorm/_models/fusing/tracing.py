@@ -90,40 +90,25 @@ def _modes() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
-class _OneLevel(Tracer):
-    """A module's own forward: what it calls stays a call."""
+class Watched(Tracer):
+    """A tracer that takes down what else than its input a forward depends on."""
 
-    proxy_buffer_attributes = True
-
-    def __init__(
-        self, recorder: Recorder, called: Signature, calls: tuple[Any, ...], given: Given
-    ) -> None:
-        super().__init__(autowrap_functions=calls)
-        self.recorder, self.called, self.given = recorder, called, given
-        if calls:  # a decorated forward's own file is another than its functions'
-            self._autowrap_search.append(sys.modules[calls[0].__module__])
+    def __init__(self, recorder: Recorder, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.recorder = recorder
 
     def trace(self, *args: Any, **kwargs: Any) -> Graph:
         self._outside = _modes()
         return super().trace(*args, **kwargs)
 
-    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
-        called, given = self.called, self.given
-        inputs = {}
-        for p in called.named:
-            left_out = () if p.default is p.empty else (p.default,)
-            inputs[p.name] = self.create_proxy("placeholder", p.name, left_out, {})
-        if more := called.more if called.more in self.recorder.free else "":
-            inputs[more] = self.create_proxy("placeholder", more, (), {})
+    def watched(self, call: Any) -> Any:
+        """The same call, while which the forward runs."""
 
-        def recorded(root: Module, *_: Any) -> Any:
-            by_place, by_name = called.arguments({**inputs, **given.constants}, given)
-            if more and more not in given.left_out:
-                by_name[PROBE] = inputs[more]
+        def recorded(*args: Any, **kwargs: Any) -> Any:
             with self.recorder.running(lambda: len(self.graph.nodes)):
-                return called.forward(root, *by_place, **by_name)
+                return call(*args, **kwargs)
 
-        return recorded, [self.root, *inputs.values()]
+        return recorded
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         if _modes() != self._outside:
@@ -136,8 +121,15 @@ class _OneLevel(Tracer):
             return super().create_proxy(*args, **kwargs)
 
     def call_module(self, m: Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        with self.recorder.quiet():
-            return super().call_module(m, forward, args, kwargs)
+        if self.is_leaf_module(m, self.path_of_module(m)):
+            with self.recorder.quiet():
+                return super().call_module(m, forward, args, kwargs)
+
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            with self.recorder.aloud():
+                return m._call_impl(*args, **kwargs)
+
+        return super().call_module(m, followed, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         with self.recorder.quiet():
@@ -154,6 +146,37 @@ class _OneLevel(Tracer):
 
     def proxy(self, node: Node) -> Proxy:
         return _Proxy(node, self)
+
+
+class _OneLevel(Watched):
+    """A module's own forward: what it calls stays a call."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self, recorder: Recorder, called: Signature, calls: tuple[Any, ...], given: Given
+    ) -> None:
+        super().__init__(recorder, autowrap_functions=calls)
+        self.called, self.given = called, given
+        if calls:  # a decorated forward's own file is another than its functions'
+            self._autowrap_search.append(sys.modules[calls[0].__module__])
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        called, given = self.called, self.given
+        inputs = {}
+        for p in called.named:
+            left_out = () if p.default is p.empty else (p.default,)
+            inputs[p.name] = self.create_proxy("placeholder", p.name, left_out, {})
+        if more := called.more if called.more in self.recorder.free else "":
+            inputs[more] = self.create_proxy("placeholder", more, (), {})
+
+        def recorded(root: Module, *_: Any) -> Any:
+            by_place, by_name = called.arguments({**inputs, **given.constants}, given)
+            if more and more not in given.left_out:
+                by_name[PROBE] = inputs[more]
+            return self.watched(called.forward)(root, *by_place, **by_name)
+
+        return recorded, [self.root, *inputs.values()]
 
     def create_arg(self, a: Any) -> Any:
         # a function that stays a call may be given a submodule
