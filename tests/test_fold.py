@@ -352,6 +352,60 @@ def test_a_batch_shows_what_was_misread(inplace: bool) -> None:
     assert len(fold(model).folded) == 1
 
 
+ACTS: dict[str, Any] = {
+    "relu": {"activation": "relu"},
+    "leaky_relu": {"activation": "leaky_relu", "leaky_relu_slope": 0.2},
+    "elu": {"activation": "elu", "elu_alpha": 0.7},
+    "gelu": {"activation": "gelu", "gelu_approximate": "tanh"},
+    "silu": {"activation": "silu"},
+}
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_an_activation_of_the_layers_own_stays(name: str) -> None:
+    model = nn.Sequential(conv(), truenorm.BatchNorm2d(6, **ACTS[name]), nn.Conv2d(6, 4, 1))
+    randomize(model).eval()
+    x = torch.randn(2, 3, 8, 8)
+    result = fold(model, x)
+    (folded,) = result.folded
+    assert (folded.into, folded.side) == ("0", "before")
+    assert folded.error < FOLDED
+    check_same(result, model, x, FOLDED)
+    # before a layer it cannot be part of that one
+    other = randomize(nn.Sequential(truenorm.BatchNorm2d(3, **ACTS[name]), conv())).eval()
+    (kept,) = fold(other).kept
+    assert "stands alone before or after" in kept.reason
+    # nor is anything that follows part of what runs before it
+    twice = nn.Sequential(conv(), truenorm.BatchNorm2d(6, **ACTS[name]), nn.BatchNorm2d(6))
+    result = fold(randomize(twice).eval(), x)
+    assert [f.name for f in result.folded] == ["1"]
+    check_same(result, twice, x, FOLDED)
+
+
+def _timms(features: int, **kwargs: Any) -> Module:
+    norm_act = pytest.importorskip("timm.layers.norm_act")
+    return norm_act.BatchNormAct2d(features, **kwargs)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_norms_of_timm_keep_what_follows_them(converted: bool) -> None:
+    norms = _timms(6, act_layer=nn.SiLU), _timms(6, apply_act=False)
+    layers = conv(bias=False), norms[0], nn.Conv2d(6, 6, 1), norms[1], nn.Conv2d(6, 4, 1)
+    model = randomize(nn.Sequential(*layers)).eval()
+    given = truenorm.convert(copy.deepcopy(model)) if converted else model
+    x = torch.randn(2, 3, 8, 8)
+    result = fold(given, x)
+    assert [(f.name, f.into, f.side) for f in result.folded] == [
+        ("1", "0", "before"),
+        ("3", "2", "before"),
+    ]
+    assert all(f.error < FOLDED for f in result.folded)
+    assert not result.kept
+    check_same(result, model, x, FOLDED)
+    # what compare finds of the two
+    assert truenorm.compare(given, result.model, x).layers
+
+
 def _by_catching(self: Any, x: Tensor) -> Tensor:
     y = self.conv(x)
     try:

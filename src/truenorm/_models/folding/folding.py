@@ -16,10 +16,12 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
 from ... import nn as ours
-from ..._core import checks
+from ..._core import activation, checks
 from ...nn._options import options_of
+from ...nn._ruled import Ruled
 from ..fusing import unfuse
 from ..layers import BATCH, INSTANCE, has_hooks, kind_of, norms_of, uses_running
+from ..rules.recognise import recognise
 from ..running import Call, check_model, is_batch, run, tensors, untouched
 from . import arithmetic
 from .graph import LINEAR, Order, find_order, passes
@@ -37,6 +39,17 @@ _PLAIN = (
     torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d,
     torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d,
 )  # fmt: skip
+# an activation of a layer's own, which stays
+_ACTS: dict[int, Callable[[float], Module]] = {
+    activation.RELU: lambda _: torch.nn.ReLU(),
+    activation.LEAKY_RELU: lambda slope: torch.nn.LeakyReLU(slope),
+    activation.HARDSWISH: lambda _: torch.nn.Hardswish(),
+    activation.ELU: lambda alpha: torch.nn.ELU(alpha),
+    activation.SILU: lambda _: torch.nn.SiLU(),
+    activation.GELU: lambda _: torch.nn.GELU(),
+    activation.GELU_TANH: lambda _: torch.nn.GELU("tanh"),
+    activation.RELU6: lambda _: torch.nn.ReLU6(),
+}
 # torchvision's and detectron2's: BatchNorm by fixed statistics, in training too
 _FROZEN = "FrozenBatchNorm2d"
 
@@ -45,7 +58,8 @@ _FROZEN = "FrozenBatchNorm2d"
 class FoldedLayer:
     """A normalization layer that is now part of another layer.
 
-    name, kind: of the normalization layer, whose place an Identity has taken.
+    name, kind: of the normalization layer, whose place an Identity has taken, or what its own class
+        does after the normalization, as timm's activations.
     into: name of the layer that does its work.
     side: "before" where that layer runs before it, else "after".
     error: largest error of that layer's output on a random input, against the layers before
@@ -108,6 +122,30 @@ class TwoDimensional(torch.nn.Identity):
         return input
 
 
+def _followers(norm: Any) -> list[Module] | None:
+    """What a layer does after a BatchNorm; None where its class is not known to be one."""
+    if type(norm).forward in _NORM_FORWARDS:
+        act, parameter = norm._act() if options_of(norm).activation is not None else (0, 0.0)
+        return [_ACTS[act](parameter)] if act else []
+    if type(norm).__name__ == _FROZEN:
+        return []
+    if isinstance(norm, Ruled):
+        rule = norm._read
+    elif (found := recognise(norm)) is not None and found.kind is not None:
+        assert found.rule is not None
+        rule = found.rule
+    else:
+        return None
+    if rule.kind not in ("batch", "frozen"):
+        return None
+    return [getattr(norm, name) for name in rule.after]
+
+
+def _changes(followers: list[Module]) -> bool:
+    """Whether one of them does something."""
+    return not all(map(passes, followers))
+
+
 def _why_not_norm(norm: Any, kind: str) -> str:
     """Why this layer cannot be folded, whatever is beside it; "" where it can."""
     own = "it normalizes each input by that input's own statistics"
@@ -115,7 +153,7 @@ def _why_not_norm(norm: Any, kind: str) -> str:
         return own
     if parametrize.is_parametrized(norm):
         return "its parameters are parametrized: remove_parametrizations first"
-    if type(norm).forward not in _NORM_FORWARDS and type(norm).__name__ != _FROZEN:
+    if _followers(norm) is None:
         return f"its class {type(norm).__name__} has a forward of its own"
     if not uses_running(norm, kind):
         return (
@@ -125,8 +163,6 @@ def _why_not_norm(norm: Any, kind: str) -> str:
         )
     if (axis := options_of(norm).channel_axis) != 1:
         return f"its channels are dimension {axis}, and not those of a layer beside it"
-    if (act := options_of(norm).activation) is not None:
-        return f"it ends with an activation ({act}), which no weights can hold"
     if has_hooks(norm):
         return "it has hooks, which would see other values"
     scale, shift = arithmetic.affine(norm)
@@ -170,6 +206,8 @@ class _Plan:
         self.before: dict[str, list[Any]] = {}
         self.after: dict[str, list[Any]] = {}
         self.into: dict[str, tuple[str, str]] = {}
+        # what stays of a folded layer
+        self.stays: dict[str, list[Module]] = {}
 
     def _once(self, name: str) -> bool:
         return self.order.calls[name] == 1 and name not in self.order.read
@@ -177,11 +215,14 @@ class _Plan:
     def _neighbour(self, name: str, step: dict[str, str]) -> str | None:
         """The next linear layer in one direction, over modules that change nothing."""
         at = step.get(name)
-        while at is not None and self._once(at) and (passes(self.modules[at]) or at in self.into):
+        while at is not None and self._once(at) and self._passes(at):
             at = step.get(at)
         if at is None or not isinstance(self.modules[at], LINEAR):
             return None
         return at
+
+    def _passes(self, name: str) -> bool:
+        return passes(self.modules[name]) or (name in self.into and name not in self.stays)
 
     def try_fold(self, name: str, norm: Any, kind: str) -> str:
         """Fold a layer into one beside it, or say why not."""
@@ -199,9 +240,14 @@ class _Plan:
             into = self._neighbour(name, step)
             if into is None:
                 continue
+            stays = _followers(norm) or []
+            if side == "after" and _changes(stays):
+                continue
             no = self._try(into, side, norm, kind)
             if not no:
                 self.into[name] = into, side
+                if _changes(stays):
+                    self.stays[name] = stays
                 return ""
             why.append(no)
         return "; ".join(why) or "no convolution or linear layer stands alone before or after it"
@@ -236,9 +282,16 @@ class _Plan:
         return ""
 
     def errors(self) -> dict[str, tuple[float, float]]:
+        last = {
+            into: self.stays[name] for name, (into, _) in self.into.items() if name in self.stays
+        }
         return {
             into: pair_errors(
-                self.modules[into], self.before.get(into, []), self.after.get(into, []), *values
+                self.modules[into],
+                self.before.get(into, []),
+                self.after.get(into, []),
+                last.get(into, []),
+                *values,
             )
             for into, values in self.values.items()
         }
@@ -263,6 +316,9 @@ class _Plan:
             undo.append(_put(holder, child, was))
             linear = isinstance(self.modules[into], torch.nn.Linear)
             identity: Any = TwoDimensional() if linear else torch.nn.Identity()
+            if name in self.stays:
+                first = [identity] if linear else []
+                identity = torch.nn.Sequential(*first, *self.stays[name])
             # compare() looks for these
             identity.folded_into, identity.folded_side = into, side
             holder._modules[child] = identity.train(was.training)

@@ -40,9 +40,12 @@ def _probe(layer: Any, norms_before: list[Any]) -> Tensor:
 
 
 def pair_errors(
-    layer: Any, before: list[Any], after: list[Any], weight: Tensor, bias: Tensor
+    layer: Any, before: list[Any], after: list[Any], stays: list[Any], weight: Tensor, bias: Tensor
 ) -> tuple[float, float]:
-    """(error of the folded layer, error of the layers as they were), on a random input."""
+    """(error of the folded layer, error of the layers as they were), on a random input.
+
+    stays: what the last of the layers after it does, besides what was folded.
+    """
     chain = torch.nn.Sequential(*before, layer, *after)
     x = _probe(layer, before)
     own = x.to(layer.weight.dtype)
@@ -51,5 +54,6 @@ def pair_errors(
         folded = copy.deepcopy(layer)
         folded.weight = torch.nn.Parameter(weight.to(layer.weight.dtype))
         folded.bias = torch.nn.Parameter(bias.to(layer.weight.dtype))
-        errors = [share_of_largest([f(own).double()], [exact]) for f in (folded, chain)]
+        made = torch.nn.Sequential(folded, *stays)
+        errors = [share_of_largest([f(own).double()], [exact]) for f in (made, chain)]
     return errors[0], errors[1]
