@@ -40,6 +40,7 @@ def at_once(
         or not eager.is_plain(x, gate, weight)
         or x.dtype != gate.dtype
         or x.shape != gate.shape
+        or not x.dim()
         or (not order & BEFORE and groups == 1 and x.itemsize > 2 and x.numel() < _FEW)
     ):
         return None
