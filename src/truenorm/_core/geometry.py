@@ -179,7 +179,7 @@ def kept_strides(x: Tensor, axes: Axes) -> tuple[int, ...]:
             return strides
         if axes.as_given and _is_turned(shape, strides, axes.feature_dims):
             return strides
-        return _contiguous_strides(shape)
+        return contiguous_strides(shape)
     n, c, s = ncs(shape, axes)
     if n == 1 or strides[0] == c * s:
         rows = _fills(shape[2:], strides[2:], 1, ordered=False) and (c == 1 or strides[1] == s)
@@ -187,12 +187,12 @@ def kept_strides(x: Tensor, axes: Axes) -> tuple[int, ...]:
         if rows or columns:
             return strides
     if x.dim() > 2 and c > 1 and strides[1] == 1:
-        inside = _contiguous_strides((shape[0], *shape[2:], c))
+        inside = contiguous_strides((shape[0], *shape[2:], c))
         return (inside[0], 1, *inside[1:-1])
-    return _contiguous_strides(shape)
+    return contiguous_strides(shape)
 
 
-def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)

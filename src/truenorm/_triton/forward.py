@@ -16,8 +16,11 @@ from .tiles import (
     finish_tile,
     load_tile,
     optional,
+    parameters_of_units,
+    parameters_of_values,
     per_statistic,
     split_program,
+    statistic_of,
     statistics,
     tile_units,
     two_floats,
@@ -26,12 +29,14 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["U", "R", "n", "S", "eps_bits", "parameter_bits", "padding_bits"])
+@triton.jit(
+    do_not_specialize=["U", "R", "part", "n", "S", "eps_bits", "parameter_bits", "padding_bits"]
+)
 def forward(
     p_x, p_weight, p_bias, p_mask, p_residual, o_y, o_record,
-    U, C, K, R, run_stride, units, n, S, eps_bits, parameter_bits, padding_bits,
+    U, C, K, R, run_stride, units, part, n, S, eps_bits, parameter_bits, padding_bits,
     BU: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr,
+    COLUMNS: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr, PARTED: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     CENTRED: tl.constexpr, MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -42,7 +47,7 @@ def forward(
     S: how many statistics there are.
     """
     u, in_unit, c, sample, begin = tile_units(
-        tl.program_id(0), U, C, K, units, BU, COLUMNS, GROUPED, INDEX
+        tl.program_id(0), U, C, K, R, run_stride, units, part, BU, COLUMNS, GROUPED, PARTED, INDEX
     )  # fmt: skip
     at = tl.arange(0, BK)
     if RUNS:
@@ -77,14 +82,16 @@ def forward(
     if NEEDS_Y:
         rstd = 1.0 / tl.sqrt(var + as_float64(eps_bits))
         if BY_VALUE:
-            weight = optional(p_weight, at, in_value, HAS_WEIGHT, 1.0, ACC)
-            bias = optional(p_bias, at, in_value, HAS_BIAS, 0.0, ACC)
+            place = parameters_of_values(at, sample, K, PARTED)
+            weight = optional(p_weight, place, in_value, HAS_WEIGHT, 1.0, ACC)
+            bias = optional(p_bias, place, in_value, HAS_BIAS, 0.0, ACC)
             TYPE: tl.constexpr = o_y.dtype.element_ty
             x_hat = d * rstd.to(ACC)[:, None]
             y = affine_tile(x_hat, weight[None, :], bias[None, :], TYPE, ROUNDS)
         else:
-            weight = optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, tl.float64)
-            bias = optional(p_bias, c, in_unit, HAS_BIAS, 0.0, ACC)
+            place = parameters_of_units(c, sample, C, part, PARTED)
+            weight = optional(p_weight, place, in_unit, HAS_WEIGHT, 1.0, tl.float64)
+            bias = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, ACC)
             y = d * (rstd * weight).to(ACC)[:, None] + bias[:, None]
         finish_tile(
             y, p_residual, o_y, offsets, there, valid, parameter_bits, padding_bits,
@@ -94,16 +101,16 @@ def forward(
 
 @triton.jit(
     do_not_specialize=[
-        "U", "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "var_at", "n", "S",
-        "eps_bits", "parameter_bits", "padding_bits",
+        "U", "R", "units", "part", "unit_blocks", "chunks", "k_chunks", "r_chunk", "var_at", "n",
+        "S", "eps_bits", "parameter_bits", "padding_bits",
     ]
 )  # fmt: skip
 def normalize(
     p_x, p_mean, p_var, p_weight, p_bias, p_mask, p_residual, o_y, o_record,
-    U, C, K, R, run_stride, units, unit_blocks, chunks, k_chunks, k_chunk, r_chunk,
+    U, C, K, R, run_stride, units, part, unit_blocks, chunks, k_chunks, k_chunk, r_chunk,
     var_at, n, S, eps_bits, parameter_bits, padding_bits,
     BU: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr, PARTED: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -114,36 +121,44 @@ def normalize(
     var_at: how far from p_var the variances begin. KEEP: what was given is recorded.
     """
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, True)
-    u, in_unit, c, sample, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
+    u, in_unit, c, sample, base = tile_units(
+        block, U, C, K, R, run_stride, BU, part, BU, COLUMNS, False, PARTED, INDEX
+    )  # fmt: skip
+    statistic = statistic_of(u, units, S, PARTED)
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
-    mean, rstd = statistics(p_mean, p_var + var_at, u // units, in_unit, eps_bits)
+    mean, rstd = statistics(p_mean, p_var + var_at, statistic, in_unit, eps_bits)
     if KEEP:
         writes = in_unit & (chunk + u % units == 0)
-        var = tl.load(p_var + var_at + u // units, mask=writes, other=0).to(tl.float64)
-        tl.store(o_record + u // units, mean, mask=writes)
-        tl.store(o_record + S + u // units, var, mask=writes)
+        if PARTED:
+            # a channel's, by the first part alone
+            writes &= u // units < S
+        var = tl.load(p_var + var_at + statistic, mask=writes, other=0).to(tl.float64)
+        tl.store(o_record + statistic, mean, mask=writes)
+        tl.store(o_record + S + statistic, var, mask=writes)
         # under a mask that is for who launches this
         if not MASK:
-            tl.store(o_record + 2 * S + u // units, tl.zeros_like(mean) + n, mask=writes)
+            tl.store(o_record + 2 * S + statistic, tl.zeros_like(mean) + n, mask=writes)
     high, low = two_floats(mean, ACC)
     if BY_VALUE:
         scale = rstd.to(ACC)
         shift = tl.zeros((BU,), ACC)
     else:
-        scale = (rstd * optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, tl.float64)).to(ACC)
-        shift = optional(p_bias, c, in_unit, HAS_BIAS, 0.0, ACC)
+        place = parameters_of_units(c, sample, C, part, PARTED)
+        scale = (rstd * optional(p_weight, place, in_unit, HAS_WEIGHT, 1.0, tl.float64)).to(ACC)
+        shift = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, ACC)
     for r in range(r0, r1):
         for start in range(k0, k1, BK):
             k = start + tl.arange(0, BK)
             offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
             there, valid = valid_tile(
-                p_mask, u, in_unit, sample, r * K + k, k < k1, K, MASK, COLUMNS
+                p_mask, u, in_unit, sample, r * K + k, k < k1, K * R, MASK, COLUMNS
             )  # fmt: skip
             x = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
             y = ((x - high[:, None]) - low[:, None]) * scale[:, None] + shift[:, None]
             if BY_VALUE:
-                weight = optional(p_weight, k, k < k1, HAS_WEIGHT, 1.0, ACC)
-                bias = optional(p_bias, k, k < k1, HAS_BIAS, 0.0, ACC)
+                place = parameters_of_values(k, sample, K, PARTED)
+                weight = optional(p_weight, place, k < k1, HAS_WEIGHT, 1.0, ACC)
+                bias = optional(p_bias, place, k < k1, HAS_BIAS, 0.0, ACC)
                 TYPE: tl.constexpr = o_y.dtype.element_ty
                 y = affine_tile(y, weight[None, :], bias[None, :], TYPE, ROUNDS)
             finish_tile(

@@ -11,11 +11,13 @@ from torch import Tensor
 from .._core import geometry
 from . import view
 from .form import Form, unpack
+from .view import Units
 
 # as in activation.py: the first two alone have a parameter
 _LEAKY_RELU, _ELU, _GELU_TANH = 2, 4, 7
 # as in tiles.py
 _BY_UNIT, _SHARED, _BY_SAMPLE = 1, 2, 3
+_ONE_PLUS = 2
 
 
 def _order(sizes: Sequence[int], strides: Sequence[int]) -> list[int] | None:
@@ -52,25 +54,26 @@ class Inputs:
         # rows, whatever lies outside of them: see `laid_out`
         self.strides = geometry.kept_strides(x, axes._replace(as_given=False))
         self._of_results = geometry.kept_strides(x, axes) if axes.as_given else None
-        self.x = view.dense(x, self.strides)
-        self.units = view.units_of(self.x, axes)
-        self.weight_dtype = None if weight is None else weight.dtype
-        if weight is not None and self.form.one_plus:
-            weight = weight.to(torch.promote_types(x.dtype, torch.float32)) + 1.0
-        self.weight, self.bias = view.optional(weight), view.optional(bias)
-        self.residual = None if residual is None else view.dense(residual, self.strides)
         split = x.dim() - axes.feature_dims if axes.feature_dims else x.dim()
         first = 0 if axes.feature_dims else 2
         self._sizes = x.shape[first:split]
         self._order = _order(self._sizes, self.strides[first:split])
-        self.mask, self.mask_kind = None, 0
+        parts = 1
+        if weight is not None and weight.dim() > max(axes.feature_dims, 1):
+            parts = weight.shape[0]
+            if self._order is not None and axes.feature_dims:
+                # they follow one another
+                self.strides, self._order = geometry.contiguous_strides(x.shape), None
+        self.x = view.dense(x, self.strides)
+        self.units = view.units_of(self.x, axes, parts)
+        # of a parameter's gradient
+        self.of_weight = None if weight is None else (weight.shape, weight.dtype)
+        self.has_weight = 0 if weight is None else _ONE_PLUS if self.form.one_plus else 1
+        self.weight, self.bias = view.optional(weight), view.optional(bias)
+        self.residual = None if residual is None else view.dense(residual, self.strides)
+        self.mask: Tensor | None = None
         if mask is not None:
             self.mask = self._of_mask(mask)
-            if axes.feature_dims:
-                self.mask_kind = _BY_UNIT
-            else:
-                by_sample = axes.num_groups and not self.units.columns
-                self.mask_kind = _BY_SAMPLE if by_sample else _SHARED
         takes = self.form.act in (_LEAKY_RELU, _ELU)
         self.parameter = view.bits(parameter) if takes else None
 
@@ -92,6 +95,21 @@ class Inputs:
         if self._of_results is None:
             return result
         return geometry.laid_out(result, self._of_results)
+
+    @property
+    def units_of_statistics(self) -> Units:
+        """As statistics are taken, which know nothing of parts."""
+        return view.units_of(self.x, self.form.axes) if self.units.part else self.units
+
+    def mask_kind(self, units: Units) -> int:
+        """What a mask has a value for, as these units have it."""
+        if self.mask is None:
+            return 0
+        if units.by_value:
+            return _BY_UNIT
+        axes = self.form.axes
+        by_sample = units.spans or (axes.num_groups and not axes.feature_dims)
+        return _BY_SAMPLE if by_sample and not units.columns else _SHARED
 
     def record(self) -> Tensor:
         """Room for one."""
@@ -127,7 +145,7 @@ class Inputs:
             return _ELU <= act <= _GELU_TANH or (act > 0 and masked)
         return self.units.columns and (masked or act > 0 or self.residual is not None)
 
-    @property
-    def constants(self) -> dict[str, Any]:
+    def constants(self, units: Units) -> dict[str, Any]:
         rounds = self.form.rounds and self.x.element_size() == 2
-        return {"MASK": self.mask_kind, "ACT": self.form.act, "ROUNDS": rounds}
+        mask, acts = self.mask_kind(units), self.form.act
+        return {"MASK": mask, "ACT": acts, "ROUNDS": rounds, "PARTED": units.parted}
