@@ -37,14 +37,14 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["U", "R", "part", "n", "blocks", "S", "eps_bits", "parameter_bits"])
 def backward(
-    p_grad, p_x, p_record, p_weight, p_bias, p_mask, p_residual,
+    p_grad, p_grad_h, p_x, p_record, p_weight, p_bias, p_mask, p_residual,
     o_grad, o_residual, o_weight, o_bias,
     U, C, K, R, run_stride, units, part, n, blocks, S, eps_bits, parameter_bits,
     BU: tl.constexpr, BK: tl.constexpr,
     COLUMNS: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr, PARTED: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     CENTRED: tl.constexpr, FIXED: tl.constexpr, NEEDS_X: tl.constexpr,
-    NEEDS_PARAMETERS: tl.constexpr, NEEDS_RESIDUAL: tl.constexpr,
+    NEEDS_PARAMETERS: tl.constexpr, NEEDS_RESIDUAL: tl.constexpr, HAS_GRAD_H: tl.constexpr,
     MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BY_OUTPUT: tl.constexpr, ACT: tl.constexpr,
     ROUNDS: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,7 @@ def backward(
 
     One sum per unit, or, where parameters go by value, one row of sums per program. S: how many
     statistics there are. blocks: of tiles, or of those of one part, between which programs go turn
-    by turn.
+    by turn. HAS_GRAD_H: x is a sum, which has a gradient of its own beside the norm's.
     """
     at = tl.arange(0, BK)
     if RUNS:
@@ -125,6 +125,8 @@ def backward(
             y = wg * rstd[:, None]
             if MASK:
                 y = tl.where(valid, y, 0.0)
+            if HAS_GRAD_H:
+                y += tl.load(p_grad_h + offsets, mask=there, other=0).to(ACC)
             tl.store(o_grad + offsets, narrow(y, o_grad.dtype.element_ty), mask=there)
     if BY_VALUE and NEEDS_PARAMETERS:
         row = tl.program_id(0).to(INDEX) * K

@@ -1,6 +1,7 @@
 """The forward kernels: a statistic and its values at once where they fit on chip, else in passes.
 
-y = act((x − mean) / std · weight + bias + residual), padding where a mask says so
+y = act((x − mean) / std · weight + bias + residual), padding where a mask says so; or the same of
+a sum, which is rounded first
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from .tiles import (
     chunk_bounds,
     finish_tile,
     load_tile,
+    narrow,
     optional,
     parameters_of_units,
     parameters_of_values,
@@ -33,18 +35,18 @@ from .tiles import (
     do_not_specialize=["U", "R", "part", "n", "S", "eps_bits", "parameter_bits", "padding_bits"]
 )
 def forward(
-    p_x, p_weight, p_bias, p_mask, p_residual, o_y, o_record,
+    p_x, p_other, p_weight, p_bias, p_mask, p_residual, o_h, o_y, o_record,
     U, C, K, R, run_stride, units, part, n, S, eps_bits, parameter_bits, padding_bits,
     BU: tl.constexpr, BK: tl.constexpr,
     COLUMNS: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr, PARTED: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     CENTRED: tl.constexpr, MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    ROUNDS: tl.constexpr, HAS_OTHER: tl.constexpr,
     NEEDS_Y: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """y and the record, x read once: a tile holds every value of its statistics.
 
-    S: how many statistics there are.
+    S: how many statistics there are. HAS_OTHER: of h = x + other, which is stored too.
     """
     u, in_unit, c, sample, begin = tile_units(
         tl.program_id(0), U, C, K, R, run_stride, units, part, BU, COLUMNS, GROUPED, PARTED, INDEX
@@ -61,6 +63,11 @@ def forward(
     offsets = begin[:, None] + inside[None, :]
     there, valid = valid_tile(p_mask, u, in_unit, sample, at, in_value, K, MASK, COLUMNS)
     x = load_tile(p_x, offsets, there, valid, MASK, ACC)
+    if HAS_OTHER:
+        other = tl.load(p_other + offsets, mask=there, other=0).to(ACC)
+        h = narrow(x + other, o_h.dtype.element_ty)
+        tl.store(o_h + offsets, h, mask=there)
+        x = h.to(ACC)
     if MASK:
         count = per_statistic(valid.to(tl.int32), GROUPED)
         values = at_least_one(count).to(ACC)

@@ -33,6 +33,25 @@ def norm_backward(
         return call.run(None if sums is None else call.statistic(sums))
 
 
+def add_norm_backward(
+    grad: Tensor,
+    grad_h: Tensor | None,
+    x: Tensor,
+    record: Tensor,
+    weight: Tensor | None,
+    form: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a sum x, to which is added what comes for it beside the norm's, and of the
+    parameters.
+    """
+    with view.on(x):
+        call = _Backward(grad, x, record, weight, None, None, None, form, eps, 0.0)
+        if grad_h is not None:
+            call.grad_h = view.dense(grad_h.to(x.dtype), call.strides)
+        return call.run(None)[:3]
+
+
 def gradient_sums(
     grad: Tensor,
     x: Tensor,
@@ -72,6 +91,7 @@ class _Backward(Inputs):
             x, weight, bias if acts else None, mask, residual if acts else None, bits, parameter
         )
         self.grad = view.dense(grad.to(x.dtype), self.strides)
+        self.grad_h: Tensor | None = None
         self.eps, self.of = view.bits(eps), self.statistic(record)
         self.acc, self.kept = view.compute(x)
         needs = self.form.needs
@@ -97,6 +117,8 @@ class _Backward(Inputs):
             self._whole(launch)
         elif self.units.by_value:
             self._features(given)
+            if self.grad_h is not None:
+                self.grad_x += self.grad_h
         else:
             self._channels(given)
         empty = self.grad_weight.new_empty(0)
@@ -160,14 +182,15 @@ class _Backward(Inputs):
             parts = grid * units.K if units.by_value else units.U
             of_weight, of_bias = view.pair(parts, self.kept, self.x.device)
         kernels.backward[(grid,)](
-            self.grad, self.x, self.of, self.weight, self.bias, self.mask, self.residual,
-            self.grad_x, self.grad_residual, of_weight, of_bias,
+            self.grad, self.grad_h, self.x, self.of, self.weight, self.bias, self.mask,
+            self.residual, self.grad_x, self.grad_residual, of_weight, of_bias,
             units.U, units.C, units.K, units.R, units.run_stride, per_program, units.part,
             units.values, blocks, units.statistics, self.eps, self.parameter,
             **units.tiles(launch), **self._after(units), RUNS=units.R > 1, GROUPED=grouped,
             BY_VALUE=units.by_value, HAS_WEIGHT=self.has_weight,
             CENTRED=self.form.axes.centred, FIXED=self.form.constant, NEEDS_X=self.needs_x,
             NEEDS_PARAMETERS=self.needs_parameters, NEEDS_RESIDUAL=self.needs_residual,
+            HAS_GRAD_H=self.grad_h is not None,
         )  # fmt: skip
         if of_weight is not self.grad_weight:
             self._merge(of_weight, of_bias, sums_of, 1, parameters=True)

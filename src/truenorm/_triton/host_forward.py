@@ -70,9 +70,13 @@ def _normalize(
 
 
 def _whole(
-    call: Inputs, y: Tensor | None, eps: float, padding: int | None, *, keep: bool
-) -> tuple[bool, Tensor | None]:
-    """(whether a statistic fits on chip, the record): y and record, or one of them, in a launch."""
+    call: Inputs, y: Tensor | None, eps: float, padding: int | None, *, keep: bool,
+    other: Tensor | None = None, h: Tensor | None = None,
+) -> tuple[bool, Tensor | None]:  # fmt: skip
+    """(whether a statistic fits on chip, the record): y and record, or one of them, in a launch.
+
+    other: what is added to x first, into h.
+    """
     x, centred = call.x, call.form.axes.centred
     units = call.units_of_statistics if y is None else call.units
     cancels = centred or call.bias is not None or call.residual is not None
@@ -85,13 +89,13 @@ def _whole(
     grouped = units.D > 1
     per_program = units.D if grouped else launch.units
     kernels.forward[(units.blocks(per_program),)](
-        x, call.weight, call.bias, call.mask, call.residual, y, record,
+        x, other, call.weight, call.bias, call.mask, call.residual, h, y, record,
         units.U, units.C, units.K, units.R, units.run_stride, per_program, units.part,
         units.values, units.statistics, view.bits(eps), call.parameter, padding,
         **units.tiles(launch), **call.constants(units), RUNS=units.R > 1, GROUPED=grouped,
         BY_VALUE=units.by_value, HAS_WEIGHT=call.has_weight, HAS_BIAS=call.bias is not None,
-        CENTRED=centred, HAS_RESIDUAL=call.residual is not None, NEEDS_Y=y is not None, KEEP=keep,
-        ACC=acc, INDEX=view.index(x),
+        CENTRED=centred, HAS_RESIDUAL=call.residual is not None, HAS_OTHER=h is not None,
+        NEEDS_Y=y is not None, KEEP=keep, ACC=acc, INDEX=view.index(x),
     )  # fmt: skip
     return True, record
 
@@ -118,9 +122,7 @@ def _norm(
         if spans or not done:
             assert record is not None
             _normalize(call, y, record, record, None, eps, filled)
-    if record is None or not keep:
-        return torch.empty(0, dtype=torch.float64, device=y.device)
-    return call.made(record)
+    return call.made(record) if keep and record is not None else call.nothing
 
 
 def norm(
@@ -162,6 +164,23 @@ def norm_(
         if call.x is not x:
             x.copy_(call.x)
     return record
+
+
+def add_norm(
+    x: Tensor, other: Tensor, weight: Tensor | None, bias: Tensor | None, form: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(norm(h), h, the record) of h = x + other."""
+    with view.on(x):
+        call = Inputs(x, weight, bias, None, None, form)
+        keep, other = call.form.keep, view.dense(other, call.strides)
+        y, h = (x.new_empty_strided(x.shape, call.strides) for _ in range(2))
+        done, record = _whole(call, y, eps, None, keep=keep, other=other, h=h)
+        if done:
+            record = call.made(record) if record is not None else call.nothing
+        else:
+            call.x = torch.add(call.x, other, out=h)
+            record = _norm(call, y, None, None, eps, 0.0)
+        return call.laid_out(y), call.laid_out(h), record
 
 
 def statistics(x: Tensor, mask: Tensor | None, form: int) -> Tensor:

@@ -116,6 +116,11 @@ class Inputs:
         shape = 3, self.units.statistics
         return torch.empty(shape, dtype=torch.float64, device=self.x.device)
 
+    @property
+    def nothing(self) -> Tensor:
+        """A record that is not wanted."""
+        return torch.empty(0, dtype=torch.float64, device=self.x.device)
+
     def made(self, record: Tensor) -> Tensor:
         """A record that kernels have made, as a caller takes it."""
         if self._order is None or not self.form.axes.feature_dims:

@@ -126,9 +126,8 @@ class Units:
         """
         if self.columns:
             return self.U // self.C * -(-self.C // width)
-        return (
-            self.parts * -(-self.U // self.parts // width) if self.by_value else -(-self.U // width)
-        )
+        parts = self.parts if self.by_value else 1
+        return parts * -(-self.U // parts // width)
 
     @property
     def values(self) -> int:
