@@ -138,7 +138,12 @@ def _fills(sizes: Sequence[int], strides: Sequence[int], start: int, *, ordered:
     return True
 
 
-def _is_turned(sizes: Sequence[int], strides: Sequence[int], feature_dims: int) -> bool:
+def fills(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether these dimensions are dense in memory, and in order."""
+    return _fills(sizes, strides, 1, ordered=True)
+
+
+def is_turned(sizes: Sequence[int], strides: Sequence[int], feature_dims: int) -> bool:
     """Whether the features lie outside of the positions in memory, [N, C, P].
 
     csrc/geometry.cpp states the same.
@@ -177,7 +182,7 @@ def kept_strides(x: Tensor, axes: Axes) -> tuple[int, ...]:
             shape[:split], strides[:split], inner, ordered=False
         ):
             return strides
-        if axes.as_given and _is_turned(shape, strides, axes.feature_dims):
+        if axes.as_given and is_turned(shape, strides, axes.feature_dims):
             return strides
         return contiguous_strides(shape)
     n, c, s = ncs(shape, axes)

@@ -16,6 +16,8 @@ import triton.language as tl
 from .moments import at_least_one
 from .tiles import (
     OF_ROWS,
+    STRIDED,
+    TURNED,
     affine_tile,
     chunk_bounds,
     gradient_tile,
@@ -25,6 +27,7 @@ from .tiles import (
     parameters_of_units,
     parameters_of_values,
     per_statistic,
+    row_starts,
     split_program,
     statistic_of,
     statistics,
@@ -35,18 +38,24 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["U", "R", "part", "n", "blocks", "S", "eps_bits", "parameter_bits"])
+@triton.jit(
+    do_not_specialize=[
+        "U", "R", "part", "inner", "innermost", "step_0", "step_1", "step_2", "n", "blocks", "S",
+        "eps_bits", "parameter_bits",
+    ]
+)  # fmt: skip
 def backward(
     p_grad, p_grad_h, p_x, p_record, p_weight, p_bias, p_mask, p_residual,
     o_grad, o_residual, o_weight, o_bias,
-    U, C, K, R, run_stride, units, part, n, blocks, S, eps_bits, parameter_bits,
+    U, C, K, R, run_stride, units, part, inner, innermost, step_0, step_1, step_2,
+    n, blocks, S, eps_bits, parameter_bits,
     BU: tl.constexpr, BK: tl.constexpr,
     COLUMNS: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr, PARTED: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     CENTRED: tl.constexpr, FIXED: tl.constexpr, NEEDS_X: tl.constexpr,
     NEEDS_PARAMETERS: tl.constexpr, NEEDS_RESIDUAL: tl.constexpr, HAS_GRAD_H: tl.constexpr,
     MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BY_OUTPUT: tl.constexpr, ACT: tl.constexpr,
-    ROUNDS: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    ROUNDS: tl.constexpr, PLACED: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """grad_x, x and grad read once; sums for the parameters.
 
@@ -79,6 +88,13 @@ def backward(
             before + block, U, C, K, R, run_stride, units, part, BU, COLUMNS, GROUPED, PARTED, INDEX
         )  # fmt: skip
         offsets = begin[:, None] + inside[None, :]
+        x_offsets = offsets
+        if PLACED == TURNED:
+            # of all but x
+            offsets = (u * K)[:, None] + k[None, :]
+        if PLACED == STRIDED:
+            start = row_starts(u, inner, innermost, step_0, step_1, step_2)
+            x_offsets = start[:, None] + k[None, :]
         there, valid = valid_tile(p_mask, u, in_unit, sample, at, in_value, K, MASK, COLUMNS)
         if GROUPED:
             statistic = u // units
@@ -87,7 +103,7 @@ def backward(
         mean, rstd = statistics(p_record, p_record + S, statistic, in_unit, eps_bits)
         high, low = two_floats(mean, ACC)
         rstd = rstd.to(ACC)
-        x = load_tile(p_x, offsets, there, valid, MASK, ACC)
+        x = load_tile(p_x, x_offsets, there, valid, MASK, ACC)
         x_hat = tl.where(valid, ((x - high[:, None]) - low[:, None]) * rstd[:, None], 0.0)
         if not BY_VALUE:
             of_unit = parameters_of_units(c, sample, C, part, PARTED)

@@ -11,6 +11,8 @@ import triton.language as tl
 
 from .moments import at_least_one, tile_moments
 from .tiles import (
+    STRIDED,
+    TURNED,
     affine_tile,
     as_float64,
     chunk_bounds,
@@ -21,6 +23,7 @@ from .tiles import (
     parameters_of_units,
     parameters_of_values,
     per_statistic,
+    row_starts,
     split_program,
     statistic_of,
     statistics,
@@ -32,21 +35,26 @@ from .tiles import (
 
 
 @triton.jit(
-    do_not_specialize=["U", "R", "part", "n", "S", "eps_bits", "parameter_bits", "padding_bits"]
-)
+    do_not_specialize=[
+        "U", "R", "part", "inner", "innermost", "step_0", "step_1", "step_2", "n", "S", "eps_bits",
+        "parameter_bits", "padding_bits",
+    ]
+)  # fmt: skip
 def forward(
     p_x, p_other, p_weight, p_bias, p_mask, p_residual, o_h, o_y, o_record,
-    U, C, K, R, run_stride, units, part, n, S, eps_bits, parameter_bits, padding_bits,
+    U, C, K, R, run_stride, units, part, inner, innermost, step_0, step_1, step_2,
+    n, S, eps_bits, parameter_bits, padding_bits,
     BU: tl.constexpr, BK: tl.constexpr,
     COLUMNS: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr, PARTED: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     CENTRED: tl.constexpr, MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
-    ROUNDS: tl.constexpr, HAS_OTHER: tl.constexpr,
+    ROUNDS: tl.constexpr, PLACED: tl.constexpr, HAS_OTHER: tl.constexpr,
     NEEDS_Y: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """y and the record, x read once: a tile holds every value of its statistics.
 
-    S: how many statistics there are. HAS_OTHER: of h = x + other, which is stored too.
+    S: how many statistics there are. HAS_OTHER: of h = x + other, which is stored too. PLACED: how
+    x lies, where that is not as all else does.
     """
     u, in_unit, c, sample, begin = tile_units(
         tl.program_id(0), U, C, K, R, run_stride, units, part, BU, COLUMNS, GROUPED, PARTED, INDEX
@@ -61,8 +69,15 @@ def forward(
         in_value = at < K
         inside = value_offsets(k, C, COLUMNS)
     offsets = begin[:, None] + inside[None, :]
+    x_offsets = offsets
+    if PLACED == TURNED:
+        # of all but x
+        offsets = (u * K)[:, None] + k[None, :]
+    if PLACED == STRIDED:
+        start = row_starts(u, inner, innermost, step_0, step_1, step_2)
+        x_offsets = start[:, None] + k[None, :]
     there, valid = valid_tile(p_mask, u, in_unit, sample, at, in_value, K, MASK, COLUMNS)
-    x = load_tile(p_x, offsets, there, valid, MASK, ACC)
+    x = load_tile(p_x, x_offsets, there, valid, MASK, ACC)
     if HAS_OTHER:
         other = tl.load(p_other + offsets, mask=there, other=0).to(ACC)
         h = narrow(x + other, o_h.dtype.element_ty)

@@ -116,6 +116,7 @@ class _Backward(Inputs):
         if launch is not None and given is None:
             self._whole(launch)
         elif self.units.by_value:
+            self.in_rows()
             self._features(given)
             if self.grad_h is not None:
                 self.grad_x += self.grad_h
@@ -185,12 +186,13 @@ class _Backward(Inputs):
             self.grad, self.grad_h, self.x, self.of, self.weight, self.bias, self.mask,
             self.residual, self.grad_x, self.grad_residual, of_weight, of_bias,
             units.U, units.C, units.K, units.R, units.run_stride, per_program, units.part,
-            units.values, blocks, units.statistics, self.eps, self.parameter,
+            *self.placed.sizes, *self.placed.steps, units.values, blocks, units.statistics,
+            self.eps, self.parameter,
             **units.tiles(launch), **self._after(units), RUNS=units.R > 1, GROUPED=grouped,
             BY_VALUE=units.by_value, HAS_WEIGHT=self.has_weight,
             CENTRED=self.form.axes.centred, FIXED=self.form.constant, NEEDS_X=self.needs_x,
             NEEDS_PARAMETERS=self.needs_parameters, NEEDS_RESIDUAL=self.needs_residual,
-            HAS_GRAD_H=self.grad_h is not None,
+            HAS_GRAD_H=self.grad_h is not None, PLACED=self.placed.kind,
         )  # fmt: skip
         if of_weight is not self.grad_weight:
             self._merge(of_weight, of_bias, sums_of, 1, parameters=True)
@@ -281,6 +283,8 @@ class _Backward(Inputs):
     def _across(self) -> Units:
         """Features as units, whose values are the rows; those of a part as a sample's."""
         units = self.units
+        if units.columns:
+            return Units(units.K, units.K, units.C, units.samples, units.K * units.C)
         features, rows = units.K, units.part or units.U
         part = 1 if units.part else 0
         return Units(

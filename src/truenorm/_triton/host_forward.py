@@ -91,11 +91,12 @@ def _whole(
     kernels.forward[(units.blocks(per_program),)](
         x, other, call.weight, call.bias, call.mask, call.residual, h, y, record,
         units.U, units.C, units.K, units.R, units.run_stride, per_program, units.part,
-        units.values, units.statistics, view.bits(eps), call.parameter, padding,
+        *call.placed.sizes, *call.placed.steps, units.values, units.statistics, view.bits(eps),
+        call.parameter, padding,
         **units.tiles(launch), **call.constants(units), RUNS=units.R > 1, GROUPED=grouped,
         BY_VALUE=units.by_value, HAS_WEIGHT=call.has_weight, HAS_BIAS=call.bias is not None,
-        CENTRED=centred, HAS_RESIDUAL=call.residual is not None, HAS_OTHER=h is not None,
-        NEEDS_Y=y is not None, KEEP=keep, ACC=acc, INDEX=view.index(x),
+        CENTRED=centred, HAS_RESIDUAL=call.residual is not None, PLACED=call.placed.kind,
+        HAS_OTHER=h is not None, NEEDS_Y=y is not None, KEEP=keep, ACC=acc, INDEX=view.index(x),
     )  # fmt: skip
     return True, record
 
@@ -108,6 +109,7 @@ def _norm(
     filled = None if call.mask is None else view.bits(padding)
     record: Tensor | None
     if mean is not None and var is not None:
+        call.in_rows()
         record = call.record() if keep else None
         mean, var = call.statistic(mean.reshape(-1)), call.statistic(var.reshape(-1))
         _normalize(call, y, mean, var, record, eps, filled)
@@ -118,6 +120,7 @@ def _norm(
         spans = call.units.spans
         done, record = _whole(call, None if spans else y, eps, filled, keep=keep or spans)
         if not done:
+            call.in_rows()
             record = _moments(call)
         if spans or not done:
             assert record is not None
@@ -160,6 +163,7 @@ def norm_(
 ) -> Tensor:
     with view.on(x):
         call = Inputs(x, weight, bias, mask, residual, form, parameter)
+        call.in_rows()
         record = _norm(call, call.x, mean, var, eps, padding)
         if call.x is not x:
             x.copy_(call.x)
@@ -186,5 +190,8 @@ def add_norm(
 def statistics(x: Tensor, mask: Tensor | None, form: int) -> Tensor:
     with view.on(x):
         call = Inputs(x, None, None, mask, None, form)
-        done, record = _whole(call, None, 0.0, None, keep=True)
-        return call.made(record if done and record is not None else _moments(call))
+        _, record = _whole(call, None, 0.0, None, keep=True)
+        if record is None:
+            call.in_rows()
+            record = _moments(call)
+        return call.made(record)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .._core import geometry
-from . import view
+from . import placement, view
 from .form import Form, unpack
+from .placement import Placement, turned
 from .view import Units
 
 # as in activation.py: the first two alone have a parameter
@@ -51,9 +52,13 @@ class Inputs:
     ) -> None:
         self.form: Form = unpack(bits, x)
         axes = self.form.axes
-        # rows, whatever lies outside of them: see `laid_out`
+        # rows, whatever lies outside of them; what a kernel does not write otherwise: `laid_out`
         self.strides = geometry.kept_strides(x, axes._replace(as_given=False))
-        self._of_results = geometry.kept_strides(x, axes) if axes.as_given else None
+        self._of_results, positions = None, 0
+        if axes.as_given:
+            self._of_results = geometry.kept_strides(x, axes)
+            if self._of_results != self.strides and (positions := turned(x, axes.feature_dims)):
+                self.strides, self._of_results = self._of_results, None
         split = x.dim() - axes.feature_dims if axes.feature_dims else x.dim()
         first = 0 if axes.feature_dims else 2
         self._sizes = x.shape[first:split]
@@ -64,8 +69,12 @@ class Inputs:
             if self._order is not None and axes.feature_dims:
                 # they follow one another
                 self.strides, self._order = geometry.contiguous_strides(x.shape), None
-        self.x = view.dense(x, self.strides)
-        self.units = view.units_of(self.x, axes, parts)
+        self.placed = Placement()
+        if axes.feature_dims:
+            self.placed = placement.of(x, axes.feature_dims, self.strides, parted=parts > 1)
+        self.x = x if self.placed.kind else view.dense(x, self.strides)
+        positions = positions or self.placed.positions
+        self.units = view.units_of(self.x, axes, parts, positions)
         # of a parameter's gradient
         self.of_weight = None if weight is None else (weight.shape, weight.dtype)
         self.has_weight = 0 if weight is None else _ONE_PLUS if self.form.one_plus else 1
@@ -95,6 +104,13 @@ class Inputs:
         if self._of_results is None:
             return result
         return geometry.laid_out(result, self._of_results)
+
+    def in_rows(self) -> None:
+        """x copied to where all else lies, for kernels that read it nowhere else."""
+        if self.placed.kind:
+            self.x, self.placed = view.dense(self.x, self.strides), Placement()
+            parts = self.units.parts
+            self.units = view.units_of(self.x, self.form.axes, parts)
 
     @property
     def units_of_statistics(self) -> Units:

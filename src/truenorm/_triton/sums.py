@@ -73,7 +73,9 @@ def backward_sums(
                 p_mask, u, in_unit, sample, r * K + k, k < k1, K * R, MASK, COLUMNS
             )  # fmt: skip
             if STATISTIC_BY_VALUE:
-                row = r * K + k
+                row = k
+                if not COLUMNS:
+                    row += r * K
                 if PARTED:
                     row += sample * K
                 k_mean, k_rstd = statistics(p_record, p_record + S, row, k < k1, eps_bits)

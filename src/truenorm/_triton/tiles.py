@@ -30,6 +30,10 @@ BY_SAMPLE = tl.constexpr(3)
 OF_UNITS = tl.constexpr(1)
 OF_ROWS = tl.constexpr(2)
 
+# where x lies: its features outside of the positions, or its rows apart, and all else in rows
+TURNED = tl.constexpr(1)
+STRIDED = tl.constexpr(2)
+
 # that 1 + weight is what is meant by weight
 ONE_PLUS = tl.constexpr(2)
 
@@ -123,6 +127,16 @@ def statistic_of(u, units, S, PARTED: tl.constexpr):
     if PARTED == OF_UNITS:
         return u // units % S
     return u // units
+
+
+@triton.jit
+def row_starts(u, inner, innermost, step, inner_step, innermost_step):
+    """Where rows of three dimensions begin. Steps are in sixteen values: what is compiled is then
+    as well aligned as for rows that follow one another.
+    """
+    outer = u // innermost
+    start = outer // inner * step + outer % inner * inner_step + u % innermost * innermost_step
+    return start * 16
 
 
 @triton.jit

@@ -62,7 +62,10 @@ def compute(x: Tensor, *, cancels: bool = False) -> tuple[Any, torch.dtype]:
 
 
 def index(x: Tensor) -> Any:
-    return tl.int32 if x.numel() < 2**31 else tl.int64
+    reach = x.numel()
+    if not x.is_contiguous():
+        reach = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return tl.int32 if reach < 2**31 else tl.int64
 
 
 def aligned(x: Tensor) -> bool:
@@ -177,10 +180,14 @@ class Units:
         }
 
 
-def units_of(x: Tensor, axes: Axes, parts: int = 1) -> Units:
-    """parts: of the samples, each of which has parameters of its own."""
+def units_of(x: Tensor, axes: Axes, parts: int = 1, positions: int = 0) -> Units:
+    """parts: of the samples, each of which has parameters of its own. positions: how far apart the
+    features of a row are, where they do not follow one another.
+    """
     n, c, s = geometry.ncs(x.shape, axes)
     part = n // parts if parts > 1 else 0
+    if positions:
+        return Units(n, positions, c, samples=n // positions, columns=True, by_value=True)
     if axes.feature_dims:
         return Units(n, c, c, samples=n, by_value=True, part=part)
     columns = inside(x, s)
