@@ -108,25 +108,29 @@ def tile_units(
 @triton.jit
 def parameters_of_units(c, sample, C, part, PARTED: tl.constexpr):
     """Where the parameters of units are."""
+    # one return: Triton wants a single type of all that it meets
+    place = c
     if PARTED == OF_UNITS:
-        return sample // part * C + c
-    return c
+        place = sample // part * C + c
+    return place
 
 
 @triton.jit
 def parameters_of_values(k, sample, K, PARTED: tl.constexpr):
     """Where the parameters of values are."""
+    place = k
     if PARTED == OF_ROWS:
-        return sample * K + k
-    return k
+        place = sample * K + k
+    return place
 
 
 @triton.jit
 def statistic_of(u, units, S, PARTED: tl.constexpr):
     """Of every `units` units one; of a batch in parts, one for the same channel of them all."""
+    statistic = u // units
     if PARTED == OF_UNITS:
-        return u // units % S
-    return u // units
+        statistic = statistic % S
+    return statistic
 
 
 @triton.jit
