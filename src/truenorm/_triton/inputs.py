@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core import geometry
+from .._core.call import FEATURES
 from . import placement, view
 from .form import Form, unpack
 from .placement import Placement, turned
@@ -33,6 +34,61 @@ def _permuted(t: Tensor, order: Sequence[int]) -> Tensor:
     return t.permute(*range(first), *(first + d for d in order))
 
 
+class Cut(NamedTuple):
+    """What sizes and strides say of a call.
+
+    strides: of its results in memory, but for what is laid out as `of_results` at the end.
+    sizes, order: the leading dimensions, or the positions, and how these lie where not in order.
+    """
+
+    form: Form
+    strides: tuple[int, ...]
+    of_results: tuple[int, ...] | None
+    sizes: tuple[int, ...]
+    order: list[int] | None
+    placed: Placement
+    units: Units
+
+
+def _cut(x: Tensor, bits: int, parts: int) -> Cut:
+    form = unpack(bits, x)
+    axes = form.axes
+    # rows, whatever lies outside of them, where no kernel writes otherwise
+    strides = geometry.kept_strides(x, axes._replace(as_given=False))
+    of_results, positions = None, 0
+    if axes.as_given:
+        of_results = geometry.kept_strides(x, axes)
+        if of_results != strides and (positions := turned(x, axes.feature_dims)):
+            strides, of_results = of_results, None
+    split = x.dim() - axes.feature_dims if axes.feature_dims else x.dim()
+    first = 0 if axes.feature_dims else 2
+    order = _order(x.shape[first:split], strides[first:split])
+    if parts > 1 and order is not None and axes.feature_dims:
+        # they follow one another
+        strides, order = geometry.contiguous_strides(x.shape), None
+    placed = Placement()
+    if axes.feature_dims:
+        placed = placement.of(x, axes.feature_dims, strides, parted=parts > 1)
+    dense = torch.empty_strided(x.shape, strides, device="meta")
+    units = view.units_of(dense, axes, parts, positions or placed.positions)
+    return Cut(form, strides, of_results, x.shape[first:split], order, placed, units)
+
+
+# a small input's time is all Python: what sizes and strides say is asked once
+_CUTS: dict[Any, Cut] = {}
+_MOST = 4096
+
+
+def _cut_of(x: Tensor, bits: int, parts: int) -> Cut:
+    key = x.shape, x.stride(), bits, parts, view.aligned(x)
+    found = _CUTS.get(key)
+    if found is None:
+        if len(_CUTS) >= _MOST:
+            _CUTS.clear()
+        found = _CUTS[key] = _cut(x, bits, parts)
+    return found
+
+
 class Inputs:
     """What all kernels of a call are given.
 
@@ -50,31 +106,13 @@ class Inputs:
         bits: int,
         parameter: float = 0.0,
     ) -> None:
-        self.form: Form = unpack(bits, x)
-        axes = self.form.axes
-        # rows, whatever lies outside of them; what a kernel does not write otherwise: `laid_out`
-        self.strides = geometry.kept_strides(x, axes._replace(as_given=False))
-        self._of_results, positions = None, 0
-        if axes.as_given:
-            self._of_results = geometry.kept_strides(x, axes)
-            if self._of_results != self.strides and (positions := turned(x, axes.feature_dims)):
-                self.strides, self._of_results = self._of_results, None
-        split = x.dim() - axes.feature_dims if axes.feature_dims else x.dim()
-        first = 0 if axes.feature_dims else 2
-        self._sizes = x.shape[first:split]
-        self._order = _order(self._sizes, self.strides[first:split])
-        parts = 1
-        if weight is not None and weight.dim() > max(axes.feature_dims, 1):
+        parts, features = 1, bits >> FEATURES & 0xFF
+        if weight is not None and weight.dim() > max(features, 1):
             parts = weight.shape[0]
-            if self._order is not None and axes.feature_dims:
-                # they follow one another
-                self.strides, self._order = geometry.contiguous_strides(x.shape), None
-        self.placed = Placement()
-        if axes.feature_dims:
-            self.placed = placement.of(x, axes.feature_dims, self.strides, parted=parts > 1)
+        cut = _cut_of(x, bits, parts)
+        self.form, self.strides, self._of_results, self._sizes, self._order = cut[:5]
+        self.placed, self.units = cut.placed, cut.units
         self.x = x if self.placed.kind else view.dense(x, self.strides)
-        positions = positions or self.placed.positions
-        self.units = view.units_of(self.x, axes, parts, positions)
         # of a parameter's gradient
         self.of_weight = None if weight is None else (weight.shape, weight.dtype)
         self.has_weight = 0 if weight is None else _ONE_PLUS if self.form.one_plus else 1
