@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import truenorm
@@ -110,7 +111,10 @@ def launches() -> Iterator[None]:
 
 @contextmanager
 def triton_kernels() -> Iterator[None]:
-    """truenorm's operators run the Triton kernels, and did so at least once."""
+    """truenorm's operators run the Triton kernels, and did so at least once.
+
+    torch._dynamo is imported above: it marks `why_plain` as it finds it, and not as it is here.
+    """
     if HAS_CUDA:
         assert truenorm.info().cuda == "triton"
         yield

@@ -73,6 +73,8 @@ def _form(draw: random.Random, operator: str, axes: tuple[int, int, bool]) -> in
         flags |= draw.randint(0, 8) << ACT
     if operator == "eager_add_norm_backward":
         flags |= 1
+    if operator.startswith("add_"):
+        return flags | dims << FEATURES
     if not operator.startswith("eager_"):
         flags |= draw.choice((0, CONSTANT)) | draw.randint(0, 8) << ACT
     return flags | dims << FEATURES | (0 if dims else groups) << GROUPS

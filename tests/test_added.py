@@ -14,7 +14,7 @@ from torch.library import opcheck
 import truenorm
 from truenorm import functional
 from truenorm._core import added, operators
-from truenorm._core.call import UNCENTRED
+from truenorm._core.call import KEEP, UNCENTRED
 from truenorm._core.eager import layer as layer_form
 
 LARGE = (3, 130, 700)  # past the size from which one pass does both
@@ -230,6 +230,54 @@ def test_schemas() -> None:
     opcheck(operators.eager_add_norm, (x, r, weight, bias, form, 1e-5), **check)
     _, h, record = operators.eager_add_norm(x, r, weight, bias, form, 1e-5)
     opcheck(operators.eager_add_norm_backward, (grad, grad_h, h, record, weight), **check)
+
+
+def test_the_operators_of_a_gpu() -> None:
+    """Their plain kernels, which serve what no other does, and their shape rules."""
+    for dtype in (torch.float32, torch.bfloat16):
+        _, (x, r, grad, grad_h) = made("LayerNorm", SMALL, dtype)
+        weight, bias, form = torch.randn(24), torch.randn(24), layer_form(1) | 7 | KEEP
+        utils: dict[str, Any] = {"test_utils": ("test_schema", "test_faketensor")}
+        opcheck(operators.add_norm, (x, r, weight, bias, form, 1e-5), **utils)
+        y, h, record = operators.add_norm(x, r, weight, bias, form, 1e-5)
+        assert torch.equal(h, x + r)
+        right = torch.nn.functional.layer_norm(h.double(), (24,), weight.double(), bias.double())
+        torch.testing.assert_close(y.double(), right, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        for of_h in (grad_h, None):
+            args = grad, of_h, h, record, weight, form, 1e-5
+            opcheck(operators.add_norm_backward, args, **utils)
+        of_norm = operators.norm_backward(
+            grad, h, record, weight, *[None] * 4, form, 1e-5, 0.0
+        )  # fmt: skip
+        torch.testing.assert_close(operators.add_norm_backward(*args)[1], of_norm[1])
+        found = operators.add_norm_backward(grad, grad_h, *args[2:])[0]
+        torch.testing.assert_close(found, of_norm[0] + grad_h, rtol=0.02, atol=1e-5)
+
+
+def test_the_operators_of_a_gpu_look_at_their_arguments() -> None:
+    _, (x, r, grad, grad_h) = made("LayerNorm", SMALL, torch.float32)
+    form, weight = layer_form(1) | 7 | KEEP, torch.ones(24)
+    _, h, record = operators.add_norm(x, r, weight, None, form, 1e-5)
+    refused: list[tuple[Any, tuple[Any, ...], str]] = [
+        (operators.add_norm, (x, r[:2], weight, None, form, 1e-5), "`other` must have the shape"),
+        (
+            operators.add_norm,
+            (x, r.half(), weight, None, form, 1e-5),
+            "`other` must have the shape",
+        ),
+        (operators.add_norm, (x, r, weight[:2], None, form, 1e-5), "`weight` must have shape"),
+        (operators.add_norm, (x, r, None, None, 7, 1e-5), "over trailing dimensions, without an"),
+        (operators.add_norm, (x, r, None, None, form | 1 << 16, 1e-5), "without an activation"),
+        (operators.add_norm, (x[:0], r[:0], weight, None, form, 1e-5), "takes no empty tensor"),
+        (
+            operators.add_norm_backward,
+            (grad, grad_h[:2], h, record, weight, form, 1e-5),
+            "`grad_h` must have the shape",
+        ),
+    ]
+    for operator, args, words in refused:
+        with pytest.raises(RuntimeError, match=words):
+            operator(*args)
 
 
 def test_the_operators_look_at_their_arguments() -> None:

@@ -30,8 +30,8 @@ def test_all_of_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(file.read_text())
     assert list(found) == [
-        "ended", "machine", "compiling", "correctness", "extras", "speed", "host", "compiled",
-        "sweep",
+        "ended", "machine", "compiling", "correctness", "extras", "speed", "composed", "host",
+        "compiled", "sweep",
     ]  # fmt: skip
     assert found["ended"] == "done"
     assert found["correctness"]["passed"] > 0
@@ -41,6 +41,11 @@ def test_all_of_it(tmp_path: Path) -> None:
         assert case["wrong"] == ""
         assert case["forward of floor"] > 0
         assert set(case["both"]["median_seconds"]) >= {"truenorm", "torch"}
+    composed = found["composed"]["cases"]
+    assert len(composed) == 10
+    assert set(composed["sum and norm, bfloat16"]) == {
+        f"{name} {what} us" for name in ("truenorm", "torch") for what in ("forward", "both")
+    }
     assert found["compiled"]["LayerNorm (4, 8)"].keys() == {"truenorm", "torch"}
     assert found["sweep"]["LayerNorm (4, 8)"]
     # the table comes last

@@ -233,7 +233,7 @@ def test_every_operator_is_here() -> None:
     # by test_graphs.py
     tested |= {"norm_below", "norm_backward_below"}
     # by test_added.py
-    tested |= {"eager_add_norm", "eager_add_norm_backward"}
+    tested |= {"eager_add_norm", "eager_add_norm_backward", "add_norm", "add_norm_backward"}
     # by test_gated.py
     tested |= {"eager_gated_norm", "eager_gated_norm_backward"}
     registered = {

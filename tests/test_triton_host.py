@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from on_triton import (
 import truenorm
 from truenorm import _triton
 from truenorm._core import geometry, operators
-from truenorm._core.call import Form
+from truenorm._core.call import AS_GIVEN, KEEP, Form
 from truenorm._triton import config
+from truenorm.nn import _orders
 
 ROOT = Path(__file__).parent.parent
 
@@ -210,9 +212,10 @@ def count_launches(run: Any, monkeypatch: pytest.MonkeyPatch) -> int:
 def launches_of_a_step(
     layer: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[int, int]:
-    x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    x = torch.randn(shape, requires_grad=True)
     outputs: list[torch.Tensor] = []
     forward = count_launches(lambda: outputs.append(layer(x)), monkeypatch)
+    grad = torch.randn_like(outputs[0])
     backward = count_launches(lambda: outputs[0].backward(grad), monkeypatch)
     return forward, backward
 
@@ -238,6 +241,108 @@ def test_launches(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for cut, wanted in ((nullcontext, whole), (small_tiles, chunks)):
         with cut(), triton_kernels():
             assert launches_of_a_step(layer, shape, monkeypatch) == wanted
+
+
+def modulated(layer: Any) -> Any:
+    """With a scale and a shift for each sample, as views of one that has a gradient."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        like = layer.normalized_shape if "Layer" in type(layer).__name__ else x.shape[1:2]
+        scale, shift = torch.ones(2, x.shape[0], *like).requires_grad_()
+        return layer(x, scale=scale, shift=shift)  # type: ignore[no-any-return]
+
+    return call
+
+
+def of_image(layer: Any) -> Any:
+    """Of (N, C, H, W), over the channels."""
+    return lambda x: layer(x.permute(0, 2, 3, 1))
+
+
+def as_given(layer: Any) -> Any:
+    args = layer.weight, layer.bias, 1e-5, "layer", AS_GIVEN
+    return lambda x: _orders._kernel(x.permute(0, 2, 3, 1), *args)
+
+
+def of_heads(layer: Any) -> Any:
+    """Of queries (B, H, S, D), a part of what one product gave."""
+    return lambda x: layer(x[:, :, 0].transpose(1, 2))
+
+
+# the same of what is one pass on a GPU too
+ALONE = {"elementwise_affine": False}
+LAUNCHES_MORE = [
+    (modulated, truenorm.LayerNorm(40, **ALONE), (3, 5, 40), (1, 2), (3, 5)),
+    (modulated, truenorm.GroupNorm(2, 6, affine=False), (2, 6, 5, 7), (1, 1), (3, 4)),
+    (modulated, truenorm.BatchNorm2d(3, affine=False), (4, 3, 5, 7), (3, 4), (4, 4)),
+    (of_image, truenorm.LayerNorm(6), (2, 6, 5, 7), (1, 2), (3, 5)),
+    (as_given, truenorm.LayerNorm(6), (2, 6, 5, 7), (1, 2), (3, 5)),
+    (of_heads, truenorm.RMSNorm(16), (2, 5, 3, 4, 16), (1, 2), (3, 5)),
+]
+
+
+@needs_triton
+@pytest.mark.skipif(HAS_CUDA or PRETENDS, reason="counts launches in the interpreter")
+@pytest.mark.parametrize("case", LAUNCHES_MORE, ids=lambda case: case[0].__name__)
+def test_launches_of_what_is_one_pass(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, layer, shape, whole, chunks = case
+    for cut, wanted in ((nullcontext, whole), (small_tiles, chunks)):
+        with cut(), triton_kernels():
+            found = launches_of_a_step(call(layer), shape, monkeypatch)
+        assert found == wanted
+
+
+@needs_triton
+@pytest.mark.skipif(HAS_CUDA or PRETENDS, reason="counts launches in the interpreter")
+def test_launches_of_a_sum_and_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from truenorm._triton import host
+
+    x, weight, form = torch.randn(5, 40), torch.randn(40), Form(geometry.layer(1), 1e-5)
+    bits = form.bits(x, KEEP | 7)
+    made: list[Any] = []
+    for cut, wanted in ((nullcontext, (1, 2)), (small_tiles, (3, 5))):
+        with cut(), launches():
+            made.clear()
+            forward = count_launches(
+                lambda: made.extend(host.add_norm(x, x, weight, weight, bits, 1e-5)), monkeypatch
+            )
+            y, h, record = made
+            args = y, h, h, record, weight, bits, 1e-5
+            backward = count_launches(partial(host.add_norm_backward, *args), monkeypatch)
+        assert (forward, backward) == wanted
+
+
+@needs_triton
+def test_what_sizes_say_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a shape, strides, a form and parts; and what is known is bounded."""
+    from truenorm._triton import host, inputs
+
+    asked: list[Any] = []
+    cut = inputs._cut
+    monkeypatch.setattr(inputs, "_CUTS", {})
+    monkeypatch.setattr(inputs, "_MOST", 4)
+    monkeypatch.setattr(inputs, "_cut", lambda *args: asked.append(args[1:]) or cut(*args))
+    rows, weight = torch.randn(6, 4, device=DEVICE), torch.randn(3, 4, device=DEVICE)
+    layer, rms = (Form(axes, 1e-5) for axes in (geometry.layer(1), geometry.rms(1)))
+    calls = [
+        (rows, None, layer), (rows, weight[0], layer), (rows, weight, layer), (rows, None, rms),
+        (rows.T.contiguous().T, None, layer), (rows[:3].clone(), None, layer),
+    ]  # fmt: skip
+    with launches():
+        for _ in range(2):
+            for x, w, form in calls[:-1]:
+                rest = *[None] * 5, *form.numbers(x), 0.0
+                exact = torch.nn.functional.layer_norm(x, (4,))
+                if form is layer and w is None:
+                    assert torch.allclose(host.norm(x, w, *rest)[0], exact, atol=1e-4)
+                else:
+                    host.norm(x, w, *rest)
+        # a weight of all is no other cut
+        assert len(asked) == 4
+        x, w, form = calls[-1]
+        host.norm(x, w, *[None] * 5, *form.numbers(x), 0.0)
+    assert len(asked) == 5
+    assert len(inputs._CUTS) == 1
 
 
 def test_choices_do_not_depend_on_the_batch() -> None:

@@ -13,6 +13,7 @@ from tolerances import assert_gradient, assert_output, relative
 from torch import Tensor
 
 NEEDS_ALL, BY_OUTPUT, CONSTANT, UNCENTRED, PER_CHANNEL, KEEP = 15, 16, 32, 64, 128, 256
+ONE_PLUS = 1024
 ACTIVATIONS: list[Any] = [
     lambda z, p: z,
     lambda z, p: F.relu(z),
@@ -48,6 +49,14 @@ class Kind(NamedTuple):
         return t.reshape(len(t), self.groups or t.shape[1], -1, prod(self.shape[2:]))
 
     def parameter(self, p: Tensor) -> Tensor:
+        if p.dim() > max(self.features, 1):  # a row for each part of the samples
+            rows = prod(self.shape[: self.split]) if self.features else self.shape[0]
+            each = p.repeat_interleave(rows // len(p), 0)
+            if self.features:
+                return self.view(each.reshape(self.shape))
+            return self.view(
+                each.reshape(*each.shape, *[1] * (len(self.shape) - 2)).expand(self.shape)
+            )
         if not self.features:
             p = p.reshape(-1, *[1] * (len(self.shape) - 2))
         return self.view(p.expand(self.shape))
@@ -149,7 +158,8 @@ class Call(NamedTuple):
             mean = v.sum(dims, keepdim=True) / some * (not kind.bits & UNCENTRED)
             var = (torch.where(valid, v - mean, 0.0) ** 2).sum(dims, keepdim=True) / some
         z = (v - mean) / (var + EPS).sqrt()
-        z = z if weight is None else z * kind.parameter(weight)
+        one = float(bool(self.bits & ONE_PLUS))
+        z = z if weight is None else z * kind.parameter(weight + one)
         z = z if bias is None else z + kind.parameter(bias)
         z = z if residual is None else z + torch.where(valid, kind.view(residual), 0.0)
         y = torch.where(valid, ACTIVATIONS[self.act](z, PARAMETER), PADDING)
@@ -170,12 +180,16 @@ def place(t: Tensor, layout: str = "contiguous") -> Tensor:
 def call_of(
     kind: Kind, dtype: torch.dtype = torch.float32, layout: str = "contiguous", *,
     masked: bool = False, residual: bool = False, act: int = 0, offset: float = 0.0,
-    scale: float = 1.0,
+    scale: float = 1.0, parts: int = 0,
 ) -> Call:  # fmt: skip
-    """Random values, NaN where they are not valid; of the first sample or row nothing is."""
+    """Random values, NaN where they are not valid; of the first sample or row nothing is.
+
+    parts: of the samples, with weights of their own.
+    """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x = (torch.randn(kind.shape, dtype=torch.float64) * scale + offset).to(dtype)
-    weight, bias = (torch.randn(kind.of_parameters, dtype=wide).to(DEVICE) for _ in range(2))
+    sizes = (parts,) * (parts > 0) + kind.of_parameters
+    weight, bias = (torch.randn(sizes, dtype=wide).to(DEVICE) for _ in range(2))
     other = torch.randn(kind.shape, dtype=torch.float64).to(dtype)
     mask = None
     if masked:

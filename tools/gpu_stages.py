@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import gpu_composed
 import torch
 
 import truenorm
@@ -139,6 +141,11 @@ def warm(device: str, tiny: bool, index: int, count: int) -> int:
         leaf = subject.x.detach().requires_grad_()
         subject.ours(leaf).backward(subject.grad)
         del subject, leaf
+    for case, dtype in itertools.product(gpu_composed.COMPOSED, DTYPES):
+        if index == 0:
+            ours, _, leaves = gpu_composed.made(case, dtype, device, tiny)
+            for step in gpu_composed.steps(ours, leaves):
+                step()
     return 0
 
 
@@ -161,7 +168,8 @@ def compiling(setup: Setup, found: dict[str, Any]) -> None:
 def correctness(setup: Setup, found: dict[str, Any]) -> None:
     """The suite's tests of the kernels."""
     files = [
-        f"tests/test_triton_{name}.py" for name in ("layers", "calls", "promises", "cuda", "tune")
+        f"tests/test_triton_{name}.py"
+        for name in ("layers", "calls", "parts", "added", "turned", "promises", "cuda", "tune")
     ]
     args = ["-m", "pytest", "-o", "addopts=-q", "-p", "no:cacheprovider", *files]
     if importlib.util.find_spec("xdist") is not None:
@@ -249,6 +257,29 @@ def speed(setup: Setup, found: dict[str, Any]) -> None:
         raise WrongError(f"{', '.join(wrong)}")
 
 
+def composed(setup: Setup, found: dict[str, Any]) -> None:
+    """What is one pass here, beside the operators that torch composes it of."""
+    found["cases"] = {}
+    for case, dtype in itertools.product(gpu_composed.COMPOSED, DTYPES):
+        name = f"{case.name}, {str(dtype).removeprefix('torch.')}"
+        ours, theirs, leaves = gpu_composed.made(case, dtype, setup.device, setup.tiny)
+        error = gpu_composed.difference(ours, theirs)
+        if not error <= 16 * torch.finfo(dtype).eps:
+            raise WrongError(f"{name}: off by {error:.1e} of torch's largest value")
+        row = found["cases"][name] = {}
+        for word, run in (("truenorm", ours), ("torch", theirs)):
+            for what, step in zip(
+                ("forward", "both"), gpu_composed.steps(run, leaves), strict=True
+            ):
+                step()
+                times = [setup.clock(step, small=False) for _ in range(2 if setup.tiny else 9)]
+                row[f"{word} {what} us"] = statistics.median(times) * 1e6
+    found["said"] = "; ".join(
+        f"{name}: {row['torch both us'] / row['truenorm both us']:.2f} times torch's speed"
+        for name, row in found["cases"].items()
+    )
+
+
 def host(setup: Setup, found: dict[str, Any]) -> None:
     """Small inputs, which are all calls: eager, and on a GPU played from a graph."""
     for case in setup.small:
@@ -325,6 +356,7 @@ STAGES = (
     (correctness, False),
     (extras, True),
     (speed, True),
+    (composed, True),
     (host, True),
     (compiled, True),
     (sweep, True),

@@ -14,19 +14,40 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
+from torch import Tensor
 from triton_compile import Compiled, Launch, compile_for, record, source
 
 from truenorm._core import geometry
 from truenorm._triton import form, host, view
 
 BATCH, RMS, LAYER = geometry.BATCH, geometry.rms(1), geometry.layer(1)
-_LAST = torch.channels_last
-# what, axes, shape, channels_last, and whether it is of --quick
-CASES: tuple[tuple[str, geometry.Axes, tuple[int, ...], bool, bool], ...] = (
+GIVEN = LAYER._replace(as_given=True)
+
+
+def _turned(x: Tensor) -> Tensor:
+    """(N, *positions, C) in the memory of (N, C, *positions)."""
+    return x.movedim(-1, 1).contiguous().movedim(1, -1)
+
+
+def _heads(x: Tensor) -> Tensor:
+    """(B, H, S, D) as a part of what one product gave, (B, S, 3, H, D)."""
+    b, h, s, d = x.shape
+    return x.new_empty(b, s, 3, h, d)[:, :, 0].transpose(1, 2)
+
+
+LAYS: dict[Any, Callable[[Tensor], Tensor]] = {
+    False: lambda x: x,
+    True: lambda x: x.to(memory_format=torch.channels_last),
+    "turned": _turned,
+    "heads": _heads,
+}
+# what, axes, shape, how it lies (True: channels_last), and whether it is of --quick
+CASES: tuple[tuple[str, geometry.Axes, tuple[int, ...], bool | str, bool], ...] = (
     ("LayerNorm", LAYER, (16384, 4096), False, True),
     ("LayerNorm", LAYER, (8192, 768), False, False),
     ("LayerNorm", LAYER, (2048, 8192), False, False),
@@ -50,6 +71,12 @@ CASES: tuple[tuple[str, geometry.Axes, tuple[int, ...], bool, bool], ...] = (
     ("GroupNorm, odd", geometry.group(3), (5, 9), False, False),
     ("InstanceNorm, odd", geometry.instance(1), (2, 1, 33, 1), False, False),
     ("LayerNorm, odd", LAYER, (5, 1), False, False),
+    ("LayerNorm of an image", LAYER, (16, 56, 56, 192), "turned", True),
+    ("LayerNorm of an image, odd", LAYER, (16, 7, 7, 770), "turned", False),
+    ("LayerNorm as given", GIVEN, (16, 56, 56, 192), "turned", True),
+    ("LayerNorm as given, odd", GIVEN, (16, 7, 7, 770), "turned", False),
+    ("LayerNorm as given, wide", GIVEN, (8, 16, 16, 3072), "turned", False),
+    ("RMSNorm of heads", RMS, (4, 32, 2048, 128), "heads", True),
     ("BatchNorm1d, odd", BATCH, (5, 1), False, False),
 )
 
@@ -60,17 +87,30 @@ class Extra(NamedTuple):
     act: int = 0
     mask: bool = False
     residual: bool = False
+    parts: bool = False  # weights of their own for each sample, of which 1 is left out
 
     def __str__(self) -> str:
         return "".join(
             f" +{word}"
             for word, has in (("mask", self.mask), ("residual", self.residual),
-                              (f"act {self.act}", self.act))
+                              (f"act {self.act}", self.act), ("parts", self.parts))
             if has
         )  # fmt: skip
 
 
-PLAIN = Extra()
+PLAIN, PARTS = Extra(), Extra(parts=True)
+# as CASES
+PARTED: tuple[tuple[str, geometry.Axes, tuple[int, ...], bool | str, bool], ...] = (
+    ("LayerNorm", LAYER, (16, 1024, 1152), False, True),
+    ("LayerNorm, wide", LAYER, (8, 4, 100_000), False, False),
+    ("RMSNorm", RMS, (8, 256, 64), False, False),
+    ("InstanceNorm", geometry.instance(64), (8, 64, 256, 256), False, False),
+    ("GroupNorm", geometry.group(32), (8, 320, 64, 64), False, False),
+    ("GroupNorm, small", geometry.group(32), (8, 1280, 16, 16), False, True),
+    ("GroupNorm, channels_last small", geometry.group(32), (8, 1280, 16, 16), True, True),
+    ("BatchNorm", BATCH, (64, 256, 28, 28), False, True),
+    ("BatchNorm, channels_last", BATCH, (64, 256, 28, 28), True, False),
+)
 # the activations that differ most in what they take
 EXTRAS = [
     Extra(mask=True), Extra(residual=True), Extra(1), Extra(1, residual=True), Extra(5),
@@ -82,14 +122,12 @@ def _launches(
     axes: geometry.Axes,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    last: bool,
+    lay: bool | str,
     extra: Extra = PLAIN,
 ) -> list[Launch]:
     features = shape[-1] if axes.feature_dims else shape[1]
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    if last:
-        x = x.to(memory_format=_LAST)
-    weight = torch.empty(features, device="meta")
+    x = LAYS[lay](torch.empty(shape, dtype=dtype, device="meta"))
+    weight = torch.empty(((shape[0],) if extra.parts else ()) + (features,), device="meta")
     bias = weight if axes.centred else None
     mask = residual = None
     if extra.mask:
@@ -98,18 +136,34 @@ def _launches(
             mask = mask.new_empty(shape[:-1])
     if extra.residual:
         residual = torch.empty_like(x)
-    bits = form.pack(axes) | extra.act << form.ACT
+    bits = form.pack(axes) | extra.act << form.ACT | (form.ONE_PLUS if extra.parts else 0)
     needs, tensors = 15 if extra.residual else 7, (weight, bias, mask, residual)
 
     def run() -> None:
         y, kept = host.norm(x, *tensors, None, None, bits | form.KEEP, 1e-5, 0.1, 0.0)
         host.norm_backward(y, x, kept, *tensors, None, bits | needs, 1e-5, 0.1)
         if axes == BATCH:
+            given = torch.empty(features, device="meta")
             if extra == PLAIN:
-                host.move(weight, weight, None, kept, 0.1, False)
-            host.norm(x, *tensors, weight, weight, bits, 1e-5, 0.1, 0.0)
+                host.move(given, given, None, kept, 0.1, False)
+            host.norm(x, *tensors, given, given, bits, 1e-5, 0.1, 0.0)
             constant = bits | form.CONSTANT | needs
             host.norm_backward(y, x, kept, *tensors, None, constant, 1e-5, 0.1)
+
+    return record(run)
+
+
+def _sum(shape: tuple[int, ...], dtype: torch.dtype) -> list[Launch]:
+    """Of a sum and its norm."""
+    x, weight = (
+        torch.empty(shape, dtype=dtype, device="meta"),
+        torch.empty(shape[-1], device="meta"),
+    )
+    bits = form.pack(LAYER) | form.KEEP | 7
+
+    def run() -> None:
+        y, h, kept = host.add_norm(x, x, weight, weight, bits, 1e-5)
+        host.add_norm_backward(y, h, h, kept, weight, bits, 1e-5)
 
     return record(run)
 
@@ -124,12 +178,18 @@ def _response(dtype: torch.dtype) -> list[Launch]:
     return record(run)
 
 
-# axes, shape of a sample, channels_last: statistics of a sample of its own, whole and in chunks,
+# axes, shape of a sample, how it lies: statistics of a sample of its own, whole and in chunks,
 # channels that 16 divides and that it does not, groups of one row of threads and of several
-SAMPLES: tuple[tuple[str, geometry.Axes, tuple[int, ...], bool], ...] = (
+SAMPLES: tuple[tuple[str, geometry.Axes, tuple[int, ...], bool | str], ...] = (
     ("LayerNorm", LAYER, (4, 768), False),
     ("LayerNorm, wide", LAYER, (1, 100_000), False),
     ("RMSNorm, odd", RMS, (3, 1023), False),
+    ("LayerNorm of an image", LAYER, (56, 56, 192), "turned"),
+    ("LayerNorm of an image, odd", LAYER, (7, 9, 30), "turned"),
+    ("LayerNorm as given", GIVEN, (56, 56, 192), "turned"),
+    ("LayerNorm as given, odd", GIVEN, (7, 9, 30), "turned"),
+    ("LayerNorm as given, wide", GIVEN, (16, 16, 3072), "turned"),
+    ("RMSNorm of heads", RMS, (12, 100, 64), "heads"),
     *(
         (f"{kind}{', channels_last' * last}", axes, shape, last)
         for last in (False, True)
@@ -168,16 +228,19 @@ def compare(dtype: torch.dtype, capability: int, quick: bool) -> tuple[int, int]
         return compiled[key]
 
     different = 0
-    for what, axes, shape, last in SAMPLES[-6::2] if quick else SAMPLES:
+    cases = [(*case, PLAIN) for case in (SAMPLES[-6::2] if quick else SAMPLES)]
+    cases += [(what, axes, shape[1:], lay, PARTS) for what, axes, shape, lay, is_quick in PARTED
+              if axes != BATCH and (is_quick or not quick)]  # fmt: skip
+    for what, axes, shape, lay, extra in cases:
         batches = {f"{n} samples": (n, False) for n in (2, 3, 16)}
         batches["offsets of 64 bits"] = (2, True)
-        alone = _of_samples(_launches(axes, (1, *shape), dtype, last))
+        alone = _of_samples(_launches(axes, (1, *shape), dtype, lay, extra))
         for name, (n, wide) in batches.items():
             if wide:
                 narrow_index = view.index
                 view.index = lambda x: tl.int64
             try:
-                among = _of_samples(_launches(axes, (n, *shape), dtype, last))
+                among = _of_samples(_launches(axes, (n, *shape), dtype, lay, extra))
             finally:
                 if wide:
                     view.index = narrow_index
@@ -197,12 +260,23 @@ def report(dtype: torch.dtype, capability: int, quick: bool, extras: bool) -> in
     """What every kernel takes, line by line; how many spill."""
     named = [
         (f"{what}{extra}", launch)
-        for what, axes, shape, last, is_quick in CASES
-        for extra in (EXTRAS if extras else [PLAIN])
+        for what, axes, shape, lay, is_quick in CASES
+        # what keeps another memory takes a norm alone
+        for extra in (EXTRAS if extras and not axes.as_given else [PLAIN])
         if is_quick or not quick
-        for launch in _launches(axes, shape, dtype, last, extra)
+        for launch in _launches(axes, shape, dtype, lay, extra)
+    ]
+    more = [Extra(6, True, True, parts=True)] if extras else [PARTS]
+    named += [
+        (f"{what}{extra}", launch)
+        for what, axes, shape, lay, is_quick in PARTED
+        for extra in more
+        if is_quick or not quick
+        for launch in _launches(axes, shape, dtype, lay, extra)
     ]
     if not extras:
+        for shape in ((16384, 4096), (8192, 768)):
+            named += [("LayerNorm of a sum", launch) for launch in _sum(shape, dtype)]
         named += [("LocalResponseNorm", launch) for launch in _response(dtype)]
     spilling = 0
     for what, launch in named:

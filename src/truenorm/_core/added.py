@@ -1,8 +1,8 @@
-"""norm(h) and h = x + other, as a residual stream takes them: by one pass where both are large.
+"""norm(h) and h = x + other, as a residual stream takes them: by one pass where that takes less.
 
 Row by row h is added, written, and normalized while it is in cache: 4 tensors moved where addition
-and norm move 5, and backward, with the gradient that comes for h, 4 for 6. Elsewhere it is
-an addition and a norm, which take fewer steps to call.
+and norm move 5, and backward, with the gradient that comes for h, 4 for 6. On a CPU that is for
+large ones: an addition and a norm take fewer steps to call. On a GPU it is a launch less each way.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from . import eager, operators
-from .call import NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT, Call
+from . import eager, library, operators, route
+from .call import KEEP, NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT, Call
 
-# bytes of a tensor from which on passes over memory take longer than calls
+# bytes of a tensor on a CPU from which on passes over memory take longer than calls
 LARGE = 1 << 20
 
 
@@ -26,14 +26,18 @@ def is_large(x: Any, other: Any) -> bool:
     return (
         isinstance(x, Tensor)
         and isinstance(other, Tensor)
-        and x.is_cpu
-        and x.numel() * x.itemsize >= LARGE
+        and (x.numel() * x.itemsize >= LARGE if x.is_cpu else _on_gpu(x))
         and x.dtype == other.dtype
         and x.shape == other.shape
         # other layouts come out as torch's addition leaves them
         and x.is_contiguous()
         and other.is_contiguous()
     )
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Whether the GPU's kernels serve it."""
+    return x.is_cuda and x.numel() > 0 and route.has_kernel(x)
 
 
 def at_once(x: Tensor, other: Tensor, call: Call) -> tuple[Tensor, Tensor] | None:
@@ -48,6 +52,9 @@ def by_bits(
     """The same of a form by its number."""
     if is_compiling() or not eager.is_plain(x, other, weight, bias):
         return None
+    on_gpu = _on_gpu(x)
+    if not (on_gpu or (x.is_cpu and library.NATIVE is not None)):
+        return None
     if torch.is_grad_enabled():
         bits |= NEEDS_INPUT * (x.requires_grad or other.requires_grad)
         bits |= NEEDS_WEIGHT * (weight is not None and weight.requires_grad)
@@ -55,7 +62,11 @@ def by_bits(
         if bits & (NEEDS_WEIGHT | NEEDS_BIAS) and not bits & NEEDS_INPUT:
             return None
     try:
-        made = operators.eager_add_norm._op(x, other, weight, bias, bits, eps)
+        if on_gpu:
+            bits |= KEEP * bool(bits & NEEDS_INPUT)
+            made = operators.add_norm._op(x, other, weight, bias, bits, eps)
+        else:
+            made = operators.eager_add_norm._op(x, other, weight, bias, bits, eps)
     except RuntimeError:  # what is merely unusual
         return None
     y, h, record = made
@@ -65,7 +76,7 @@ def by_bits(
 
 
 class AddNorm(Function):
-    """The graph's node for what the operator has made."""
+    """The graph's node for what an operator has made."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, other: Any, weight: Any, bias: Any, made: Any) -> Any:
@@ -82,9 +93,18 @@ class AddNorm(Function):
         h, weight = ctx.saved_tensors
         plain = type(grad) is Tensor and not (is_compiling() or torch.is_grad_enabled())
         if plain and type(grad_h) is Tensor and eager.is_plain(grad, grad_h):
-            made = operators.eager_add_norm_backward._op(grad, grad_h, h, ctx.kept[0], weight)
-            of_x, of_weight, of_bias = made
+            of_x, of_weight, of_bias = _backward(grad, grad_h, h, weight, ctx.kept)
         else:
             of_x, of_weight, of_bias, _ = eager.pull_back(ctx.kept, grad, h, weight)
             of_x = of_x if grad_h is None else of_x + grad_h
         return of_x, of_x, of_weight, of_bias, None
+
+
+def _backward(grad: Tensor, grad_h: Tensor, h: Tensor, weight: Any, kept: Any) -> Any:
+    """The gradients of x, weight and bias; None, or of anything, where it is not wanted."""
+    record, bits, eps, _ = kept
+    if record.dim() == 1:  # of a CPU's operator
+        return operators.eager_add_norm_backward._op(grad, grad_h, h, record, weight)
+    made = operators.add_norm_backward._op(grad, grad_h, h, record, weight, bits, eps)
+    wanted = NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS
+    return [g if bits & flag else None for g, flag in zip(made, wanted, strict=True)]

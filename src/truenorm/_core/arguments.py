@@ -37,7 +37,7 @@ Differs = Callable[[Any, Any], bool]
 _STATISTICS = "mean", "var"
 _PARAMETERS = "weight", "bias"
 # what has no moments where it is empty
-_OF_VALUES = "norm", "norm_", "norm_below"
+_OF_VALUES = "norm", "norm_", "norm_below", "add_norm"
 _ACTIVATIONS = 8  # the last number of activation.py
 
 
@@ -185,22 +185,22 @@ def _sums(sums: Tensor, x: Tensor, count: int, differs: Differs) -> None:
         )
 
 
-def _gradient(grad: Tensor, x: Tensor, differs: Differs) -> None:
-    _floating("grad", grad, x, complex_too=x.is_complex())
+def _gradient(grad: Tensor, x: Tensor, differs: Differs, name: str = "grad") -> None:
+    _floating(name, grad, x, complex_too=x.is_complex())
     if differs(grad.shape, x.shape):
         raise RuntimeError(
-            f"`grad` must have the shape of `x`, {tuple(x.shape)}, but got {_shape(grad)}: pass "
+            f"`{name}` must have the shape of `x`, {tuple(x.shape)}, but got {_shape(grad)}: pass "
             "one like x"
         )
 
 
-def _residual(residual: Tensor, x: Tensor, differs: Differs) -> None:
-    _dense("residual", residual, x)
-    if residual.dtype != x.dtype or differs(residual.shape, x.shape):
+def _alike(name: str, t: Tensor, x: Tensor, differs: Differs) -> None:
+    _dense(name, t, x)
+    if t.dtype != x.dtype or differs(t.shape, x.shape):
         raise RuntimeError(
-            f"`residual` must have the shape of `x`, {tuple(x.shape)} and its dtype, {x.dtype}, "
-            f"but got {_shape(residual)} and {residual.dtype}: pass one like x (truenorm: the "
-            "residual's shape and dtype must be the input's)"
+            f"`{name}` must have the shape of `x`, {tuple(x.shape)} and its dtype, {x.dtype}, "
+            f"but got {_shape(t)} and {t.dtype}: pass one like x (truenorm: the "
+            f"{name}'s shape and dtype must be the input's)"
         )
 
 
@@ -285,6 +285,9 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
     at_grad, at_residual, at_mask = (places.get(n) for n in ("grad", "residual", "mask"))
     at_size, overwrites, operator_name = places.get("size"), name == "norm_", name
     of_values = name in _OF_VALUES
+    # what an operator of a sum and its norm has beside a norm's
+    at_other, at_grad_h = places.get("other"), places.get("grad_h")
+    of_sum = name.startswith("add_")
 
     def check(args: Sequence[Any]) -> None:
         x: Tensor = args[at_x]
@@ -301,6 +304,15 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
         shape = x.shape[x.dim() - features :] if features else x.shape[1:2]
         if at_grad is not None:
             _gradient(args[at_grad], x, differs)
+        if at_other is not None:
+            _alike("other", args[at_other], x, differs)
+        if at_grad_h is not None and args[at_grad_h] is not None:
+            _gradient(args[at_grad_h], x, differs, "grad_h")
+        if of_sum and (not axes.feature_dims or form >> ACT & 0xFF):
+            raise RuntimeError(
+                f"`form` (={form}) must be one over trailing dimensions, without an activation: "
+                "pass a norm alone"
+            )
         if at_mask is not None and args[at_mask] is not None:
             _mask(args[at_mask], x, axes, differs)
         if at_form is not None:
@@ -331,7 +343,7 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
                 "the samples: pass a norm alone"
             )
         if residual is not None:
-            _residual(residual, x, differs)
+            _alike("residual", residual, x, differs)
         if at_form is not None:
             _number(
                 "act", form >> ACT & 0xFF, 0, _ACTIVATIONS,

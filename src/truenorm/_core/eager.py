@@ -114,17 +114,15 @@ def call(
     return y  # type: ignore[no-any-return]
 
 
-def is_plain(x: Tensor, *others: Any) -> bool:
-    """Whether nobody transforms, traces or stands in for these tensors on a CPU with kernels."""
+def is_plain(*tensors: Any) -> bool:
+    """Whether nobody transforms, traces or stands in for these tensors."""
     return not (
-        not x.is_cpu
-        or has_torch_function_variadic(x, *others)
+        has_torch_function_variadic(*tensors)
         or _transforms_active()
         or forward_ad._current_level >= 0
         or _dispatch_modes()
         or _is_tracing()
         or _trace._trace_module_map is not None
-        or NATIVE is None
     )
 
 
@@ -251,10 +249,12 @@ def pull_back(
     record, bits, eps, parameter = kept
     if not bits & _NEEDS:
         return [None, None, None, None]
-    moments = record[:-3].view(2, -1)
-    count = moments.new_full((1, moments.shape[1]), x.numel() // moments.shape[1])
+    if record.dim() == 1:  # of the short way
+        moments = record[:-3].view(2, -1)
+        count = moments.new_full((1, moments.shape[1]), x.numel() // moments.shape[1])
+        record = torch.cat([moments, count])
     form = form_of(bits, x, eps, parameter)
-    tensors = grad, x, weight, bias, residual, torch.cat([moments, count])
+    tensors = grad, x, weight, bias, residual, record
     return gradients.pull_back(form, bits & (_NEEDS | BY_OUTPUT), *tensors)
 
 

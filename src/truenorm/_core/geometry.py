@@ -138,7 +138,12 @@ def _fills(sizes: Sequence[int], strides: Sequence[int], start: int, *, ordered:
     return True
 
 
-def _is_turned(sizes: Sequence[int], strides: Sequence[int], feature_dims: int) -> bool:
+def fills(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether these dimensions are dense in memory, and in order."""
+    return _fills(sizes, strides, 1, ordered=True)
+
+
+def is_turned(sizes: Sequence[int], strides: Sequence[int], feature_dims: int) -> bool:
     """Whether the features lie outside of the positions in memory, [N, C, P].
 
     csrc/geometry.cpp states the same.
@@ -177,9 +182,9 @@ def kept_strides(x: Tensor, axes: Axes) -> tuple[int, ...]:
             shape[:split], strides[:split], inner, ordered=False
         ):
             return strides
-        if axes.as_given and _is_turned(shape, strides, axes.feature_dims):
+        if axes.as_given and is_turned(shape, strides, axes.feature_dims):
             return strides
-        return _contiguous_strides(shape)
+        return contiguous_strides(shape)
     n, c, s = ncs(shape, axes)
     if n == 1 or strides[0] == c * s:
         rows = _fills(shape[2:], strides[2:], 1, ordered=False) and (c == 1 or strides[1] == s)
@@ -187,12 +192,12 @@ def kept_strides(x: Tensor, axes: Axes) -> tuple[int, ...]:
         if rows or columns:
             return strides
     if x.dim() > 2 and c > 1 and strides[1] == 1:
-        inside = _contiguous_strides((shape[0], *shape[2:], c))
+        inside = contiguous_strides((shape[0], *shape[2:], c))
         return (inside[0], 1, *inside[1:-1])
-    return _contiguous_strides(shape)
+    return contiguous_strides(shape)
 
 
-def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)

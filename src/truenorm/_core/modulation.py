@@ -2,8 +2,8 @@
 
 What differs by sample, or along the first of several leading dimensions, goes into the weight and
 bias that each part of the samples has, and costs the kernels nothing. What differs by position is
-applied after the norm, and so is all of it where statistics span processes, inputs are DTensors, or
-a graph is made of torch's own operators.
+applied after the norm, and so is all of it where statistics span processes, inputs are DTensors, no
+kernel serves the device, or a graph is made of torch's own operators.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _of_samples(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Parame
 def by_part(call: Call) -> Call | None:
     """The call with scale and shift in weight and bias; None where no parts have one each."""
     x = call.x
-    if call.group is not None or not x.is_cpu or x.is_complex():
+    if call.group is not None or route.lacks_kernel(x) or x.is_complex():
         return None
     if route.way_to_output(call) not in (route.KERNEL, route.GRAPH, route.PLAIN):
         return None

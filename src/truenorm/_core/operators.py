@@ -56,6 +56,12 @@ _SCHEMAS = {
     # of an operator takes longer than a small kernel
     "norm_below": _NORM,
     "norm_backward_below": _BACKWARD,
+    # norm(h), h = x + other, and the record; the backward takes the gradients of both. Never in a
+    # graph, where a sum and a norm stand apart
+    "add_norm": "(Tensor x, Tensor other, Tensor? weight, Tensor? bias, int form, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    "add_norm_backward": "(Tensor grad, Tensor? grad_h, Tensor x, Tensor record, Tensor? weight,"
+    " int form, float eps) -> (Tensor, Tensor, Tensor)",
     "statistics": "(Tensor x, Tensor? mask, int form) -> Tensor",
     "gradient_sums": f"({_PULLED}, int form, float eps, float parameter) -> Tensor",
     "move_": f"({_RUNNING}, Tensor record, float? momentum, bool skip_nonfinite) -> ()",
@@ -149,6 +155,26 @@ def _norm_backward(
     return of_x, *parameters, of_residual
 
 
+def _add_norm(
+    x: Tensor, other: Tensor, weight: Any, bias: Any, bits: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    h = geometry.laid_out(x + other, geometry.kept_strides(x, axes_of(bits, x)))
+    y, record = _norm(h, weight, bias, *[None] * 4, bits, eps, 0.0, 0.0)
+    return y, h, record
+
+
+def _add_norm_backward(
+    grad: Tensor, grad_h: Tensor | None, x: Tensor, record: Tensor, weight: Any, bits: int,
+    eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    of_x, *parameters, _ = _norm_backward(
+        grad, x, record, weight, None, None, None, None, bits, eps, 0.0
+    )
+    if grad_h is not None and bits & NEEDS_INPUT:
+        of_x += grad_h
+    return of_x, *parameters
+
+
 def _statistics(x: Tensor, mask: Tensor | None, bits: int) -> Tensor:
     return plain.statistics(x, mask, axes_of(bits, x))
 
@@ -192,6 +218,8 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "norm_backward": _norm_backward,
     "norm_below": _norm,
     "norm_backward_below": _norm_backward,
+    "add_norm": _add_norm,
+    "add_norm_backward": _add_norm_backward,
     "statistics": _statistics,
     "gradient_sums": _gradient_sums,
     "move_": plain.move,
@@ -200,7 +228,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
 }
 for _name, _kernel in PLAIN.items():
     defined.impl(_name, _kernel, "CompositeExplicitAutograd")
-    if _name.endswith("_below"):
+    if _name.endswith("_below") or _name.startswith("add_"):
         defined.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 # asks, and calls move_, which looks at the arguments: the same on every device
 defined.own.impl("move_once_", move_once, "CompositeExplicitAutograd")
@@ -245,6 +273,19 @@ def _fake_norm_backward(
     return result(NEEDS_INPUT), *pair, result(NEEDS_RESIDUAL)
 
 
+def _fake_add_norm(
+    x: Tensor, other: Tensor, weight: Any, bias: Any, *numbers: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, record = _fake_norm(x, *numbers, 0.0, 0.0)
+    return y, torch.empty_like(y), record
+
+
+def _fake_add_norm_backward(
+    grad: Tensor, grad_h: Any, x: Tensor, record: Any, weight: Any, *numbers: Any
+) -> tuple[Tensor, ...]:
+    return _fake_norm_backward(grad, x, record, weight, None, None, None, None, *numbers)[:3]
+
+
 def _fake_statistics(x: Tensor, mask: Any, bits: int) -> Tensor:
     return _record_like(x, bits)
 
@@ -272,6 +313,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     "norm_backward": _fake_norm_backward,
     "norm_below": _fake_norm,
     "norm_backward_below": _fake_norm_backward,
+    "add_norm": _fake_add_norm,
+    "add_norm_backward": _fake_add_norm_backward,
     "statistics": _fake_statistics,
     "gradient_sums": _fake_gradient_sums,
     "move_": _fake_nothing,
@@ -302,6 +345,8 @@ _operators = torch.ops.truenorm
 norm = _operators.norm.default
 norm_ = _operators.norm_.default
 norm_backward = _operators.norm_backward.default
+add_norm = _operators.add_norm.default
+add_norm_backward = _operators.add_norm_backward.default
 statistics = _operators.statistics.default
 gradient_sums = _operators.gradient_sums.default
 move = _operators.move_.default

@@ -15,14 +15,21 @@ import triton.language as tl
 
 from .moments import at_least_one
 from .tiles import (
+    OF_ROWS,
+    STRIDED,
+    TURNED,
     affine_tile,
     chunk_bounds,
     gradient_tile,
     load_tile,
     narrow,
     optional,
+    parameters_of_units,
+    parameters_of_values,
     per_statistic,
+    row_starts,
     split_program,
+    statistic_of,
     statistics,
     tile_units,
     two_floats,
@@ -31,23 +38,30 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["U", "R", "n", "blocks", "S", "eps_bits", "parameter_bits"])
+@triton.jit(
+    do_not_specialize=[
+        "U", "R", "part", "inner", "innermost", "step_0", "step_1", "step_2", "n", "blocks", "S",
+        "eps_bits", "parameter_bits",
+    ]
+)  # fmt: skip
 def backward(
-    p_grad, p_x, p_record, p_weight, p_bias, p_mask, p_residual,
+    p_grad, p_grad_h, p_x, p_record, p_weight, p_bias, p_mask, p_residual,
     o_grad, o_residual, o_weight, o_bias,
-    U, C, K, R, run_stride, units, n, blocks, S, eps_bits, parameter_bits,
+    U, C, K, R, run_stride, units, part, inner, innermost, step_0, step_1, step_2,
+    n, blocks, S, eps_bits, parameter_bits,
     BU: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr,
+    COLUMNS: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr, PARTED: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     CENTRED: tl.constexpr, FIXED: tl.constexpr, NEEDS_X: tl.constexpr,
-    NEEDS_PARAMETERS: tl.constexpr, NEEDS_RESIDUAL: tl.constexpr,
+    NEEDS_PARAMETERS: tl.constexpr, NEEDS_RESIDUAL: tl.constexpr, HAS_GRAD_H: tl.constexpr,
     MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BY_OUTPUT: tl.constexpr, ACT: tl.constexpr,
-    ROUNDS: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    ROUNDS: tl.constexpr, PLACED: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """grad_x, x and grad read once; sums for the parameters.
 
     One sum per unit, or, where parameters go by value, one row of sums per program. S: how many
-    statistics there are.
+    statistics there are. blocks: of tiles, or of those of one part, between which programs go turn
+    by turn. HAS_GRAD_H: x is a sum, which has a gradient of its own beside the norm's.
     """
     at = tl.arange(0, BK)
     if RUNS:
@@ -58,16 +72,29 @@ def backward(
         k = at.to(INDEX)
         in_value = at < K
         inside = value_offsets(k, C, COLUMNS)
+    first, step = tl.program_id(0), tl.num_programs(0)
+    before, place = 0, at
+    if PARTED == OF_ROWS:
+        parts = U // part
+        before, place = first % parts * blocks, parameters_of_values(at, first % parts, K, PARTED)
+        first, step = first // parts, step // parts
     if BY_VALUE:
-        weight = optional(p_weight, at, in_value, HAS_WEIGHT, 1.0, ACC)[None, :]
-        bias = optional(p_bias, at, in_value, HAS_BIAS, 0.0, ACC)[None, :]
+        weight = optional(p_weight, place, in_value, HAS_WEIGHT, 1.0, ACC)[None, :]
+        bias = optional(p_bias, place, in_value, HAS_BIAS, 0.0, ACC)[None, :]
         of_weight = tl.zeros((BK,), ACC)
         of_bias = tl.zeros((BK,), ACC)
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+    for block in range(first, blocks, step):
         u, in_unit, c, sample, begin = tile_units(
-            block, U, C, K, units, BU, COLUMNS, GROUPED, INDEX
+            before + block, U, C, K, R, run_stride, units, part, BU, COLUMNS, GROUPED, PARTED, INDEX
         )  # fmt: skip
         offsets = begin[:, None] + inside[None, :]
+        x_offsets = offsets
+        if PLACED == TURNED:
+            # of all but x
+            offsets = (u * K)[:, None] + k[None, :]
+        if PLACED == STRIDED:
+            start = row_starts(u, inner, innermost, step_0, step_1, step_2)
+            x_offsets = start[:, None] + k[None, :]
         there, valid = valid_tile(p_mask, u, in_unit, sample, at, in_value, K, MASK, COLUMNS)
         if GROUPED:
             statistic = u // units
@@ -76,11 +103,12 @@ def backward(
         mean, rstd = statistics(p_record, p_record + S, statistic, in_unit, eps_bits)
         high, low = two_floats(mean, ACC)
         rstd = rstd.to(ACC)
-        x = load_tile(p_x, offsets, there, valid, MASK, ACC)
+        x = load_tile(p_x, x_offsets, there, valid, MASK, ACC)
         x_hat = tl.where(valid, ((x - high[:, None]) - low[:, None]) * rstd[:, None], 0.0)
         if not BY_VALUE:
-            weight = optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, ACC)[:, None]
-            bias = optional(p_bias, c, in_unit, HAS_BIAS, 0.0, ACC)[:, None]
+            of_unit = parameters_of_units(c, sample, C, part, PARTED)
+            weight = optional(p_weight, of_unit, in_unit, HAS_WEIGHT, 1.0, ACC)[:, None]
+            bias = optional(p_bias, of_unit, in_unit, HAS_BIAS, 0.0, ACC)[:, None]
         z = affine_tile(x_hat, weight, bias, p_x.dtype.element_ty, ROUNDS)
         g = gradient_tile(
             z, p_grad, p_residual, offsets, there, valid, parameter_bits,
@@ -113,6 +141,8 @@ def backward(
             y = wg * rstd[:, None]
             if MASK:
                 y = tl.where(valid, y, 0.0)
+            if HAS_GRAD_H:
+                y += tl.load(p_grad_h + offsets, mask=there, other=0).to(ACC)
             tl.store(o_grad + offsets, narrow(y, o_grad.dtype.element_ty), mask=there)
     if BY_VALUE and NEEDS_PARAMETERS:
         row = tl.program_id(0).to(INDEX) * K
@@ -122,16 +152,16 @@ def backward(
 
 @triton.jit(
     do_not_specialize=[
-        "U", "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "S", "sums_at",
+        "U", "R", "units", "part", "unit_blocks", "chunks", "k_chunks", "r_chunk", "S", "sums_at",
         "eps_bits", "parameter_bits",
     ]
 )  # fmt: skip
 def backward_apply(
     p_grad, p_x, p_record, p_sums, p_weight, p_bias, p_mask, p_residual, o_grad, o_residual,
-    U, C, K, R, run_stride, units, unit_blocks, chunks, k_chunks, k_chunk, r_chunk,
+    U, C, K, R, run_stride, units, part, unit_blocks, chunks, k_chunks, k_chunk, r_chunk,
     S, sums_at, eps_bits, parameter_bits,
     BU: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr, PARTED: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     CENTRED: tl.constexpr, FIXED: tl.constexpr, NEEDS_X: tl.constexpr,
     NEEDS_RESIDUAL: tl.constexpr, MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -143,29 +173,34 @@ def backward_apply(
     p_sums: those of w·g·x̂, and sums_at further those of w·g.
     """
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, True)
-    u, in_unit, c, sample, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
+    u, in_unit, c, sample, base = tile_units(
+        block, U, C, K, R, run_stride, BU, part, BU, COLUMNS, False, PARTED, INDEX
+    )  # fmt: skip
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
-    mean, rstd = statistics(p_record, p_record + S, u // units, in_unit, eps_bits)
+    statistic = statistic_of(u, units, S, PARTED)
+    mean, rstd = statistics(p_record, p_record + S, statistic, in_unit, eps_bits)
     high, low = two_floats(mean, ACC)
     high, low, rstd = high[:, None], low[:, None], rstd.to(ACC)[:, None]
     if NEEDS_X and not FIXED:
-        slope = tl.load(p_sums + u // units, mask=in_unit, other=0).to(ACC)[:, None]
+        slope = tl.load(p_sums + statistic, mask=in_unit, other=0).to(ACC)[:, None]
         if CENTRED:
-            shift = tl.load(p_sums + sums_at + u // units, mask=in_unit, other=0)
+            shift = tl.load(p_sums + sums_at + statistic, mask=in_unit, other=0)
             shift = shift.to(ACC)[:, None]
     if not BY_VALUE:
-        weight = optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, ACC)[:, None]
-        bias = optional(p_bias, c, in_unit, HAS_BIAS, 0.0, ACC)[:, None]
+        place = parameters_of_units(c, sample, C, part, PARTED)
+        weight = optional(p_weight, place, in_unit, HAS_WEIGHT, 1.0, ACC)[:, None]
+        bias = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, ACC)[:, None]
     for r in range(r0, r1):
         for start in range(k0, k1, BK):
             k = start + tl.arange(0, BK)
             offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
             there, valid = valid_tile(
-                p_mask, u, in_unit, sample, r * K + k, k < k1, K, MASK, COLUMNS
+                p_mask, u, in_unit, sample, r * K + k, k < k1, K * R, MASK, COLUMNS
             )  # fmt: skip
             if BY_VALUE:
-                weight = optional(p_weight, k, k < k1, HAS_WEIGHT, 1.0, ACC)[None, :]
-                bias = optional(p_bias, k, k < k1, HAS_BIAS, 0.0, ACC)[None, :]
+                place = parameters_of_values(k, sample, K, PARTED)
+                weight = optional(p_weight, place, k < k1, HAS_WEIGHT, 1.0, ACC)[None, :]
+                bias = optional(p_bias, place, k < k1, HAS_BIAS, 0.0, ACC)[None, :]
             x_hat = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
             x_hat = ((x_hat - high) - low) * rstd
             z = affine_tile(x_hat, weight, bias, p_x.dtype.element_ty, ROUNDS)

@@ -160,6 +160,11 @@ def merge(parts: int, *, neighbours: bool) -> Launch:
     return Launch(max(1, 1024 // wide), wide, 4)
 
 
+def programs_of_part(blocks: int) -> int:
+    """The same, of those of one part: as many whatever other parts there are."""
+    return min(blocks, max(32, -(-blocks // 16)))
+
+
 def programs(blocks: int, multiprocessors: int) -> int:
     """Programs that share the blocks of rows of a layer norm's backward."""
     return min(blocks, max(2 * multiprocessors, -(-blocks // LIMITS.blocks_per_program)))

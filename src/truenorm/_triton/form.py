@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._core.call import (
     ACT,
+    AS_GIVEN,
     BY_OUTPUT,
     CONSTANT,
     FEATURES,
@@ -59,4 +60,5 @@ def unpack(bits: int, x: Tensor) -> Form:
 def pack(axes: Axes) -> int:
     """The number of a form with these axes, and nothing else."""
     groups = 0 if axes.feature_dims else axes.num_groups
-    return groups << GROUPS | axes.feature_dims << FEATURES | (0 if axes.centred else UNCENTRED)
+    flags = (0 if axes.centred else UNCENTRED) | (AS_GIVEN if axes.as_given else 0)
+    return groups << GROUPS | axes.feature_dims << FEATURES | flags

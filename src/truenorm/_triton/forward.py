@@ -1,6 +1,7 @@
 """The forward kernels: a statistic and its values at once where they fit on chip, else in passes.
 
-y = act((x − mean) / std · weight + bias + residual), padding where a mask says so
+y = act((x − mean) / std · weight + bias + residual), padding where a mask says so; or the same of
+a sum, which is rounded first
 """
 
 from __future__ import annotations
@@ -10,14 +11,21 @@ import triton.language as tl
 
 from .moments import at_least_one, tile_moments
 from .tiles import (
+    STRIDED,
+    TURNED,
     affine_tile,
     as_float64,
     chunk_bounds,
     finish_tile,
     load_tile,
+    narrow,
     optional,
+    parameters_of_units,
+    parameters_of_values,
     per_statistic,
+    row_starts,
     split_program,
+    statistic_of,
     statistics,
     tile_units,
     two_floats,
@@ -26,23 +34,30 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["U", "R", "n", "S", "eps_bits", "parameter_bits", "padding_bits"])
+@triton.jit(
+    do_not_specialize=[
+        "U", "R", "part", "inner", "innermost", "step_0", "step_1", "step_2", "n", "S", "eps_bits",
+        "parameter_bits", "padding_bits",
+    ]
+)  # fmt: skip
 def forward(
-    p_x, p_weight, p_bias, p_mask, p_residual, o_y, o_record,
-    U, C, K, R, run_stride, units, n, S, eps_bits, parameter_bits, padding_bits,
+    p_x, p_other, p_weight, p_bias, p_mask, p_residual, o_h, o_y, o_record,
+    U, C, K, R, run_stride, units, part, inner, innermost, step_0, step_1, step_2,
+    n, S, eps_bits, parameter_bits, padding_bits,
     BU: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr,
+    COLUMNS: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr, PARTED: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     CENTRED: tl.constexpr, MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    ROUNDS: tl.constexpr, PLACED: tl.constexpr, HAS_OTHER: tl.constexpr,
     NEEDS_Y: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """y and the record, x read once: a tile holds every value of its statistics.
 
-    S: how many statistics there are.
+    S: how many statistics there are. HAS_OTHER: of h = x + other, which is stored too. PLACED: how
+    x lies, where that is not as all else does.
     """
     u, in_unit, c, sample, begin = tile_units(
-        tl.program_id(0), U, C, K, units, BU, COLUMNS, GROUPED, INDEX
+        tl.program_id(0), U, C, K, R, run_stride, units, part, BU, COLUMNS, GROUPED, PARTED, INDEX
     )  # fmt: skip
     at = tl.arange(0, BK)
     if RUNS:
@@ -54,8 +69,20 @@ def forward(
         in_value = at < K
         inside = value_offsets(k, C, COLUMNS)
     offsets = begin[:, None] + inside[None, :]
+    x_offsets = offsets
+    if PLACED == TURNED:
+        # of all but x
+        offsets = (u * K)[:, None] + k[None, :]
+    if PLACED == STRIDED:
+        start = row_starts(u, inner, innermost, step_0, step_1, step_2)
+        x_offsets = start[:, None] + k[None, :]
     there, valid = valid_tile(p_mask, u, in_unit, sample, at, in_value, K, MASK, COLUMNS)
-    x = load_tile(p_x, offsets, there, valid, MASK, ACC)
+    x = load_tile(p_x, x_offsets, there, valid, MASK, ACC)
+    if HAS_OTHER:
+        other = tl.load(p_other + offsets, mask=there, other=0).to(ACC)
+        h = narrow(x + other, o_h.dtype.element_ty)
+        tl.store(o_h + offsets, h, mask=there)
+        x = h.to(ACC)
     if MASK:
         count = per_statistic(valid.to(tl.int32), GROUPED)
         values = at_least_one(count).to(ACC)
@@ -77,14 +104,16 @@ def forward(
     if NEEDS_Y:
         rstd = 1.0 / tl.sqrt(var + as_float64(eps_bits))
         if BY_VALUE:
-            weight = optional(p_weight, at, in_value, HAS_WEIGHT, 1.0, ACC)
-            bias = optional(p_bias, at, in_value, HAS_BIAS, 0.0, ACC)
+            place = parameters_of_values(at, sample, K, PARTED)
+            weight = optional(p_weight, place, in_value, HAS_WEIGHT, 1.0, ACC)
+            bias = optional(p_bias, place, in_value, HAS_BIAS, 0.0, ACC)
             TYPE: tl.constexpr = o_y.dtype.element_ty
             x_hat = d * rstd.to(ACC)[:, None]
             y = affine_tile(x_hat, weight[None, :], bias[None, :], TYPE, ROUNDS)
         else:
-            weight = optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, tl.float64)
-            bias = optional(p_bias, c, in_unit, HAS_BIAS, 0.0, ACC)
+            place = parameters_of_units(c, sample, C, part, PARTED)
+            weight = optional(p_weight, place, in_unit, HAS_WEIGHT, 1.0, tl.float64)
+            bias = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, ACC)
             y = d * (rstd * weight).to(ACC)[:, None] + bias[:, None]
         finish_tile(
             y, p_residual, o_y, offsets, there, valid, parameter_bits, padding_bits,
@@ -94,16 +123,16 @@ def forward(
 
 @triton.jit(
     do_not_specialize=[
-        "U", "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "var_at", "n", "S",
-        "eps_bits", "parameter_bits", "padding_bits",
+        "U", "R", "units", "part", "unit_blocks", "chunks", "k_chunks", "r_chunk", "var_at", "n",
+        "S", "eps_bits", "parameter_bits", "padding_bits",
     ]
 )  # fmt: skip
 def normalize(
     p_x, p_mean, p_var, p_weight, p_bias, p_mask, p_residual, o_y, o_record,
-    U, C, K, R, run_stride, units, unit_blocks, chunks, k_chunks, k_chunk, r_chunk,
+    U, C, K, R, run_stride, units, part, unit_blocks, chunks, k_chunks, k_chunk, r_chunk,
     var_at, n, S, eps_bits, parameter_bits, padding_bits,
     BU: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr, PARTED: tl.constexpr,
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -114,36 +143,44 @@ def normalize(
     var_at: how far from p_var the variances begin. KEEP: what was given is recorded.
     """
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, True)
-    u, in_unit, c, sample, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
+    u, in_unit, c, sample, base = tile_units(
+        block, U, C, K, R, run_stride, BU, part, BU, COLUMNS, False, PARTED, INDEX
+    )  # fmt: skip
+    statistic = statistic_of(u, units, S, PARTED)
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
-    mean, rstd = statistics(p_mean, p_var + var_at, u // units, in_unit, eps_bits)
+    mean, rstd = statistics(p_mean, p_var + var_at, statistic, in_unit, eps_bits)
     if KEEP:
         writes = in_unit & (chunk + u % units == 0)
-        var = tl.load(p_var + var_at + u // units, mask=writes, other=0).to(tl.float64)
-        tl.store(o_record + u // units, mean, mask=writes)
-        tl.store(o_record + S + u // units, var, mask=writes)
+        if PARTED:
+            # a channel's, by the first part alone
+            writes &= u // units < S
+        var = tl.load(p_var + var_at + statistic, mask=writes, other=0).to(tl.float64)
+        tl.store(o_record + statistic, mean, mask=writes)
+        tl.store(o_record + S + statistic, var, mask=writes)
         # under a mask that is for who launches this
         if not MASK:
-            tl.store(o_record + 2 * S + u // units, tl.zeros_like(mean) + n, mask=writes)
+            tl.store(o_record + 2 * S + statistic, tl.zeros_like(mean) + n, mask=writes)
     high, low = two_floats(mean, ACC)
     if BY_VALUE:
         scale = rstd.to(ACC)
         shift = tl.zeros((BU,), ACC)
     else:
-        scale = (rstd * optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, tl.float64)).to(ACC)
-        shift = optional(p_bias, c, in_unit, HAS_BIAS, 0.0, ACC)
+        place = parameters_of_units(c, sample, C, part, PARTED)
+        scale = (rstd * optional(p_weight, place, in_unit, HAS_WEIGHT, 1.0, tl.float64)).to(ACC)
+        shift = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, ACC)
     for r in range(r0, r1):
         for start in range(k0, k1, BK):
             k = start + tl.arange(0, BK)
             offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
             there, valid = valid_tile(
-                p_mask, u, in_unit, sample, r * K + k, k < k1, K, MASK, COLUMNS
+                p_mask, u, in_unit, sample, r * K + k, k < k1, K * R, MASK, COLUMNS
             )  # fmt: skip
             x = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
             y = ((x - high[:, None]) - low[:, None]) * scale[:, None] + shift[:, None]
             if BY_VALUE:
-                weight = optional(p_weight, k, k < k1, HAS_WEIGHT, 1.0, ACC)
-                bias = optional(p_bias, k, k < k1, HAS_BIAS, 0.0, ACC)
+                place = parameters_of_values(k, sample, K, PARTED)
+                weight = optional(p_weight, place, k < k1, HAS_WEIGHT, 1.0, ACC)
+                bias = optional(p_bias, place, k < k1, HAS_BIAS, 0.0, ACC)
                 TYPE: tl.constexpr = o_y.dtype.element_ty
                 y = affine_tile(y, weight[None, :], bias[None, :], TYPE, ROUNDS)
             finish_tile(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,25 @@ def norm_backward(
     with view.on(x):
         call = _Backward(grad, x, record, weight, bias, mask, residual, form, eps, parameter)
         return call.run(None if sums is None else call.statistic(sums))
+
+
+def add_norm_backward(
+    grad: Tensor,
+    grad_h: Tensor | None,
+    x: Tensor,
+    record: Tensor,
+    weight: Tensor | None,
+    form: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a sum x, to which is added what comes for it beside the norm's, and of the
+    parameters.
+    """
+    with view.on(x):
+        call = _Backward(grad, x, record, weight, None, None, None, form, eps, 0.0)
+        if grad_h is not None:
+            call.grad_h = view.dense(grad_h.to(x.dtype), call.strides)
+        return call.run(None)[:3]
 
 
 def gradient_sums(
@@ -70,6 +91,7 @@ class _Backward(Inputs):
             x, weight, bias if acts else None, mask, residual if acts else None, bits, parameter
         )
         self.grad = view.dense(grad.to(x.dtype), self.strides)
+        self.grad_h: Tensor | None = None
         self.eps, self.of = view.bits(eps), self.statistic(record)
         self.acc, self.kept = view.compute(x)
         needs = self.form.needs
@@ -85,7 +107,7 @@ class _Backward(Inputs):
         )
         shape = x.shape[x.dim() - features :] if features else x.shape[1:2]
         wide = torch.promote_types(x.dtype, torch.float32)
-        dtype = self.weight_dtype or wide
+        shape, dtype = self.of_weight or (shape, wide)
         sizes = shape if self.needs_parameters else (0,)
         self.grad_weight = torch.empty(sizes, dtype=dtype, device=x.device)
         self.grad_bias = torch.empty(sizes, dtype=dtype, device=x.device)
@@ -94,7 +116,10 @@ class _Backward(Inputs):
         if launch is not None and given is None:
             self._whole(launch)
         elif self.units.by_value:
+            self.in_rows()
             self._features(given)
+            if self.grad_h is not None:
+                self.grad_x += self.grad_h
         else:
             self._channels(given)
         empty = self.grad_weight.new_empty(0)
@@ -116,8 +141,8 @@ class _Backward(Inputs):
         sums.merge_sums[(-(-units.U // merge.units),)](
             gx, g, None, None, None, made, made,
             units.U, units.C, units.values, units.statistics, 0, units.U, plan.count, plan.count,
-            1, 0,
-            STATISTICS=False, PARAMETERS=True, HAS_WEIGHT=False, HAS_MASK=False,
+            1, 0, 0, 0,
+            STATISTICS=False, PARAMETERS=True, PARTED=False, HAS_WEIGHT=0, HAS_MASK=False,
             BQ=merge.units, BP=merge.values, **view.launch_options(merge.warps),
         )  # fmt: skip
         return made
@@ -132,10 +157,9 @@ class _Backward(Inputs):
         room = torch.empty((2, self.units.statistics), dtype=self.kept, device=self.x.device)
         return room, self.units.statistics
 
-    @property
-    def _after(self) -> dict[str, object]:
+    def _after(self, units: Units) -> dict[str, Any]:
         return {
-            **self.constants,
+            **self.constants(units),
             "HAS_BIAS": self.bias is not None,
             "HAS_RESIDUAL": self.residual is not None,
             "BY_OUTPUT": self.form.by_output and self.residual is not None,
@@ -149,24 +173,29 @@ class _Backward(Inputs):
         per_program = units.D if grouped else launch.units
         blocks = grid = units.blocks(per_program)
         of_weight, of_bias = self.grad_weight, self.grad_bias
-        if units.by_value:
+        if units.by_value and units.part:
+            blocks //= units.parts
+            grid = config.programs_of_part(blocks) * units.parts
+        elif units.by_value:
             grid = config.programs(blocks, view.processors(self.x.device))
-        if self.needs_parameters and (units.by_value or units.samples > 1):
+        sums_of = grid // units.parts if units.by_value else units.part or units.samples
+        if self.needs_parameters and (units.by_value or sums_of > 1):
             parts = grid * units.K if units.by_value else units.U
             of_weight, of_bias = view.pair(parts, self.kept, self.x.device)
         kernels.backward[(grid,)](
-            self.grad, self.x, self.of, self.weight, self.bias, self.mask, self.residual,
-            self.grad_x, self.grad_residual, of_weight, of_bias,
-            units.U, units.C, units.K, units.R, units.run_stride, per_program, units.values,
-            blocks, units.statistics, self.eps, self.parameter,
-            **units.tiles(launch), **self._after, RUNS=units.R > 1, GROUPED=grouped,
-            BY_VALUE=units.by_value, HAS_WEIGHT=self.weight is not None,
+            self.grad, self.grad_h, self.x, self.of, self.weight, self.bias, self.mask,
+            self.residual, self.grad_x, self.grad_residual, of_weight, of_bias,
+            units.U, units.C, units.K, units.R, units.run_stride, per_program, units.part,
+            *self.placed.sizes, *self.placed.steps, units.values, blocks, units.statistics,
+            self.eps, self.parameter,
+            **units.tiles(launch), **self._after(units), RUNS=units.R > 1, GROUPED=grouped,
+            BY_VALUE=units.by_value, HAS_WEIGHT=self.has_weight,
             CENTRED=self.form.axes.centred, FIXED=self.form.constant, NEEDS_X=self.needs_x,
             NEEDS_PARAMETERS=self.needs_parameters, NEEDS_RESIDUAL=self.needs_residual,
+            HAS_GRAD_H=self.grad_h is not None, PLACED=self.placed.kind,
         )  # fmt: skip
         if of_weight is not self.grad_weight:
-            parts = grid if units.by_value else units.samples
-            self._merge(of_weight, of_bias, parts, 1, parameters=True)
+            self._merge(of_weight, of_bias, sums_of, 1, parameters=True)
 
     def _merge(
         self, gx: Tensor, g: Tensor, parts: int, chunks: int, *, parameters: bool,
@@ -177,14 +206,22 @@ class _Backward(Inputs):
         """
         units, of_statistics = self.units, room is not None
         made, at = room or (None, 0)
-        results = units.statistics if of_statistics else units.C
-        steps = (units.D, 1) if of_statistics else (1, units.C)
+        part_step = 0
+        if of_statistics:
+            results, steps = units.statistics, (1, units.C) if units.spans else (units.D, 1)
+        elif units.by_value:
+            results, steps = units.parts * units.K, (1, units.parts * units.K)
+        else:
+            results, steps = units.parts * units.C, (1, units.C)
+            part_step = max(units.part - 1, 0) * units.C
         merge = config.merge(parts, neighbours=chunks == 1 and not of_statistics)
-        weighted = of_statistics and self.weight is not None and not units.by_value
+        weighted = self.has_weight if of_statistics and not units.by_value else 0
         sums.merge_sums[(-(-results // merge.units),)](
             gx, g, self.weight, self.of, made, self.grad_weight, self.grad_bias,
             results, units.C, units.values, units.statistics, at, 0, parts, chunks, *steps,
-            STATISTICS=of_statistics, PARAMETERS=parameters, HAS_WEIGHT=weighted,
+            units.part, part_step,
+            STATISTICS=of_statistics, PARAMETERS=parameters,
+            PARTED=units.part > 0 and not units.by_value, HAS_WEIGHT=weighted,
             HAS_MASK=of_statistics and self.mask is not None, BQ=merge.units, BP=merge.values,
             **view.launch_options(merge.warps),
         )  # fmt: skip
@@ -195,13 +232,11 @@ class _Backward(Inputs):
         """across: a feature's over the rows."""
         gx, g = view.pair(plan.units.U * plan.count, self.kept, self.x.device)
         # x̂ · weight + bias is what the activation took
-        has_weight = self.weight is not None and (weighted or self.form.act > 0)
-        after = self._after
-        if across and self.mask is not None:
-            after["MASK"] = 2  # rows are the values
+        has_weight = self.has_weight if weighted or self.form.act > 0 else 0
+        after = self._after(plan.units)
         sums.backward_sums[plan.grid](
             self.grad, self.x, self.of, self.weight, self.bias, self.mask, self.residual, gx, g,
-            *plan.sizes, plan.units.D, plan.unit_blocks, plan.count, *plan.cuts,
+            *plan.sizes, plan.units.D, plan.units.part, plan.unit_blocks, plan.count, *plan.cuts,
             self.units.statistics, self.eps, self.parameter,
             **plan.constants, **after, STATISTIC_BY_VALUE=across,
             BY_VALUE=plan.units.by_value, WEIGHTED=weighted, HAS_WEIGHT=has_weight,
@@ -213,10 +248,10 @@ class _Backward(Inputs):
         kernels.backward_apply[plan.grid](
             self.grad, self.x, self.of, made, self.weight, self.bias, self.mask, self.residual,
             self.grad_x, self.grad_residual,
-            *plan.sizes, plan.units.D, plan.unit_blocks, plan.count, *plan.cuts,
+            *plan.sizes, plan.units.D, plan.units.part, plan.unit_blocks, plan.count, *plan.cuts,
             self.units.statistics, at, self.eps, self.parameter,
-            **plan.constants, **self._after, BY_VALUE=plan.units.by_value,
-            HAS_WEIGHT=self.weight is not None, CENTRED=self.form.axes.centred,
+            **plan.constants, **self._after(plan.units), BY_VALUE=plan.units.by_value,
+            HAS_WEIGHT=self.has_weight, CENTRED=self.form.axes.centred,
             FIXED=self.form.constant, NEEDS_X=self.needs_x, NEEDS_RESIDUAL=self.needs_residual,
         )  # fmt: skip
 
@@ -233,14 +268,28 @@ class _Backward(Inputs):
             together = units.samples == 1 and units.D == 1
             if own:
                 room = self._room
+                spanned = units.samples if units.spans else units.D
                 self._merge(
-                    gx, g, units.D * plan.count, plan.count, room=room,
+                    gx, g, spanned * plan.count, plan.count, room=room,
                     parameters=together and self.needs_parameters,
                 )  # fmt: skip
             if self.needs_parameters and not (own and together):
-                self._merge(gx, g, units.samples * plan.count, plan.count, parameters=True)
+                samples = units.part or units.samples
+                self._merge(gx, g, samples * plan.count, plan.count, parameters=True)
         if self.needs_x or self.needs_residual:
             self._apply(plan, room)
+
+    @property
+    def _across(self) -> Units:
+        """Features as units, whose values are the rows; those of a part as a sample's."""
+        units = self.units
+        if units.columns:
+            return Units(units.K, units.K, units.C, units.samples, units.K * units.C)
+        features, rows = units.K, units.part or units.U
+        part = 1 if units.part else 0
+        return Units(
+            units.parts * features, features, rows, samples=units.parts, columns=True, part=part
+        )
 
     def _features(self, given: Tensor | None) -> None:
         """Parameters by value: a row's sums in one pass, a feature's in another."""
@@ -248,11 +297,11 @@ class _Backward(Inputs):
         if self.needs_x or self.needs_residual:
             plan = Streamed(units, self.kept.itemsize)
             if self.needs_x and not self.form.constant and room is None:
-                gx, g = self._sums(plan, weighted=self.weight is not None)
+                gx, g = self._sums(plan, weighted=self.has_weight > 0)
                 room = self._room
                 self._merge(gx, g, plan.count, plan.count, room=room, parameters=False)
             self._apply(plan, room)
         if self.needs_parameters:
-            plan = Streamed(Units(units.C, units.C, units.U, columns=True), self.kept.itemsize)
+            plan = Streamed(self._across, self.kept.itemsize)
             gx, g = self._sums(plan, weighted=False, across=True)
             self._merge(gx, g, plan.count, plan.count, parameters=True)

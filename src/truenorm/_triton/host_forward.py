@@ -13,7 +13,7 @@ from .view import Streamed, Units
 
 def _moments(call: Inputs) -> Tensor:
     """The record in two launches."""
-    x, units, centred = call.x, call.units, call.form.axes.centred
+    x, units, centred = call.x, call.units_of_statistics, call.form.axes.centred
     acc, width = view.compute(x, cancels=centred)
     if units.D > 1 and not units.columns and call.mask is None:
         # a group is one run in memory
@@ -27,7 +27,7 @@ def _moments(call: Inputs) -> Tensor:
     moments.moments[plan.grid](
         x, call.mask, of_mean, of_m2, counts,
         *plan.sizes, plan.unit_blocks, plan.count, *plan.cuts,
-        **plan.constants, CENTRED=centred, MASK=call.mask_kind, ACC=acc, INDEX=view.index(x),
+        **plan.constants, CENTRED=centred, MASK=call.mask_kind(units), ACC=acc, INDEX=view.index(x),
     )  # fmt: skip
     record = call.record()
     per_statistic = units.D * plan.count
@@ -59,21 +59,26 @@ def _normalize(
     plan = Streamed(units, width.itemsize)
     kernels.normalize[plan.grid](
         x, mean, var, call.weight, call.bias, call.mask, call.residual, y, record,
-        *plan.sizes, units.D, plan.unit_blocks, plan.count, *plan.cuts,
+        *plan.sizes, units.D, units.part, plan.unit_blocks, plan.count, *plan.cuts,
         units.statistics if own else 0, units.values, units.statistics, view.bits(eps),
         call.parameter, padding,
-        **plan.constants, **call.constants, BY_VALUE=units.by_value,
-        HAS_WEIGHT=call.weight is not None, HAS_BIAS=call.bias is not None,
+        **plan.constants, **call.constants(units), BY_VALUE=units.by_value,
+        HAS_WEIGHT=call.has_weight, HAS_BIAS=call.bias is not None,
         HAS_RESIDUAL=call.residual is not None, KEEP=record is not None,
         ACC=acc, INDEX=view.index(x),
     )  # fmt: skip
 
 
 def _whole(
-    call: Inputs, y: Tensor | None, eps: float, padding: int | None, *, keep: bool
-) -> tuple[bool, Tensor | None]:
-    """(whether a statistic fits on chip, the record): y and record, or one of them, in a launch."""
-    x, units, centred = call.x, call.units, call.form.axes.centred
+    call: Inputs, y: Tensor | None, eps: float, padding: int | None, *, keep: bool,
+    other: Tensor | None = None, h: Tensor | None = None,
+) -> tuple[bool, Tensor | None]:  # fmt: skip
+    """(whether a statistic fits on chip, the record): y and record, or one of them, in a launch.
+
+    other: what is added to x first, into h.
+    """
+    x, centred = call.x, call.form.axes.centred
+    units = call.units_of_statistics if y is None else call.units
     cancels = centred or call.bias is not None or call.residual is not None
     acc, width = view.compute(x, cancels=cancels)
     crowded = call.crowded(backward=False)
@@ -84,14 +89,14 @@ def _whole(
     grouped = units.D > 1
     per_program = units.D if grouped else launch.units
     kernels.forward[(units.blocks(per_program),)](
-        x, call.weight, call.bias, call.mask, call.residual, y, record,
-        units.U, units.C, units.K, units.R, units.run_stride, per_program, units.values,
-        units.statistics, view.bits(eps), call.parameter, padding,
-        **units.tiles(launch), **call.constants, RUNS=units.R > 1, GROUPED=grouped,
-        BY_VALUE=units.by_value, HAS_WEIGHT=call.weight is not None,
-        HAS_BIAS=call.bias is not None, CENTRED=centred,
-        HAS_RESIDUAL=call.residual is not None, NEEDS_Y=y is not None, KEEP=keep,
-        ACC=acc, INDEX=view.index(x),
+        x, other, call.weight, call.bias, call.mask, call.residual, h, y, record,
+        units.U, units.C, units.K, units.R, units.run_stride, per_program, units.part,
+        *call.placed.sizes, *call.placed.steps, units.values, units.statistics, view.bits(eps),
+        call.parameter, padding,
+        **units.tiles(launch), **call.constants(units), RUNS=units.R > 1, GROUPED=grouped,
+        BY_VALUE=units.by_value, HAS_WEIGHT=call.has_weight, HAS_BIAS=call.bias is not None,
+        CENTRED=centred, HAS_RESIDUAL=call.residual is not None, PLACED=call.placed.kind,
+        HAS_OTHER=h is not None, NEEDS_Y=y is not None, KEEP=keep, ACC=acc, INDEX=view.index(x),
     )  # fmt: skip
     return True, record
 
@@ -104,19 +109,23 @@ def _norm(
     filled = None if call.mask is None else view.bits(padding)
     record: Tensor | None
     if mean is not None and var is not None:
+        call.in_rows()
         record = call.record() if keep else None
         mean, var = call.statistic(mean.reshape(-1)), call.statistic(var.reshape(-1))
         _normalize(call, y, mean, var, record, eps, filled)
         if record is not None and call.mask is not None:
             record[2] = call.counts
     else:
-        done, record = _whole(call, y, eps, filled, keep=keep)
+        # of a batch in parts statistics are one thing, and outputs another
+        spans = call.units.spans
+        done, record = _whole(call, None if spans else y, eps, filled, keep=keep or spans)
         if not done:
+            call.in_rows()
             record = _moments(call)
+        if spans or not done:
+            assert record is not None
             _normalize(call, y, record, record, None, eps, filled)
-    if record is None or not keep:
-        return torch.empty(0, dtype=torch.float64, device=y.device)
-    return call.made(record)
+    return call.made(record) if keep and record is not None else call.nothing
 
 
 def norm(
@@ -154,14 +163,35 @@ def norm_(
 ) -> Tensor:
     with view.on(x):
         call = Inputs(x, weight, bias, mask, residual, form, parameter)
+        call.in_rows()
         record = _norm(call, call.x, mean, var, eps, padding)
         if call.x is not x:
             x.copy_(call.x)
     return record
 
 
+def add_norm(
+    x: Tensor, other: Tensor, weight: Tensor | None, bias: Tensor | None, form: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(norm(h), h, the record) of h = x + other."""
+    with view.on(x):
+        call = Inputs(x, weight, bias, None, None, form)
+        keep, other = call.form.keep, view.dense(other, call.strides)
+        y, h = (x.new_empty_strided(x.shape, call.strides) for _ in range(2))
+        done, record = _whole(call, y, eps, None, keep=keep, other=other, h=h)
+        if done:
+            record = call.made(record) if record is not None else call.nothing
+        else:
+            call.x = torch.add(call.x, other, out=h)
+            record = _norm(call, y, None, None, eps, 0.0)
+        return call.laid_out(y), call.laid_out(h), record
+
+
 def statistics(x: Tensor, mask: Tensor | None, form: int) -> Tensor:
     with view.on(x):
         call = Inputs(x, None, None, mask, None, form)
-        done, record = _whole(call, None, 0.0, None, keep=True)
-        return call.made(record if done and record is not None else _moments(call))
+        _, record = _whole(call, None, 0.0, None, keep=True)
+        if record is None:
+            call.in_rows()
+            record = _moments(call)
+        return call.made(record)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core import geometry
-from . import view
+from .._core.call import FEATURES
+from . import placement, view
 from .form import Form, unpack
+from .placement import Placement, turned
+from .view import Units
 
 # as in activation.py: the first two alone have a parameter
 _LEAKY_RELU, _ELU, _GELU_TANH = 2, 4, 7
 # as in tiles.py
 _BY_UNIT, _SHARED, _BY_SAMPLE = 1, 2, 3
+_ONE_PLUS = 2
 
 
 def _order(sizes: Sequence[int], strides: Sequence[int]) -> list[int] | None:
@@ -28,6 +32,61 @@ def _permuted(t: Tensor, order: Sequence[int]) -> Tensor:
     """t with its last dimensions in that order."""
     first = t.dim() - len(order)
     return t.permute(*range(first), *(first + d for d in order))
+
+
+class Cut(NamedTuple):
+    """What sizes and strides say of a call.
+
+    strides: of its results in memory, but for what is laid out as `of_results` at the end.
+    sizes, order: the leading dimensions, or the positions, and how these lie where not in order.
+    """
+
+    form: Form
+    strides: tuple[int, ...]
+    of_results: tuple[int, ...] | None
+    sizes: tuple[int, ...]
+    order: list[int] | None
+    placed: Placement
+    units: Units
+
+
+def _cut(x: Tensor, bits: int, parts: int) -> Cut:
+    form = unpack(bits, x)
+    axes = form.axes
+    # rows, whatever lies outside of them, where no kernel writes otherwise
+    strides = geometry.kept_strides(x, axes._replace(as_given=False))
+    of_results, positions = None, 0
+    if axes.as_given:
+        of_results = geometry.kept_strides(x, axes)
+        if of_results != strides and (positions := turned(x, axes.feature_dims)):
+            strides, of_results = of_results, None
+    split = x.dim() - axes.feature_dims if axes.feature_dims else x.dim()
+    first = 0 if axes.feature_dims else 2
+    order = _order(x.shape[first:split], strides[first:split])
+    if parts > 1 and order is not None and axes.feature_dims:
+        # they follow one another
+        strides, order = geometry.contiguous_strides(x.shape), None
+    placed = Placement()
+    if axes.feature_dims:
+        placed = placement.of(x, axes.feature_dims, strides, parted=parts > 1)
+    dense = torch.empty_strided(x.shape, strides, device="meta")
+    units = view.units_of(dense, axes, parts, positions or placed.positions)
+    return Cut(form, strides, of_results, x.shape[first:split], order, placed, units)
+
+
+# a small input's time is all Python: what sizes and strides say is asked once
+_CUTS: dict[Any, Cut] = {}
+_MOST = 4096
+
+
+def _cut_of(x: Tensor, bits: int, parts: int) -> Cut:
+    key = x.shape, x.stride(), bits, parts, view.aligned(x)
+    found = _CUTS.get(key)
+    if found is None:
+        if len(_CUTS) >= _MOST:
+            _CUTS.clear()
+        found = _CUTS[key] = _cut(x, bits, parts)
+    return found
 
 
 class Inputs:
@@ -47,30 +106,21 @@ class Inputs:
         bits: int,
         parameter: float = 0.0,
     ) -> None:
-        self.form: Form = unpack(bits, x)
-        axes = self.form.axes
-        # rows, whatever lies outside of them: see `laid_out`
-        self.strides = geometry.kept_strides(x, axes._replace(as_given=False))
-        self._of_results = geometry.kept_strides(x, axes) if axes.as_given else None
-        self.x = view.dense(x, self.strides)
-        self.units = view.units_of(self.x, axes)
-        self.weight_dtype = None if weight is None else weight.dtype
-        if weight is not None and self.form.one_plus:
-            weight = weight.to(torch.promote_types(x.dtype, torch.float32)) + 1.0
+        parts, features = 1, bits >> FEATURES & 0xFF
+        if weight is not None and weight.dim() > max(features, 1):
+            parts = weight.shape[0]
+        cut = _cut_of(x, bits, parts)
+        self.form, self.strides, self._of_results, self._sizes, self._order = cut[:5]
+        self.placed, self.units = cut.placed, cut.units
+        self.x = x if self.placed.kind else view.dense(x, self.strides)
+        # of a parameter's gradient
+        self.of_weight = None if weight is None else (weight.shape, weight.dtype)
+        self.has_weight = 0 if weight is None else _ONE_PLUS if self.form.one_plus else 1
         self.weight, self.bias = view.optional(weight), view.optional(bias)
         self.residual = None if residual is None else view.dense(residual, self.strides)
-        split = x.dim() - axes.feature_dims if axes.feature_dims else x.dim()
-        first = 0 if axes.feature_dims else 2
-        self._sizes = x.shape[first:split]
-        self._order = _order(self._sizes, self.strides[first:split])
-        self.mask, self.mask_kind = None, 0
+        self.mask: Tensor | None = None
         if mask is not None:
             self.mask = self._of_mask(mask)
-            if axes.feature_dims:
-                self.mask_kind = _BY_UNIT
-            else:
-                by_sample = axes.num_groups and not self.units.columns
-                self.mask_kind = _BY_SAMPLE if by_sample else _SHARED
         takes = self.form.act in (_LEAKY_RELU, _ELU)
         self.parameter = view.bits(parameter) if takes else None
 
@@ -93,10 +143,37 @@ class Inputs:
             return result
         return geometry.laid_out(result, self._of_results)
 
+    def in_rows(self) -> None:
+        """x copied to where all else lies, for kernels that read it nowhere else."""
+        if self.placed.kind:
+            self.x, self.placed = view.dense(self.x, self.strides), Placement()
+            parts = self.units.parts
+            self.units = view.units_of(self.x, self.form.axes, parts)
+
+    @property
+    def units_of_statistics(self) -> Units:
+        """As statistics are taken, which know nothing of parts."""
+        return view.units_of(self.x, self.form.axes) if self.units.part else self.units
+
+    def mask_kind(self, units: Units) -> int:
+        """What a mask has a value for, as these units have it."""
+        if self.mask is None:
+            return 0
+        if units.by_value:
+            return _BY_UNIT
+        axes = self.form.axes
+        by_sample = units.spans or (axes.num_groups and not axes.feature_dims)
+        return _BY_SAMPLE if by_sample and not units.columns else _SHARED
+
     def record(self) -> Tensor:
         """Room for one."""
         shape = 3, self.units.statistics
         return torch.empty(shape, dtype=torch.float64, device=self.x.device)
+
+    @property
+    def nothing(self) -> Tensor:
+        """A record that is not wanted."""
+        return torch.empty(0, dtype=torch.float64, device=self.x.device)
 
     def made(self, record: Tensor) -> Tensor:
         """A record that kernels have made, as a caller takes it."""
@@ -127,7 +204,7 @@ class Inputs:
             return _ELU <= act <= _GELU_TANH or (act > 0 and masked)
         return self.units.columns and (masked or act > 0 or self.residual is not None)
 
-    @property
-    def constants(self) -> dict[str, Any]:
+    def constants(self, units: Units) -> dict[str, Any]:
         rounds = self.form.rounds and self.x.element_size() == 2
-        return {"MASK": self.mask_kind, "ACT": self.form.act, "ROUNDS": rounds}
+        mask, acts = self.mask_kind(units), self.form.act
+        return {"MASK": mask, "ACT": acts, "ROUNDS": rounds, "PARTED": units.parted}

@@ -95,7 +95,9 @@ def moments(
 ):  # fmt: skip
     """Mean and M2 of one chunk of some units, in float64, to be merged; under a mask the count."""
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, False)
-    u, in_unit, _channel, sample, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
+    u, in_unit, _channel, sample, base = tile_units(
+        block, U, C, K, R, run_stride, BU, 0, BU, COLUMNS, False, 0, INDEX
+    )  # fmt: skip
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
     if CENTRED:
         # about the mean of the first tile, which one outlier cannot carry far

@@ -15,7 +15,10 @@ from .tiles import (
     gradient_tile,
     narrow,
     optional,
+    parameters_of_units,
+    parameters_of_values,
     split_program,
+    statistic_of,
     statistics,
     tile_units,
     two_floats,
@@ -26,20 +29,20 @@ from .tiles import (
 
 @triton.jit(
     do_not_specialize=[
-        "U", "R", "units", "unit_blocks", "chunks", "k_chunks", "r_chunk", "S", "eps_bits",
+        "U", "R", "units", "part", "unit_blocks", "chunks", "k_chunks", "r_chunk", "S", "eps_bits",
         "parameter_bits",
     ]
 )  # fmt: skip
 def backward_sums(
     p_grad, p_x, p_record, p_weight, p_bias, p_mask, p_residual, o_gx, o_g,
-    U, C, K, R, run_stride, units, unit_blocks, chunks, k_chunks, k_chunk, r_chunk,
+    U, C, K, R, run_stride, units, part, unit_blocks, chunks, k_chunks, k_chunk, r_chunk,
     S, eps_bits, parameter_bits,
     BU: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr, STATISTIC_BY_VALUE: tl.constexpr,
-    BY_VALUE: tl.constexpr, WEIGHTED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    BY_OUTPUT: tl.constexpr, ACT: tl.constexpr, ROUNDS: tl.constexpr,
-    ACC: tl.constexpr, INDEX: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr, PARTED: tl.constexpr,
+    STATISTIC_BY_VALUE: tl.constexpr, BY_VALUE: tl.constexpr, WEIGHTED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, MASK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, BY_OUTPUT: tl.constexpr, ACT: tl.constexpr,
+    ROUNDS: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Sums of g·x̂ and of g over one chunk of some units.
 
@@ -47,15 +50,19 @@ def backward_sums(
     weight and bias, by which the activation's gradient is made, and where WEIGHTED g is multiplied.
     """
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, False)
-    u, in_unit, c, sample, base = tile_units(block, U, C, K, BU, BU, COLUMNS, False, INDEX)
+    u, in_unit, c, sample, base = tile_units(
+        block, U, C, K, R, run_stride, BU, part, BU, COLUMNS, False, PARTED, INDEX
+    )  # fmt: skip
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
     if not STATISTIC_BY_VALUE:
-        mean, rstd = statistics(p_record, p_record + S, u // units, in_unit, eps_bits)
+        statistic = statistic_of(u, units, S, PARTED)
+        mean, rstd = statistics(p_record, p_record + S, statistic, in_unit, eps_bits)
         high, low = two_floats(mean, ACC)
         high, low, rstd = high[:, None], low[:, None], rstd.to(ACC)[:, None]
     if not BY_VALUE:
-        weight = optional(p_weight, c, in_unit, HAS_WEIGHT, 1.0, ACC)[:, None]
-        bias = optional(p_bias, c, in_unit, HAS_BIAS, 0.0, ACC)[:, None]
+        place = parameters_of_units(c, sample, C, part, PARTED)
+        weight = optional(p_weight, place, in_unit, HAS_WEIGHT, 1.0, ACC)[:, None]
+        bias = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, ACC)[:, None]
     s1 = tl.zeros((BU, BK), ACC)
     s2 = tl.zeros((BU, BK), ACC)
     for r in range(r0, r1):
@@ -63,16 +70,22 @@ def backward_sums(
             k = start + tl.arange(0, BK)
             offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
             there, valid = valid_tile(
-                p_mask, u, in_unit, sample, r * K + k, k < k1, K, MASK, COLUMNS
+                p_mask, u, in_unit, sample, r * K + k, k < k1, K * R, MASK, COLUMNS
             )  # fmt: skip
             if STATISTIC_BY_VALUE:
-                k_mean, k_rstd = statistics(p_record, p_record + S, k, k < k1, eps_bits)
+                row = k
+                if not COLUMNS:
+                    row += r * K
+                if PARTED:
+                    row += sample * K
+                k_mean, k_rstd = statistics(p_record, p_record + S, row, k < k1, eps_bits)
                 k_high, k_low = two_floats(k_mean, ACC)
                 high, low = k_high[None, :], k_low[None, :]
                 rstd = k_rstd.to(ACC)[None, :]
             if BY_VALUE:
-                weight = optional(p_weight, k, k < k1, HAS_WEIGHT, 1.0, ACC)[None, :]
-                bias = optional(p_bias, k, k < k1, HAS_BIAS, 0.0, ACC)[None, :]
+                place = parameters_of_values(k, sample, K, PARTED)
+                weight = optional(p_weight, place, k < k1, HAS_WEIGHT, 1.0, ACC)[None, :]
+                bias = optional(p_bias, place, k < k1, HAS_BIAS, 0.0, ACC)[None, :]
             x_hat = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
             x_hat = ((x_hat - high) - low) * rstd
             z = affine_tile(x_hat, weight, bias, p_x.dtype.element_ty, ROUNDS)
@@ -90,19 +103,21 @@ def backward_sums(
 
 @triton.jit(
     do_not_specialize=[
-        "Q", "C", "n", "S", "sums_at", "bias_at", "parts", "chunks", "q_step", "i_step"
+        "Q", "C", "n", "S", "sums_at", "bias_at", "parts", "chunks", "q_step", "i_step", "part",
+        "part_step",
     ]
 )  # fmt: skip
 def merge_sums(
     p_gx, p_g, p_weight, p_record, o_sums, o_weight, o_bias,
-    Q, C, n, S, sums_at, bias_at, parts, chunks, q_step, i_step,
-    STATISTICS: tl.constexpr, PARAMETERS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, BQ: tl.constexpr, BP: tl.constexpr,
+    Q, C, n, S, sums_at, bias_at, parts, chunks, q_step, i_step, part, part_step,
+    STATISTICS: tl.constexpr, PARAMETERS: tl.constexpr, PARTED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_MASK: tl.constexpr, BQ: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Parts of sums added in their order, in float64: of statistics, of parameters, or of both.
 
-    Part p of result q is chunk p % chunks of unit q · q_step + p // chunks · i_step. Those of
-    statistics are divided by how many values these span, and stored sums_at apart.
+    Part p of result q is chunk p % chunks of unit q · q_step + p // chunks · i_step; where every
+    `part` samples have parameters of their own, of that one part_step further for each of these.
+    Those of statistics are divided by how many values these span, and stored sums_at apart.
     """
     q = tl.program_id(0).to(tl.int64) * BQ + tl.arange(0, BQ)
     in_q = q < Q
@@ -114,13 +129,18 @@ def merge_sums(
         p = start + tl.arange(0, BP)
         mask = in_q[:, None] & (p < parts)[None, :]
         unit = q[:, None] * q_step + (p // chunks)[None, :] * i_step
+        if PARTED:
+            unit += (q // C * part_step)[:, None]
         at = unit * chunks + (p % chunks)[None, :]
         part_gx = tl.load(p_gx + at, mask=mask, other=0).to(tl.float64)
         part_g = tl.load(p_g + at, mask=mask, other=0).to(tl.float64)
         gx += part_gx
         g += part_g
         if STATISTICS:
-            weight = optional(p_weight, unit % C, mask, HAS_WEIGHT, 1.0, tl.float64)
+            place = unit % C
+            if PARTED:
+                place += unit // C // part * C
+            weight = optional(p_weight, place, mask, HAS_WEIGHT, 1.0, tl.float64)
             wgx += weight * part_gx
             wg += weight * part_g
     if STATISTICS:

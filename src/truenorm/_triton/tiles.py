@@ -26,6 +26,17 @@ BY_UNIT = tl.constexpr(1)
 SHARED = tl.constexpr(2)
 BY_SAMPLE = tl.constexpr(3)
 
+# whose parameters are those of a part of the samples: units' own, or a row's values'
+OF_UNITS = tl.constexpr(1)
+OF_ROWS = tl.constexpr(2)
+
+# where x lies: its features outside of the positions, or its rows apart, and all else in rows
+TURNED = tl.constexpr(1)
+STRIDED = tl.constexpr(2)
+
+# that 1 + weight is what is meant by weight
+ONE_PLUS = tl.constexpr(2)
+
 
 @triton.jit
 def as_float64(bits):
@@ -57,14 +68,15 @@ def split_program(unit_blocks, chunks, CHUNKS_FIRST: tl.constexpr, BACKWARDS: tl
 
 @triton.jit
 def tile_units(
-    block, U, C, K, units, BU: tl.constexpr, COLUMNS: tl.constexpr, GROUPED: tl.constexpr,
-    INDEX: tl.constexpr,
+    block, U, C, K, R, run_stride, units, part, BU: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUPED: tl.constexpr, PARTED: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """(units of a tile, which of them there are, their channels, samples, where they begin).
 
     Grouped, a tile holds the `units` of one statistic, else BU of them. Where channels are inside,
     it holds those of one sample: u // C and u % C would hide from the compiler that they are
-    neighbours, and with it how it lays out threads, which sets the order of sums.
+    neighbours, and with it how it lays out threads, which sets the order of sums. Where every
+    `part` rows have parameters of their own, it holds those of one part, which is their sample.
     """
     lane = tl.arange(0, BU)
     # in the interpreter the block of a loop is a plain integer
@@ -77,12 +89,58 @@ def tile_units(
         blocks = (C + width - 1) // width
         sample, c = block // blocks, (block % blocks) * width + lane
         u, begin, there = sample * C + c, sample * C * K + c, c < C
+    elif PARTED == OF_ROWS:
+        blocks = (part + width - 1) // width
+        sample, c = block // blocks, (block % blocks) * width + lane
+        u, there = sample * part + c, c < part
+        begin = u * K
     else:
         u = block * width + lane
         sample, c, begin, there = u // C, u % C, u * K, u < U
+        if PARTED:
+            # samples of several runs each, the batch norm's of a part
+            begin += sample * ((R - 1) * run_stride)
     if GROUPED:
         there &= lane < units
     return u, there, c, sample, begin
+
+
+@triton.jit
+def parameters_of_units(c, sample, C, part, PARTED: tl.constexpr):
+    """Where the parameters of units are."""
+    # one return: Triton wants a single type of all that it meets
+    place = c
+    if PARTED == OF_UNITS:
+        place = sample // part * C + c
+    return place
+
+
+@triton.jit
+def parameters_of_values(k, sample, K, PARTED: tl.constexpr):
+    """Where the parameters of values are."""
+    place = k
+    if PARTED == OF_ROWS:
+        place = sample * K + k
+    return place
+
+
+@triton.jit
+def statistic_of(u, units, S, PARTED: tl.constexpr):
+    """Of every `units` units one; of a batch in parts, one for the same channel of them all."""
+    statistic = u // units
+    if PARTED == OF_UNITS:
+        statistic = statistic % S
+    return statistic
+
+
+@triton.jit
+def row_starts(u, inner, innermost, step, inner_step, innermost_step):
+    """Where rows of three dimensions begin. Steps are in sixteen values: what is compiled is then
+    as well aligned as for rows that follow one another.
+    """
+    outer = u // innermost
+    start = outer // inner * step + outer % inner * inner_step + u % innermost * innermost_step
+    return start * 16
 
 
 @triton.jit
@@ -102,18 +160,20 @@ def chunk_bounds(chunk, K, R, k_chunks, k_chunk, r_chunk):
 
 @triton.jit
 def valid_tile(
-    p_mask, u, in_unit, sample, at, in_value, K, MASK: tl.constexpr, COLUMNS: tl.constexpr,
+    p_mask, u, in_unit, sample, at, in_value, places, MASK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(what there is of a tile, what of it is valid); at: the places of its values in a sample."""
+    """(what there is of a tile, what of it is valid); at: the places of its values in a sample, of
+    so many.
+    """
     there = in_unit[:, None] & in_value[None, :]
     if MASK == BY_UNIT:
         return there, there & (tl.load(p_mask + u, mask=in_unit, other=0) != 0)[:, None]
     if MASK == SHARED:
         if COLUMNS:
-            at = at + sample * K
+            at = at + sample * places
         return there, there & (tl.load(p_mask + at, mask=in_value, other=0) != 0)[None, :]
     if MASK == BY_SAMPLE:
-        where = (sample * K)[:, None] + at[None, :]
+        where = (sample * places)[:, None] + at[None, :]
         return there, there & (tl.load(p_mask + where, mask=there, other=0) != 0)
     return there, there
 
@@ -197,6 +257,8 @@ def gradient_tile(
 @triton.jit
 def optional(p, at, mask, HAS: tl.constexpr, DEFAULT: tl.constexpr, TYPE: tl.constexpr):
     """A vector of a parameter, or of what stands in for it."""
+    if HAS == ONE_PLUS:
+        return tl.load(p + at, mask=mask, other=0).to(TYPE) + 1.0
     if HAS:
         return tl.load(p + at, mask=mask, other=0).to(TYPE)
     return tl.full(at.shape, DEFAULT, TYPE)

@@ -17,6 +17,8 @@ from . import config
 from .config import Launch
 
 _HALF = (torch.bfloat16, torch.float16)
+# as in tiles.py
+_OF_UNITS, _OF_ROWS = 1, 2
 
 
 def bits(value: float) -> int:
@@ -60,7 +62,10 @@ def compute(x: Tensor, *, cancels: bool = False) -> tuple[Any, torch.dtype]:
 
 
 def index(x: Tensor) -> Any:
-    return tl.int32 if x.numel() < 2**31 else tl.int64
+    reach = x.numel()
+    if not x.is_contiguous():
+        reach = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return tl.int32 if reach < 2**31 else tl.int64
 
 
 def aligned(x: Tensor) -> bool:
@@ -102,6 +107,8 @@ class Units:
 
     U: units; C: channels; K: values of a run; R: runs, run_stride apart; D: units that share a
     statistic; samples: that have units of their own; by_value: whether parameters go by value.
+    part: samples, or rows, that have parameters of their own; 0 where all have the same. spans:
+        whether a channel's units in all samples share one statistic, a batch's in its parts.
     """
 
     U: int
@@ -113,23 +120,45 @@ class Units:
     samples: int = 1
     columns: bool = False
     by_value: bool = False
+    part: int = 0
+    spans: bool = False
 
     def blocks(self, width: int) -> int:
-        """Tiles of `width` units; where channels are inside, none holds two samples."""
+        """Tiles of `width` units: none of two samples where channels are inside, nor of two parts
+        of the rows.
+        """
         if self.columns:
             return self.U // self.C * -(-self.C // width)
-        return -(-self.U // width)
+        parts = self.parts if self.by_value else 1
+        return parts * -(-self.U // parts // width)
 
     @property
     def values(self) -> int:
         """Values that share a statistic."""
-        return self.D * self.R * self.K
+        return (self.samples if self.spans else self.D) * self.R * self.K
 
     @property
     def statistics(self) -> int:
-        return self.U // self.D
+        return self.C if self.spans else self.U // self.D
+
+    @property
+    def features(self) -> int:
+        """Values of a parameter."""
+        return self.K if self.by_value else self.C
+
+    @property
+    def parts(self) -> int:
+        """That have parameters of their own."""
+        return self.samples // self.part if self.part else 1
+
+    @property
+    def parted(self) -> int:
+        """Whose parameters they are, as tiles.py has it."""
+        return (_OF_ROWS if self.by_value else _OF_UNITS) if self.part else 0
 
     def whole(self, width: int, *, backward: bool, crowded: bool = False) -> Launch | None:
+        if self.spans:
+            return None
         grouped = self.D > 1
         return config.whole(
             self.R * self.K,
@@ -151,13 +180,22 @@ class Units:
         }
 
 
-def units_of(x: Tensor, axes: Axes) -> Units:
+def units_of(x: Tensor, axes: Axes, parts: int = 1, positions: int = 0) -> Units:
+    """parts: of the samples, each of which has parameters of its own. positions: how far apart the
+    features of a row are, where they do not follow one another.
+    """
     n, c, s = geometry.ncs(x.shape, axes)
+    part = n // parts if parts > 1 else 0
+    if positions:
+        return Units(n, positions, c, samples=n // positions, columns=True, by_value=True)
     if axes.feature_dims:
-        return Units(n, c, c, samples=n, by_value=True)
+        return Units(n, c, c, samples=n, by_value=True, part=part)
     columns = inside(x, s)
     if axes.num_groups:
-        return Units(n * c, c, s, D=c // axes.num_groups, samples=n, columns=columns)
+        return Units(n * c, c, s, D=c // axes.num_groups, samples=n, columns=columns, part=part)
+    if part:
+        runs = (part * s, 1, 0) if columns else (s, part, c * s)
+        return Units(parts * c, c, *runs, samples=parts, columns=columns, part=1, spans=True)
     if columns:
         return Units(c, c, n * s, columns=True)
     return Units(c, c, s, n, c * s)

@@ -229,7 +229,7 @@ class Ruled(Module):
             last = x.movedim(1, -1)
             if not self._keeps or last.is_contiguous():
                 return compute(last, weight, bias, eps, rule).movedim(-1, 1)
-            if not (x.is_contiguous() and x.is_cpu):  # on a GPU not measured
+            if not x.is_contiguous():
                 return None
             return compute(last, weight, bias, eps, rule, AS_GIVEN).movedim(-1, 1)
         if x.is_contiguous() or not self._keeps:
