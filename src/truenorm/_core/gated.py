@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from . import eager, operators
+from . import eager, library, operators
 from .call import NEEDS_INPUT, NEEDS_WEIGHT, UNCENTRED
 
 # as csrc/gated.cpp reads them: where the gate comes in, whether it is g · σ(g) or σ(g), and what is
@@ -37,6 +37,8 @@ def at_once(
     """
     if (
         is_compiling()
+        or not x.is_cpu
+        or library.NATIVE is None
         or not eager.is_plain(x, gate, weight)
         or x.dtype != gate.dtype
         or x.shape != gate.shape
