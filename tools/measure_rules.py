@@ -1,9 +1,10 @@
 """Other libraries' norms: the class's own time over truenorm's, forward, then with the backward.
 
-    python tools/measure_rules.py [--rounds N] [WORD …]
+    python tools/measure_rules.py [--rounds N] [--bound] [WORD …]
 
 The two take turns in one process, on one thread; what is printed is the median of the pairs' ratios
-(above 1: truenorm is faster), by the thread's own clock. Words pick the cases whose name has one of
+(above 1: truenorm is faster), by the thread's own clock. --bound has in truenorm's place a product
+of the input and a number, the least that a call can be. Words pick the cases whose name has one of
 them; a library that is not installed is left out.
 """
 
@@ -182,6 +183,13 @@ def cases() -> Iterator[Case]:
             print(f"{library.__name__.strip('_')} is left out: {error}")
 
 
+class Product(Module):
+    """One pass forward and one backward, by torch's own nodes."""
+
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        return x * 1.5
+
+
 def _once(module: Module, given: tuple[Tensor, ...], grad: Tensor | None) -> float:
     begin = time.thread_time()
     y = module(*given)
@@ -211,6 +219,7 @@ def ratios(theirs: Module, ours: Module, given: tuple[Tensor, ...], rounds: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--bound", action="store_true", help="a product, in truenorm's place")
     parser.add_argument("words", nargs="*")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -223,7 +232,8 @@ def main() -> None:
             ours = truenorm.convert(torch.nn.Sequential(copy.deepcopy(theirs)))[0]
             swapped = "" if type(ours) is not type(theirs) else "  (not swapped)"
             given = tuple(case.input(dtype) for _ in range(1 + case.gate))
-            pair = list(ratios(theirs, ours, given, options.rounds))
+            second = Product() if options.bound else ours
+            pair = list(ratios(theirs, second, given, options.rounds))
             for kept, ratio in zip(every, pair, strict=True):
                 kept.append(ratio)
             said = ", ".join(f"{ratio:.2f}" for ratio in pair)
