@@ -252,12 +252,17 @@ def test_autocast_lets_a_wide_residual_through() -> None:
     torch.testing.assert_close(y.float(), (x + r).relu().float(), rtol=1e-2, atol=1e-2)
 
 
-def test_fold_keeps_a_layer_with_an_activation() -> None:
+def test_fold_leaves_the_activation_in_the_layers_place() -> None:
     norm = truenorm.BatchNorm2d(4, activation="silu")
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    torch.nn.init.normal_(norm.weight)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), norm).eval()
     folding = truenorm.fold(model)
-    assert not folding.folded
-    assert "activation (silu)" in folding.kept[0].reason
+    assert [f.name for f in folding.folded] == ["1"]
+    assert [type(m) for m in folding.model.modules()][-1] is torch.nn.SiLU
+    x = torch.randn(2, 3, 6, 5)
+    torch.testing.assert_close(folding.model(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_revert_refuses_an_activation_and_forgets_its_coefficients() -> None:

@@ -11,7 +11,7 @@ from .._core import route
 from .._core.rule import Rule
 
 # values, of which a call's time is what calls cost
-_SMALL = 4096
+SMALL = 4096
 _SMALL_UNIT = 16_384
 _SMALL_UNLIKE = 65_536
 
@@ -32,7 +32,12 @@ def is_faster_there(layer: Any, x: Tensor, rule: Rule) -> bool:
     if rule.axis == 1:
         # with the channels inside torch's takes as long; else it copies, which takes longer
         return x.numel() < _SMALL_UNLIKE or (x.dtype == torch.float32 and not x.is_contiguous())
-    return x.numel() < _SMALL
+    return x.numel() < SMALL
+
+
+def small_of(rule: Rule, is_torchs: bool) -> int:
+    """How many values a class's own forward serves sooner, whatever else holds; 0 for none."""
+    return SMALL if is_torchs and rule.axis != 1 and rule.kind in ("layer", "rms") else 0
 
 
 def is_watched(*tensors: Tensor | None) -> bool:

@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from ... import nn
 from ..._core.rule import Rule
+from ...nn._leaving import small_of
 from ...nn._ruled import FromModule, Hidden, Ruled, forward_of, gated_forward_of
 from .. import swap
 from ..swap import Kind
@@ -78,6 +79,7 @@ def derived(theirs: Kind, rule: Rule, proof: Proof, rounding: str = "module") ->
     if (made := _made.get(key)) is not None:
         return made
     base = torchs(theirs, rule)
+    is_torchs = proof.is_torchs or (rule.kind == "layer" and issubclass(theirs, torch.nn.LayerNorm))
     ours = None if base is None else _TORCHS[base]
     members: dict[str, Any] = {
         "__init__": theirs.__init__,
@@ -85,15 +87,16 @@ def derived(theirs: Kind, rule: Rule, proof: Proof, rounding: str = "module") ->
         "__module__": theirs.__module__,
         "__qualname__": theirs.__qualname__,
         "__doc__": theirs.__doc__,
-        "forward": (gated_forward_of if rule.gate else forward_of)(theirs.forward),
+        "forward": gated_forward_of(theirs.forward)
+        if rule.gate
+        else forward_of(theirs.forward, small_of(rule, is_torchs)),
         "_read": rule,
         "_rule": computed(rule, rounding),
         "_rounding": rounding,
         "_pairs": proof.pairs,
         "_ranks": proof.ranks,
         "_keeps": proof.keeps,
-        "_is_torchs": proof.is_torchs
-        or (rule.kind == "layer" and issubclass(theirs, torch.nn.LayerNorm)),
+        "_is_torchs": is_torchs,
         "_proof": proof,
         "_ours": ours if base and issubclass(theirs, base) and _is_torchs(rule) else None,
         "_theirs": theirs,
