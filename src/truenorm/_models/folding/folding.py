@@ -141,11 +141,6 @@ def _followers(norm: Any) -> list[Module] | None:
     return [getattr(norm, name) for name in rule.after]
 
 
-def _changes(followers: list[Module]) -> bool:
-    """Whether one of them does something."""
-    return not all(map(passes, followers))
-
-
 def _why_not_norm(norm: Any, kind: str) -> str:
     """Why this layer cannot be folded, whatever is beside it; "" where it can."""
     own = "it normalizes each input by that input's own statistics"
@@ -235,18 +230,19 @@ class _Plan:
             parent = name.rpartition(".")[0] or "the model itself"
             said = self.order.untraced.get(parent)
             return "its place in the model could not be traced" + (f": {said}" if said else "")
+        stays = _followers(norm) or []
+        stays = [] if all(map(passes, stays)) else stays
         why: list[str] = []
         for side, step in (("before", self.preceding), ("after", self.order.following)):
             into = self._neighbour(name, step)
             if into is None:
                 continue
-            stays = _followers(norm) or []
-            if side == "after" and _changes(stays):
+            if side == "after" and stays:
                 continue
             no = self._try(into, side, norm, kind)
             if not no:
                 self.into[name] = into, side
-                if _changes(stays):
+                if stays:
                     self.stays[name] = stays
                 return ""
             why.append(no)
@@ -282,9 +278,7 @@ class _Plan:
         return ""
 
     def errors(self) -> dict[str, tuple[float, float]]:
-        last = {
-            into: self.stays[name] for name, (into, _) in self.into.items() if name in self.stays
-        }
+        last = {self.into[name][0]: stays for name, stays in self.stays.items()}
         return {
             into: pair_errors(
                 self.modules[into],
