@@ -266,7 +266,8 @@ void backward_as(const Call& c, const double* mean, const double* var, const May
                         c.act,
                         valid ? &*valid : nullptr,
                         rows_of(c),
-                        c.rounds};
+                        c.rounds,
+                        (c.needs & kBias) != 0};
     if (c.positions == 0) return run_call(c, b);
     backward_turned(b, {c.positions, x.turned, grad.turned, lies_turned(c)});
   });
@@ -297,7 +298,7 @@ const Call& Call::read(bool of_values, bool over) {
   }
   if (axes.as_given && (acts() || by_part)) check::as_given_with_more();
   const bool alone = !residual && act.kind == Act::none && (!mask || axes.as_given);
-  if (axes.feature_dims > 0 && !by_part && alone) {
+  if (axes.feature_dims > 0 && axes.num_groups == 1 && !by_part && alone) {
     positions = positions_of(*this, x);
     if (grad && positions == 0 && x.is_contiguous()) positions = positions_of(*this, *grad);
   }

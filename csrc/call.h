@@ -30,7 +30,8 @@ struct Form {
   int64_t feature_dims() const { return bits >> 24 & 0xff; }
   int64_t num_groups() const { return bits >> 32; }
 
-  void check() const {
+  // grouped: whether the values of trailing dimensions may be of several groups
+  void check(bool grouped) const {
     if (bits < 0) check::wrong_form(bits, "is negative: pass a sum of its flags");
     if (bits & 0xf000)
       check::wrong_form(bits,
@@ -41,14 +42,14 @@ struct Form {
     if (as_given() && feature_dims() == 0)
       check::wrong_form(bits,
                         "has AS_GIVEN without `feature_dims`: pass it for trailing dimensions");
-    if ((feature_dims() > 0 || per_channel()) && num_groups() > 0)
+    if (((feature_dims() > 0 && !grouped) || per_channel()) && num_groups() > 0)
       check::wrong_form(bits, "has a `num_groups` beside `feature_dims` or PER_CHANNEL: pass 0");
     if (feature_dims() > 0 && per_channel())
       check::wrong_form(bits, "has PER_CHANNEL and `feature_dims`: pass one of them");
   }
-  Axes axes(const Tensor& x) const {
-    check();
-    const int64_t groups = feature_dims() > 0             ? 1
+  Axes axes(const Tensor& x, bool grouped = false) const {
+    check(grouped);
+    const int64_t groups = feature_dims() > 0             ? std::max<int64_t>(num_groups(), 1)
                            : per_channel() && x.dim() > 1 ? x.size(1)
                                                           : num_groups();
     return {groups, feature_dims(), centred(), as_given()};

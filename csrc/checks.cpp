@@ -87,8 +87,8 @@ void wrong_input(const Tensor& x, const Axes& axes) {
     fail("`feature_dims` (=", axes.feature_dims, ") must be from 0 to ", dim,
          ", the dimensions of ", of_x, ": pass how many of the last dimensions share a statistic");
   if (axes.feature_dims > 0)
-    fail("`num_groups` (=", axes.num_groups,
-         ") must be 1 where `feature_dims` (=", axes.feature_dims, ") is not 0: pass 1");
+    fail("`num_groups` (=", axes.num_groups, ") must divide the values of the last ",
+         axes.feature_dims, " dimensions of ", of_x, ": pass a divisor");
   if (dim < 2) fail(of_x, " needs the dimensions (N, C, …): add them with x[None]");
   const int64_t channels = x.size(1);
   fail("`num_groups` (=", axes.num_groups, ") must be 0, or divide the ", channels, " channels of ",

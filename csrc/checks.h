@@ -68,6 +68,13 @@ inline void memory(const char* name, const Tensor& t) {
   if (t.const_data_ptr() == nullptr && t.numel() > 0) no_memory(name, t);
 }
 
+// Whether so many groups divide the values of trailing dimensions.
+inline bool fit_groups(const int64_t* size, const int64_t* end, int64_t groups) {
+  int64_t values = 1;
+  while (size != end) values *= *size++;
+  return groups > 0 && values % groups == 0 && groups <= std::max<int64_t>(values, 1);
+}
+
 // x against the axes: what `geometry` takes.
 inline void input(const Tensor& x, const Axes& axes) {
   dtype("x", x);
@@ -78,7 +85,9 @@ inline void input(const Tensor& x, const Axes& axes) {
           ? dim >= 2 && axes.num_groups >= 0 &&
                 (axes.num_groups == 0 || (sizes[1] % axes.num_groups == 0 &&
                                           axes.num_groups <= std::max<int64_t>(sizes[1], 1)))
-          : axes.feature_dims > 0 && axes.feature_dims <= dim && axes.num_groups == 1;
+          : axes.feature_dims > 0 && axes.feature_dims <= dim &&
+                (axes.num_groups == 1 ||
+                 fit_groups(sizes.end() - axes.feature_dims, sizes.end(), axes.num_groups));
   if (!in_order) wrong_input(x, axes);
   memory("x", x);
 }

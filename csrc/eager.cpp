@@ -151,9 +151,10 @@ std::tuple<Tensor, Tensor, Tensor> add_norm(const Tensor& x, const Tensor& other
   in_order([&] {
     call.axes = axes_of(x, form);
     call.read();
-    expect(form.feature_dims() > 0 && g.c > 1 && !call.by_part && form.act() == Act::none,
-           "`form` must be one over trailing dimensions of more than one value, without an "
-           "activation");
+    expect(form.feature_dims() > 0 && form.num_groups() == 0 && g.c > 1 && !call.by_part &&
+               form.act() == Act::none,
+           "`form` must be one over trailing dimensions of more than one value, without groups or "
+           "an activation");
     for (const Tensor* p : {call.weight, call.bias})
       expect(!p || p->scalar_type() != ScalarType::Double || x.element_size() == 8,
              "`weight` and `bias` must not be wider than float32 beside a narrower `x`");
@@ -198,7 +199,8 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_backward(const Tensor& grad, const T
         call.one_plus = form.one_plus();
         call.read();
         check::gradient(grad_h, x, g);
-        expect(form.feature_dims() > 0 && !call.by_part && (form.needs() & kInput),
+        expect(form.feature_dims() > 0 && form.num_groups() == 0 && !call.by_part &&
+                   (form.needs() & kInput),
                "`record` must be of a call over trailing dimensions whose input has a gradient");
         if (record.numel() != Kept::record_size(g))
           check::wrong_record(record, "of an x of this shape");
@@ -223,6 +225,7 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_backward(const Tensor& grad, const T
           to + at, weights.get(), mean + first, mean + g.n + first,      false,
           false};
       b.sums = params ? sums.get() + i * g.c : nullptr;
+      b.of_bias = made.bias.has_value();
       backward_rows(b);
       use.add(to + at, values_of<T>(of_h) + at, to + at, some.numel(), stream);
       fence(stream);

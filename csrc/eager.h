@@ -58,7 +58,10 @@ template <class Body>
 // The axes of x, which has values, and more than one to a statistic where one has no variance.
 [[maybe_unused]] Axes axes_of(const Tensor& x, Form form) {
   expect(x.numel() > 0, "`x` is empty: it has no moments; pass a tensor that holds values");
-  const Axes axes = form.axes(x);
+  const Axes axes = form.axes(x, true);
+  const bool whole = !form.rounds() && !form.as_given();
+  expect(axes.feature_dims == 0 || axes.num_groups == 1 || whole,
+         "`form` has ROUNDS or AS_GIVEN, for which trailing dimensions are one group: pass 0");
   if (axes.feature_dims > 0 || form.constant()) return axes;
   const auto sizes = x.sizes();
   const int64_t dim = int64_t(sizes.size());

@@ -21,7 +21,7 @@ struct Order {
   GateRounding rounds() const { return {(bits & 4) != 0, (bits & 8) != 0}; }
 };
 
-// A matrix whose rows may lie apart.
+// Rows of the last dimension, which may lie apart where they are a matrix.
 template <class T>
 struct Lines {
   Tensor held;
@@ -29,12 +29,14 @@ struct Lines {
   int64_t apart;
 
   explicit Lines(const Tensor& t)
-      : held((t.size(1) == 1 || t.stride(1) == 1) && t.stride(0) >= t.size(1)
-                 ? t
-                 : torch::stable::contiguous(t)),
+      : held(fits(t) ? t : torch::stable::contiguous(t)),
         first(static_cast<const T*>(held.const_data_ptr())),
-        apart(held.size(0) > 1 ? held.stride(0) : held.size(1)) {}
+        apart(held.dim() == 2 && held.size(0) > 1 ? held.stride(0) : held.size(held.dim() - 1)) {}
 
+  static bool fits(const Tensor& t) {
+    if (t.dim() != 2) return t.is_contiguous();
+    return (t.size(1) == 1 || t.stride(1) == 1) && t.stride(0) >= t.size(1);
+  }
   const T* row(int64_t i) const { return first + i * apart; }
   bool dense(int64_t len) const { return apart == len; }
 };
@@ -78,21 +80,21 @@ const compute_t<T>* widened(const Lines<T>& from, const Lines<T>* gates, int64_t
 }
 
 Tensor rows_like(const Tensor& x, const Geometry& g) {
-  const int64_t sizes[] = {g.n, g.c}, strides[] = {g.c, 1};
-  return empty_strided(Dims(sizes, sizes + 2), Dims(strides, strides + 2), x.scalar_type());
+  return empty_strided(g.sizes, contiguous_strides(g.sizes), x.scalar_type());
 }
 
 void read(Call& call, const Tensor& gate, Form form, Order order) {
   call.axes = axes_of(call.x, form);
   call.read();
   expect(order.bits >= 0 && order.bits < 16, "`order` must be from 0 to 15: see _core/gated.py");
-  expect(call.x.dim() == 2, "`x` must be rows, (N, C)");
-  const bool plain = form.num_groups() > 0 && !form.centred() && !form.constant() &&
-                     !form.one_plus() && form.act() == Act::none;
-  expect(plain, "`form` must be groups of a row's values, UNCENTRED, and nothing else");
+  const bool plain = form.feature_dims() == 1 && !form.centred() && !form.constant() &&
+                     !form.one_plus() && !form.rounds() && !form.as_given() &&
+                     form.act() == Act::none;
+  expect(plain, "`form` must be groups of the last dimension, UNCENTRED, and nothing else");
   expect(!call.by_part, "`weight` must have one value for each of a row's values");
-  expect(check::type_of(gate) == call.x.scalar_type() && gate.dim() == 2 &&
-             gate.size(0) == call.g.n && gate.size(1) == call.g.c,
+  const auto sizes = gate.sizes();
+  expect(check::type_of(gate) == call.x.scalar_type() && gate.dim() == call.x.dim() &&
+             std::equal(sizes.begin(), sizes.end(), call.g.sizes.begin()),
          "`gate` must have the shape and the dtype of `x`");
   check::memory("gate", gate);
 }
@@ -103,8 +105,8 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& x, const Tensor& gate, Maybe
   const Order order{order_bits};
   Call call{.x = x, .axes = {}, .eps = eps, .weight = given(weight)};
   in_order([&] { read(call, gate, form, order); });
+  const Tensor y = rows_like(x, call.g);
   const Geometry g = samples_of(call.g, call.g.n);
-  const Tensor y = rows_like(x, g);
   const Tensor record =
       form.wants_gradient() ? Kept{form, eps, double(order_bits)}.record(g) : Tensor();
   const int64_t count = g.num_statistics();
@@ -164,10 +166,10 @@ std::tuple<Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& grad, const
           check::wrong_record(record, "of an x of this shape");
       },
       kRecorded);
-  const Geometry g = samples_of(call.g, call.g.n);
   const bool inputs = form.needs() & kInput, params = weight && (form.needs() & kWeight);
-  const Tensor of_x = inputs ? rows_like(x, g) : Tensor();
-  const Tensor of_gate = inputs ? rows_like(x, g) : Tensor();
+  const Tensor of_x = inputs ? rows_like(x, call.g) : Tensor();
+  const Tensor of_gate = inputs ? rows_like(x, call.g) : Tensor();
+  const Geometry g = samples_of(call.g, call.g.n);
   const Tensor of_weight = params ? empty(g.c, weight->scalar_type()) : Tensor();
   const Tensor pulled =
       grad.scalar_type() == x.scalar_type() ? grad : torch::stable::to(grad, x.scalar_type());
@@ -197,6 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& grad, const
                     of_var,        false,
                     false};
       b.sums = params ? sums.get() + block * g.c : nullptr;
+      b.of_bias = false;
       backward_rows(b);
       if (!inputs) return;
       T *const to_x = room_of<T>(of_x) + first * g.c, *const to_gate =

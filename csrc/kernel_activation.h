@@ -232,8 +232,9 @@ void act_row(const ActInputs<T>& in, T* out, int64_t len, const RowAffine<T>& by
         const V b = row.bias ? load_raw<V>(row.bias + at) : V{};
         if constexpr (is_half<T>) {
           if (row.rounds) {
-            z.v[k] = affine_in_steps(x.v[k], of_row, row.weight ? row.weight + at : nullptr,
-                                     row.bias ? row.bias + at : nullptr);
+            z.v[k] = affine_in_steps<T>(((x.v[k] - of_row.hi) - of_row.lo) * of_row.rstd,
+                                        row.weight ? row.weight + at : nullptr,
+                                        row.bias ? row.bias + at : nullptr);
             if (residual) z.v[k] = rounded<T>(z.v[k] + residual->v[k]);
             continue;
           }

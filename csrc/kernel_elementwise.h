@@ -162,6 +162,7 @@ TN_INLINE void x_hat_twice(vf x, const RowVectors<T>& by, vf& near, vf& rest) {
 // To the nearest value of T.
 template <class T>
 TN_INLINE vf rounded(vf v) {
+  if constexpr (std::is_same_v<T, bf16>) return (vf)(round_to_bf16<vu>(v) & 0xffff0000u);
   alignas(kBytes) T values[Lane<T>::lanes];
   Lane<T>::store(values, v);
   return Lane<T>::load(values);
@@ -169,16 +170,16 @@ TN_INLINE vf rounded(vf v) {
 
 // x̂ · weight + bias of one vector, each step rounded.
 template <class T, class V>
-TN_INLINE V affine_in_steps(V x, const RowVectors<T>& by, const compute_t<T>* weight,
-                            const compute_t<T>* bias) {
-  V y = rounded<T>(((x - by.hi) - by.lo) * by.rstd);
+TN_INLINE V affine_in_steps(V x_hat, const compute_t<T>* weight, const compute_t<T>* bias) {
+  V y = rounded<T>(x_hat);
   if (weight) y = rounded<T>(y * load_raw<V>(weight));
   if (bias) y = rounded<T>(y + load_raw<V>(bias));
   return y;
 }
 
-// y of one run, by(i) being the coefficients of what follows value i.
-template <class T, bool Weight, bool Bias, class By>
+// y of one run, by(i) being the coefficients of what follows value i; Centred: unless hi and lo are
+// zero.
+template <class T, bool Weight, bool Bias, bool Centred, class By>
 TN_INLINE void map_row(const T* x, T* y, int64_t len, const compute_t<T>* weights,
                        const compute_t<T>* biases, bool rounds, bool stream, const By& by_of) {
   using P = InOrder<T>;
@@ -189,16 +190,20 @@ TN_INLINE void map_row(const T* x, T* y, int64_t len, const compute_t<T>* weight
       for (int k = 0; k < 2; ++k) {
         const int64_t at = i + k * P::lanes;
         const RowVectors<T>& by = by_of(at);
+        const auto x_hat = [&]() TN_FLAT {
+          const V x = v->v[k];
+          return (Centred ? (x - by.hi) - by.lo : x) * by.rstd;
+        };
         if constexpr (Rounds) {
-          out.v[k] = affine_in_steps(v->v[k], by, Weight ? weights + at : nullptr,
-                                     Bias ? biases + at : nullptr);
+          out.v[k] = affine_in_steps<T>(x_hat(), Weight ? weights + at : nullptr,
+                                        Bias ? biases + at : nullptr);
         } else if constexpr (is_half<T> && Bias) {
           vf near, rest;
           x_hat_twice(v->v[k], by, near, rest);
           const vf weight = Weight ? load_raw<vf>(weights + at) : splat<vf>(1.0f);
           out.v[k] = fused(weight, rest, fused(weight, near, load_raw<vf>(biases + at)));
         } else {
-          out.v[k] = ((v->v[k] - by.hi) - by.lo) * by.rstd;
+          out.v[k] = x_hat();
           if constexpr (Weight) out.v[k] *= load_raw<V>(weights + at);
           if constexpr (Bias) out.v[k] += load_raw<V>(biases + at);
         }
@@ -212,29 +217,38 @@ TN_INLINE void map_row(const T* x, T* y, int64_t len, const compute_t<T>* weight
   run(std::false_type{});
 }
 
-template <class T, class By>
+template <class T, bool Centred, class By>
 TN_INLINE void map_row(const T* x, T* y, int64_t len, const compute_t<T>* weights,
                        const compute_t<T>* biases, bool rounds, bool stream, const By& by_of) {
   if (weights && biases)
-    map_row<T, true, true>(x, y, len, weights, biases, rounds, stream, by_of);
+    map_row<T, true, true, Centred>(x, y, len, weights, biases, rounds, stream, by_of);
   else if (weights)
-    map_row<T, true, false>(x, y, len, weights, biases, rounds, stream, by_of);
+    map_row<T, true, false, Centred>(x, y, len, weights, biases, rounds, stream, by_of);
   else if (biases)
-    map_row<T, false, true>(x, y, len, weights, biases, rounds, stream, by_of);
+    map_row<T, false, true, Centred>(x, y, len, weights, biases, rounds, stream, by_of);
   else
-    map_row<T, false, false>(x, y, len, weights, biases, rounds, stream, by_of);
+    map_row<T, false, false, Centred>(x, y, len, weights, biases, rounds, stream, by_of);
+}
+
+// A function each: in one, either has fewer registers for the other.
+template <bool Centred, class T>
+__attribute__((noinline)) void apply_long_rows(const T* x, T* y, int64_t rows, int64_t len,
+                                               const RowAffine<T>* by, bool stream) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto row = RowVectors<T>::of(by[r]);
+    map_row<T, Centred>(x + r * len, y + r * len, len, by[r].weight, by[r].bias, by[r].rounds,
+                        stream, [&](int64_t) TN_FLAT -> const RowVectors<T>& { return row; });
+  }
 }
 
 template <class T>
 void apply_rows(const T* x, T* y, int64_t rows, int64_t len, const RowAffine<T>* by, bool stream) {
   using A = compute_t<T>;
   if (len >= kStep) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const auto row = RowVectors<T>::of(by[r]);
-      map_row(x + r * len, y + r * len, len, by[r].weight, by[r].bias, by[r].rounds, stream,
-              [&](int64_t) TN_FLAT -> const RowVectors<T>& { return row; });
-    }
-    return;
+    bool centred = false;
+    for (int64_t r = 0; r < rows; ++r) centred = centred || by[r].hi != A{} || by[r].lo != A{};
+    return centred ? apply_long_rows<true>(x, y, rows, len, by, stream)
+                   : apply_long_rows<false>(x, y, rows, len, by, stream);
   }
   struct {
     Spread<A> hi, lo, rstd, base, rstd_rest, offset, offset_rest;
@@ -250,11 +264,11 @@ void apply_rows(const T* x, T* y, int64_t rows, int64_t len, const RowAffine<T>*
     if (by->weight) weight.put(at, len, by[r].weight, A{});
     if (by->bias) bias.put(at, len, by[r].bias, A{});
   }
-  map_row(x, y, rows * len, by->weight ? weight.values : nullptr, by->bias ? bias.values : nullptr,
-          by->rounds, stream, [&](int64_t i) TN_FLAT {
-            return RowVectors<T>::made(all,
-                                       [&](const Spread<A>& each) TN_FLAT { return each.at(i); });
-          });
+  map_row<T, true>(x, y, rows * len, by->weight ? weight.values : nullptr,
+                   by->bias ? bias.values : nullptr, by->rounds, stream, [&](int64_t i) TN_FLAT {
+                     return RowVectors<T>::made(
+                         all, [&](const Spread<A>& each) TN_FLAT { return each.at(i); });
+                   });
 }
 
 template <class T>

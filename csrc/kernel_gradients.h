@@ -140,7 +140,7 @@ void column_grad_sums(const T* grad, const T* x, int64_t rows, int64_t cols, int
 constexpr int64_t kLeastAhead = 32, kMostAhead = 512;  // values of a row
 
 // Sums of R rows and of their columns in one pass: see row_grad_sums in kernels.h.
-template <class T, int R>
+template <class T, int R, bool Centred>
 TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, const double* mean,
                         const double* rstd, const compute_t<T>* weight, const RowSums& of_rows,
                         double* sum_grad, double* sum_grad_x_hat) {
@@ -150,8 +150,10 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
   constexpr int room = std::max(R, L);
   A hi[R], lo[R], scale[R];
   for (int r = 0; r < R; ++r) {
-    hi[r] = A(mean[r]);
-    lo[r] = A(mean[r] - double(hi[r]));
+    if constexpr (Centred) {
+      hi[r] = A(mean[r]);
+      lo[r] = A(mean[r] - double(hi[r]));
+    }
     scale[r] = A(rstd[r]);
     of_rows.grad[r] = of_rows.grad_x_hat[r] = 0.0;
   }
@@ -163,7 +165,7 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
     for (int r = 0; r < R; ++r) {
       for (int width = N / 2; width > 0; width /= 2)
         for (int n = 0; n < width; ++n) {
-          part_g[r][n] += part_g[r][n + width];
+          if constexpr (Centred) part_g[r][n] += part_g[r][n + width];
           part_gx[r][n] += part_gx[r][n + width];
         }
       g[r] = part_g[r][0];
@@ -171,19 +173,19 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
       for (int n = 0; n < N; ++n) part_g[r][n] = part_gx[r][n] = V{};
     }
     A sum_g[room], sum_gx[room];
-    sum_lanes(g, sum_g);
+    if constexpr (Centred) sum_lanes(g, sum_g);
     sum_lanes(gx, sum_gx);
+    const auto add = [](double* to, const A* sums) TN_FLAT {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r += D)
+        store_raw(to + r, load_raw<vd>(to + r) + Lane<A>::load_double(sums + r));
+    };
     if constexpr (R == 1) {
-      of_rows.grad[0] += double(sum_g[0]);
+      if constexpr (Centred) of_rows.grad[0] += double(sum_g[0]);
       of_rows.grad_x_hat[0] += double(sum_gx[0]);
     } else {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r += D) {
-        store_raw(of_rows.grad + r,
-                  load_raw<vd>(of_rows.grad + r) + Lane<A>::load_double(sum_g + r));
-        store_raw(of_rows.grad_x_hat + r,
-                  load_raw<vd>(of_rows.grad_x_hat + r) + Lane<A>::load_double(sum_gx + r));
-      }
+      if constexpr (Centred) add(of_rows.grad, sum_g);
+      add(of_rows.grad_x_hat, sum_gx);
     }
     steps = 0;
   };
@@ -201,21 +203,23 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
           __builtin_prefetch(x + R * len + at * R + r * L);
         }
         const V grads = Lane<T>::load(grad + r * ld + at);
-        const V x_hat = ((Lane<T>::load(x + r * ld + at) - hi[r]) - lo[r]) * scale[r];
+        V x_hat = Lane<T>::load(x + r * ld + at);
+        if constexpr (Centred) x_hat = (x_hat - hi[r]) - lo[r];
+        x_hat *= scale[r];
         const V g = counts(grads, n * L), gx = counts(grads * x_hat, n * L);
         if (few && sum_grad) {
           // columns so few that their sums are float64 throughout
-          add_doubles(sum_grad + at, g);
+          if constexpr (Centred) add_doubles(sum_grad + at, g);
           add_doubles(sum_grad_x_hat + at, gx);
         } else {
-          column_g += g;
+          if constexpr (Centred) column_g += g;
           column_gx += gx;
         }
-        part_g[r][n] += g * w;
+        if constexpr (Centred) part_g[r][n] += g * w;
         part_gx[r][n] += gx * w;
       }
       if (sum_grad && !few) {
-        add_doubles(sum_grad + at, column_g);
+        if constexpr (Centred) add_doubles(sum_grad + at, column_g);
         add_doubles(sum_grad_x_hat + at, column_gx);
       }
     }
@@ -236,7 +240,7 @@ TN_INLINE void sum_rows(const T* grad, const T* x, int64_t len, int64_t ld, cons
 }
 
 // A row shorter than kRowStep is read with what follows it; where nothing may be, rows are copied.
-template <class T>
+template <class T, bool Centred>
 void row_grad_sums(const T* grad, const T* x, int64_t rows, int64_t len, int64_t ld,
                    int64_t readable, const double* mean, const double* rstd,
                    const compute_t<T>* weight, const RowSums& of_rows, double* sum_grad,
@@ -265,12 +269,12 @@ void row_grad_sums(const T* grad, const T* x, int64_t rows, int64_t len, int64_t
     }
   }
   if (rows == kRowsTogether)
-    sum_rows<T, kRowsTogether>(grad, x, len, ld, mean, rstd, weight, of_rows, sum_grad,
-                               sum_grad_x_hat);
+    sum_rows<T, kRowsTogether, Centred>(grad, x, len, ld, mean, rstd, weight, of_rows, sum_grad,
+                                        sum_grad_x_hat);
   else
     for (int64_t r = 0; r < rows; ++r)
-      sum_rows<T, 1>(grad + r * ld, x + r * ld, len, ld, mean + r, rstd + r, weight,
-                     of_rows.from(r), sum_grad, sum_grad_x_hat);
+      sum_rows<T, 1, Centred>(grad + r * ld, x + r * ld, len, ld, mean + r, rstd + r, weight,
+                              of_rows.from(r), sum_grad, sum_grad_x_hat);
   if (!few || !to_grad) return;
   for (int64_t i = 0; i < len; ++i) {
     to_grad[i] += sum_grad[i];

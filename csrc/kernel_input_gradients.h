@@ -152,6 +152,35 @@ void grad_apply_rows(const T* grad, const T* x, T* grad_x, int64_t rows, int64_t
   }
 }
 
+// The same of rows about zero, where no mean of grad · weight is subtracted either.
+template <class T>
+void grad_apply_rows_about_zero(const T* grad, const T* x, T* grad_x, int64_t rows, int64_t len,
+                                int64_t ld, const compute_t<T>* weight, const double* mean,
+                                const double* rstds, const RowSums& means, bool stream) {
+  if (len < kStep)  // where a row's coefficients take longer than its values
+    return grad_apply_rows(grad, x, grad_x, rows, len, ld, weight, mean, rstds, means, stream);
+  using A = compute_t<T>;
+  using P = InOrder<T>;
+  using V = typename P::V;
+  const auto all = [&]<bool Weight>(std::bool_constant<Weight>) TN_FLAT {
+    for (int64_t r = 0; r < rows; ++r) {
+      const GradAffine<A> by(0.0, rstds[r], 1.0, 0.0, means.grad_x_hat[r]);
+      const V rstd = splat<V>(by.rstd), slope = splat<V>(by.slope);
+      const int64_t at = r * ld;
+      map<P, 2>({grad + at, x + at}, grad_x + at, len, stream, [&](const P* v, int64_t i) TN_FLAT {
+        P out;
+        for (int k = 0; k < 2; ++k) {
+          V g = v[0].v[k];
+          if constexpr (Weight) g *= load_raw<V>(weight + i + k * P::lanes);
+          out.v[k] = g * rstd + v[1].v[k] * rstd * slope;
+        }
+        return out;
+      });
+    }
+  };
+  weight ? all(std::true_type{}) : all(std::false_type{});
+}
+
 template <class T>
 void grad_scale_each(const T* grad, T* grad_x, int64_t rows, int64_t len, const compute_t<T>* scale,
                      bool stream) {

@@ -30,8 +30,9 @@ struct Folded {
 };
 
 // The shift is the value of `origin`; without one the squares are exact, and may be fused. A run
-// shorter than a step may be `readable` beyond its end, else it is copied.
-template <class T, bool shifted>
+// shorter than a step may be `readable` beyond its end, else it is copied. Without `summed` the sum
+// is zero.
+template <class T, bool shifted, bool summed = true>
 TN_INLINE Folded sums_about(const T* x, int64_t runs, int64_t len, int64_t stride, T origin,
                             bool readable) {
   using P = AnyOrder<T>;
@@ -56,7 +57,7 @@ TN_INLINE Folded sums_about(const T* x, int64_t runs, int64_t len, int64_t strid
             sums[n][k][h] += d;
             squares[n][k][h] += d * d;
           } else {
-            sums[n][k][h] += part[h];
+            if constexpr (summed) sums[n][k][h] += part[h];
             squares[n][k][h] = add_square(squares[n][k][h], part[h]);
           }
         }
@@ -83,9 +84,9 @@ TN_INLINE Folded sums_about(const T* x, int64_t runs, int64_t len, int64_t strid
   return {fold<P>(sums), fold<P>(squares)};
 }
 
-template <class T, bool shifted>
+template <class T, bool shifted, bool summed = true>
 TN_INLINE Moments sums_about(const T* x, int64_t runs, int64_t len, int64_t stride, T origin) {
-  const auto [sum, square] = sums_about<T, shifted>(x, runs, len, stride, origin, false);
+  const auto [sum, square] = sums_about<T, shifted, summed>(x, runs, len, stride, origin, false);
   double s[D], q[D];
   sum_lanes({sum}, s);
   sum_lanes({square}, q);
@@ -103,10 +104,15 @@ TN_INLINE bool near_zero(double s, double q, double n) {
 }
 
 template <class T>
+__attribute__((noinline)) Moments squares(const T* x, int64_t runs, int64_t len, int64_t stride) {
+  return sums_about<T, false, false>(x, runs, len, stride, T{});
+}
+
+template <class T>
 Moments moments(const T* x, int64_t runs, int64_t len, int64_t stride, bool centred) {
   if constexpr (!std::is_same_v<T, double>) {
+    if (!centred) return squares(x, runs, len, stride);
     const auto [n, s, q] = sums_about<T, false>(x, runs, len, stride, T{});
-    if (!centred) return {n, 0.0, q};
     if (near_zero(s, q, n)) return {n, s / n, q - s * s / n};
   }
   // Even where the first value is an outlier it is at most sqrt(n) standard deviations from the
@@ -118,10 +124,9 @@ Moments moments(const T* x, int64_t runs, int64_t len, int64_t stride, bool cent
   return {n, to_double(origin) + s / n, m2 < 0.0 ? 0.0 : m2};
 }
 
-// Of rows that follow one another: see kernels.h.
-template <class T>
-void row_moments(const T* x, int64_t rows, int64_t len, int64_t readable, bool centred,
-                 Moments* of_rows) {
+template <class T, bool centred>
+__attribute__((noinline)) void row_moments_of(const T* x, int64_t rows, int64_t len,
+                                              int64_t readable, Moments* of_rows) {
   constexpr int R = kRowsTogether;
   const auto one = [&](int64_t r) { of_rows[r] = moments(x + r * len, 1, len, 0, centred); };
   if (std::is_same_v<T, double> || rows < R) {
@@ -130,8 +135,8 @@ void row_moments(const T* x, int64_t rows, int64_t len, int64_t readable, bool c
   }
   vd sums[R], squares[R];
   for (int r = 0; r < R; ++r) {
-    const Folded of =
-        sums_about<T, false>(x + r * len, 1, len, 0, T{}, r * len + kStep <= readable);
+    const bool read = r * len + kStep <= readable;
+    const Folded of = sums_about<T, false, centred>(x + r * len, 1, len, 0, T{}, read);
     sums[r] = of.sum, squares[r] = of.square;
   }
   double s[R], q[R];
@@ -146,6 +151,14 @@ void row_moments(const T* x, int64_t rows, int64_t len, int64_t readable, bool c
     else
       one(r);
   }
+}
+
+// Of rows that follow one another: see kernels.h.
+template <class T>
+void row_moments(const T* x, int64_t rows, int64_t len, int64_t readable, bool centred,
+                 Moments* of_rows) {
+  centred ? row_moments_of<T, true>(x, rows, len, readable, of_rows)
+          : row_moments_of<T, false>(x, rows, len, readable, of_rows);
 }
 
 template <class T, int B>

@@ -113,9 +113,14 @@ struct Kernels {
   // with a mean and rstd of their own; and, unless these are null, the sums of grad and grad · x̂
   // down their columns, added to what is there. weight may be null. `readable` values from the
   // first on may be read.
-  void (*row_grad_sums)(const T* grad, const T* x, int64_t rows, int64_t len, int64_t ld,
-                        int64_t readable, const double* mean, const double* rstd, const A* weight,
-                        const RowSums& of_rows, double* sum_grad, double* sum_grad_x_hat);
+  using RowGradSums = void(const T* grad, const T* x, int64_t rows, int64_t len, int64_t ld,
+                           int64_t readable, const double* mean, const double* rstd,
+                           const A* weight, const RowSums& of_rows, double* sum_grad,
+                           double* sum_grad_x_hat);
+  RowGradSums* row_grad_sums;
+  // Where the means are zero, without the sums of grad alone: those of rows are 0, those down
+  // columns stay as they are.
+  RowGradSums* row_grad_sums_about_zero;
 
   // grad_x = grad · scale + (x − hi) · rstd · slope + shift
   void (*grad_apply)(const T* grad, const T* x, T* grad_x, int64_t runs, int64_t len,
@@ -127,9 +132,12 @@ struct Kernels {
                           const GradAffines<A>& by, bool stream);
   // grad_x = grad · weight · rstd + (x − hi) · rstd · slope + shift; weight may be null
   // of up to kRowsTogether rows that start `ld` apart; `means` of grad · weight and of that by x̂
-  void (*grad_apply_rows)(const T* grad, const T* x, T* grad_x, int64_t rows, int64_t len,
-                          int64_t ld, const A* weight, const double* mean, const double* rstd,
-                          const RowSums& means, bool stream);
+  using GradApplyRows = void(const T* grad, const T* x, T* grad_x, int64_t rows, int64_t len,
+                             int64_t ld, const A* weight, const double* mean, const double* rstd,
+                             const RowSums& means, bool stream);
+  GradApplyRows* grad_apply_rows;
+  // where `mean` and the means of grad · weight are zero
+  GradApplyRows* grad_apply_rows_about_zero;
   // grad_x = grad · scale: the statistics do not depend on x
   void (*grad_scale)(const T* grad, T* grad_x, int64_t runs, int64_t len, const GradAffine<A>* by,
                      bool stream);

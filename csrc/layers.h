@@ -132,6 +132,7 @@ struct Backward {
   const Valid* valid = nullptr;  // as in Forward
   const bool* rows = nullptr;
   bool rounds = false;
+  bool of_bias = true;            // whether a bias's gradient is wanted of `sums`
   const double* rstds = nullptr;  // of each statistic, where they are made beforehand
 
   // as of Forward; of_part: sums of a part
@@ -159,7 +160,8 @@ struct Backward {
             act,
             counts,
             past(rows, sample),
-            rounds};
+            rounds,
+            of_bias};
   }
   const T* norm_grad() const { return inner ? inner : grad; }
   ActInputs<T> inputs(int64_t offset) const { return ActInputs<T>{grad, x, residual}.from(offset); }
@@ -171,6 +173,8 @@ struct Backward {
   // whether grad_x takes the tensor's own sums
   bool by_sums() const { return grad_x && !fixed && !mean_grad; }
   bool summing() const { return sums || by_sums(); }
+  // whether the means are zero, and those of weight · grad are not asked for
+  bool about_zero() const { return !geometry.centred && !fixed && !mean_grad; }
   // one value is its own mean: its gradient is zero, not the rounding of what cancels
   bool alone(double count) const {
     return count == 1.0 && geometry.centred && !fixed && !mean_grad;

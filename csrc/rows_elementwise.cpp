@@ -46,14 +46,15 @@ class Rows {
            int64_t begin, int64_t end) const {
     const Statistics of(*this, block);
     const compute_t<T>* const weight = this->of(b_.weight, block);
+    const auto sums = b_.about_zero() && !b_.of_bias ? b_.kernels.row_grad_sums_about_zero
+                                                     : b_.kernels.row_grad_sums;
     over_valid(block, [&](int64_t first, int64_t rows) {
       const int64_t at = offset(block, first) + begin;
       // another thread may write what follows in `inner`
       const int64_t own = (rows - 1) * b_.geometry.c + end - begin;
-      b_.kernels.row_grad_sums(b_.norm_grad() + at, b_.x + at, rows, end - begin, b_.geometry.c,
-                               b_.inner ? own : b_.geometry.n * b_.geometry.c - at, of.mean + first,
-                               of.rstd + first, weight ? weight + begin : nullptr,
-                               of_rows.from(first), sum_grad, sum_grad_x_hat);
+      sums(b_.norm_grad() + at, b_.x + at, rows, end - begin, b_.geometry.c,
+           b_.inner ? own : b_.geometry.n * b_.geometry.c - at, of.mean + first, of.rstd + first,
+           weight ? weight + begin : nullptr, of_rows.from(first), sum_grad, sum_grad_x_hat);
     });
   }
   void sum(const Block& block, Sums& of_rows, double* sum_grad = nullptr,
@@ -74,11 +75,13 @@ class Rows {
       if (b_.skips(i)) fill_values(b_.grad_x + offset(block, j), n, T{});
     }
     const Statistics of(*this, block);
+    const auto apply =
+        b_.about_zero() ? b_.kernels.grad_apply_rows_about_zero : b_.kernels.grad_apply_rows;
     over_valid(block, [&](int64_t first, int64_t rows) {
       const int64_t at = offset(block, first);
-      b_.kernels.grad_apply_rows(b_.norm_grad() + at, b_.x + at, b_.grad_x + at, rows, n,
-                                 b_.geometry.c, this->of(b_.weight, block), of.mean + first,
-                                 of.rstd + first, means.from(first), b_.stream);
+      apply(b_.norm_grad() + at, b_.x + at, b_.grad_x + at, rows, n, b_.geometry.c,
+            this->of(b_.weight, block), of.mean + first, of.rstd + first, means.from(first),
+            b_.stream);
     });
     fence(b_.stream);
   }

@@ -12,8 +12,8 @@ from torch.library import opcheck
 
 import truenorm
 from truenorm._core import gated, operators
-from truenorm._core.call import CONSTANT, ONE_PLUS, UNCENTRED
-from truenorm._core.eager import group
+from truenorm._core.call import CONSTANT, ONE_PLUS
+from truenorm._core.eager import group, rms
 from truenorm._core.gated import BEFORE, ROUNDS_PRODUCT, ROUNDS_X_HAT, SWISH
 
 pytestmark = pytest.mark.skipif(truenorm.info().cpu != "native", reason="native kernels only")
@@ -47,11 +47,6 @@ def at_once(x: Tensor, gate: Tensor, weight: Tensor | None, groups: int, order: 
     y = gated.at_once(x, gate, weight, EPS, groups, order, composed)
     assert y is not None
     return y
-
-
-@pytest.fixture(autouse=True)
-def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gated, "_FEW", 0)
 
 
 TOLERANCES = {
@@ -196,15 +191,7 @@ def test_what_is_not_for_one_call() -> None:
     assert gated.at_once(x, gate, weight, EPS, 4, BEFORE, lambda *_: x) is None  # 4 in 6
 
 
-def test_small_ones_that_torch_serves_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gated, "_FEW", 1 << 15)
-    x, gate, _, _ = inputs((4,), 6, torch.float32)
-    assert gated.at_once(x, gate, None, EPS, 1, 0, lambda *_: x) is None
-    assert gated.at_once(x, gate, None, EPS, 1, BEFORE, lambda *_: x) is not None
-    assert gated.at_once(x.half(), gate.half(), None, EPS, 1, 0, lambda *_: x) is not None
-
-
-FORM = UNCENTRED | group(2) | 3
+FORM = rms(1) | group(2) | 3
 
 
 def test_schemas() -> None:
@@ -231,7 +218,8 @@ def test_the_operators_look_at_their_arguments() -> None:
         (forward, (x, gate, weight, group(2), EPS, 0), "`form` must be groups"),
         (forward, (x, gate, weight, FORM | CONSTANT, EPS, 0), "`form` must be groups"),
         (forward, (x, gate, weight, FORM | ONE_PLUS, EPS, 0), "`form` must be groups"),
-        (forward, (x[:, :, None], gate[:, :, None], weight, FORM, EPS, 0), "`x` must be rows"),
+        (forward, (x[:, None], gate, weight, FORM, EPS, 0), "`gate` must have the shape"),
+        (forward, (x, gate, weight, rms(1) | group(4), EPS, 0), "`num_groups` .* must divide"),
         (forward, (x[:0], gate[:0], weight, FORM, EPS, 0), "`x` is empty"),
         (backward, (grad[:2], x, gate, record, weight), "`grad`"),
         (backward, (grad, x, gate[:2], record, weight), "`gate` must have the shape"),

@@ -249,6 +249,17 @@ def pull_back(
     record, bits, eps, parameter = kept
     if not bits & _NEEDS:
         return [None, None, None, None]
+    features = bits >> FEATURES & 0xFF
+    if features and bits >> GROUPS:  # which the formula has of rows
+        same = record, bits & ~(0xFF << FEATURES), eps, parameter
+        shape = x.shape[x.dim() - features :]
+        flat = (None if t is None else t.flatten() for t in (weight, bias))
+        of_grad, of_x, of_residual = (
+            None if t is None else t.reshape(-1, shape.numel()) for t in (grad, x, residual)
+        )
+        found = pull_back(same, of_grad, of_x, *flat, of_residual)  # type: ignore[arg-type]
+        shapes = x.shape, shape, shape, x.shape
+        return [g if g is None else g.view(s) for g, s in zip(found, shapes, strict=True)]
     if record.dim() == 1:  # of the short way
         moments = record[:-3].view(2, -1)
         count = moments.new_full((1, moments.shape[1]), x.numel() // moments.shape[1])

@@ -81,6 +81,8 @@ def _shortly(
     if not (numel and plain) or form & (ROUNDS | ONE_PLUS):
         return None
     features, groups = form >> FEATURES & 0xFF, 0
+    if features and form >> GROUPS:
+        return None
     if not features:
         if x.dim() < 2:
             return None

@@ -16,15 +16,15 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from . import eager, library, operators
-from .call import NEEDS_INPUT, NEEDS_WEIGHT, UNCENTRED
+from .call import NEEDS_INPUT, NEEDS_WEIGHT
 
 # as csrc/gated.cpp reads them: where the gate comes in, whether it is g · σ(g) or σ(g), and what is
 # rounded to x's dtype before the last step
 BEFORE, SWISH, ROUNDS_X_HAT, ROUNDS_PRODUCT = 1, 2, 4, 8
 
 Composed = Callable[[Tensor, Tensor, Any], Tensor]
-# values of wider types, below which torch's nodes of a gate after the norm take less time
-_FEW = 1 << 15
+_forward = operators.eager_gated_norm._op
+_backward = operators.eager_gated_norm_backward._op
 
 
 def at_once(
@@ -43,20 +43,16 @@ def at_once(
         or x.dtype != gate.dtype
         or x.shape != gate.shape
         or not x.dim()
-        or (not order & BEFORE and groups == 1 and x.itemsize > 2 and x.numel() < _FEW)
     ):
         return None
-    bits = UNCENTRED | eager.group(groups)
+    bits = eager.rms(1) | eager.group(groups)
     if torch.is_grad_enabled():
         bits |= NEEDS_INPUT * (x.requires_grad or gate.requires_grad)
         bits |= NEEDS_WEIGHT * (weight is not None and weight.requires_grad)
-    size = x.shape[-1]
     try:
-        rows = x.detach().reshape(-1, size), gate.detach().reshape(-1, size)
-        y, record = operators.eager_gated_norm._op(*rows, weight, bits, eps, order)
+        y, record = _forward(x, gate, weight, bits, eps, order)
     except RuntimeError:  # what is merely unusual
         return None
-    y = y.view(x.shape)
     if not bits & (NEEDS_INPUT | NEEDS_WEIGHT):
         return y  # type: ignore[no-any-return]
     made = y, record, composed
@@ -78,13 +74,7 @@ class GatedNorm(Function):
         plain = type(grad) is Tensor and not (is_compiling() or torch.is_grad_enabled())
         if not plain or not eager.is_plain(grad):
             return *_pull_back(ctx, grad, x, gate, weight), None
-        size = x.shape[-1]
-        rows = (t.reshape(-1, size) for t in (grad, x, gate))
-        found = operators.eager_gated_norm_backward._op(*rows, ctx.record, weight)
-        of_x, of_gate, of_weight = found
-        if of_x is not None:
-            of_x, of_gate = of_x.view(x.shape), of_gate.view(x.shape)
-        return of_x, of_gate, of_weight, None
+        return *_backward(grad, x, gate, ctx.record, weight), None
 
 
 def _pull_back(ctx: Any, grad: Tensor, *inputs: Any) -> list[Tensor | None]:

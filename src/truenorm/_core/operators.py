@@ -90,7 +90,7 @@ _EAGER = {
     " -> (Tensor, Tensor, Tensor)",
     "eager_add_norm_backward": "(Tensor grad, Tensor grad_h, Tensor x, Tensor record,"
     " Tensor? weight) -> (Tensor, Tensor, Tensor)",
-    # beside a gate, of rows (N, C) and the groups of these; order: as gated.py packs it
+    # beside a gate, of the last dimension's groups; order: as gated.py packs it
     "eager_gated_norm": "(Tensor x, Tensor gate, Tensor? weight, int form, float eps, int order)"
     " -> (Tensor, Tensor)",
     "eager_gated_norm_backward": "(Tensor grad, Tensor x, Tensor gate, Tensor record,"

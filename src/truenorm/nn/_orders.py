@@ -11,22 +11,19 @@ from torch import Tensor
 from .. import functional
 from .._core import added, eager
 from .._core import gated as beside
-from .._core.call import AS_GIVEN, ONE_PLUS, ROUNDS, UNCENTRED, Call, Form
+from .._core.call import AS_GIVEN, ONE_PLUS, ROUNDS, Call, Form
 from .._core.geometry import Axes
 from .._core.normalize import normalize
 from .._core.rule import Rule
 
-_RMS, _LAYER = eager.rms(1), eager.layer(1)
-# values, of which views for a group norm take more time than a product and a sum
-FEW = 32_768
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "sigmoid": torch.sigmoid,
 }
 
 
-def _bits(kind: str) -> int:
-    return _LAYER if kind == "layer" else _RMS
+def _bits(kind: str, feature_dims: int = 1) -> int:
+    return eager.layer(feature_dims) if kind == "layer" else eager.rms(feature_dims)
 
 
 def _kernel(
@@ -59,8 +56,11 @@ def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def fit_heads(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether these have a row for each head of x, (*, H, D), or one that all of them share."""
-    shapes = {tuple(t.shape) for t in parameters if t is not None}
-    return len(shapes) == 1 and shapes.pop() in (tuple(x.shape[-2:]), (1, x.shape[-1]))
+    shapes = [t.shape for t in parameters if t is not None]
+    if not shapes or any(shape != shapes[0] for shape in shapes):
+        return False
+    first = shapes[0]
+    return len(first) == 2 and first[1] == x.shape[-1] and first[0] in (1, x.shape[-2])
 
 
 def _of_heads(
@@ -70,20 +70,17 @@ def _of_heads(
     shared = bias if weight is None else weight
     if shared is None:
         return _kernel(x, None, None, eps, kind, flags)
-    if x.dtype == torch.float32 and x.numel() < FEW:
-        if weight is not None and flags & ONE_PLUS:
-            weight = 1.0 + weight
-        return _affine(_kernel(x, None, None, eps, kind), weight, bias)
     heads, size = shared.shape
+    if heads > 1:
+        by_head = flags | eager.group(heads) | _bits(kind, 2)
+        direct = eager.call(eager.OWN, x, weight, bias, by_head, eps, (), None)
+        if direct is not None:
+            return direct
     weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
     if heads == 1:
         return _kernel(x, weight, bias, eps, kind, flags)
-    rows, centred = x.reshape(-1, heads * size), kind == "layer"
-    bits = flags | eager.group(heads) | (0 if centred else UNCENTRED)
-    direct = eager.call(eager.OWN, rows, weight, bias, bits, eps, (), None)
-    if direct is not None:
-        return direct.view(x.shape)
-    form = Form(Axes(heads, 0, centred), eps, one_plus=bool(flags & ONE_PLUS))
+    rows = x.reshape(-1, heads * size)
+    form = Form(Axes(heads, 0, kind == "layer"), eps, one_plus=bool(flags & ONE_PLUS))
     return normalize(Call(rows, weight, bias, form)).view(x.shape)
 
 
@@ -126,6 +123,24 @@ def _one_call(
     if rule.rounding == "once" or out == torch.float32:
         return scaled_by(weight, rule), 0
     return None
+
+
+def form_at_once(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule
+) -> int | None:
+    """The form of a kernel's call that is all of it, over the last dimension; None for more steps.
+
+    By the dtypes alone: the same for all that have these. Beside a gate it is 0, and of heads it
+    lacks how many these are.
+    """
+    if rule.axis != -1 or rule.after or rule.kind not in ("rms", "layer", "l2"):
+        return None
+    if rule.gate is not None:
+        return 0 if _has_gated_call(x, weight, rule) else None
+    one = _one_call(x, weight, bias, rule)
+    if one is None or one[0] is not weight:
+        return None
+    return one[1] | _bits(rule.kind, 2 if rule.heads else 1)
 
 
 def compute(
@@ -184,23 +199,32 @@ def _in_groups(x: Tensor, weight: Tensor | None, eps: float, rule: Rule, groups:
     return y if weight is None else weight * y
 
 
+def _has_gated_call(x: Tensor, weight: Tensor | None, rule: Rule) -> bool:
+    return output_dtype(x, weight, rule) == x.dtype and not rule.offset
+
+
+def gated_at_once(
+    x: Tensor, gate: Any, weight: Tensor | None, eps: float, rule: Rule, groups: int
+) -> Tensor | None:
+    """`gated` in one call, for an x of the dtype that its result has; None where it is not."""
+
+    def composed(x: Tensor, gate: Tensor, weight: Tensor | None) -> Tensor:
+        return _gated_by_steps(x, gate, weight, eps, rule, groups)
+
+    return beside.at_once(x, gate, weight, eps, groups, _gate_order(rule, groups), composed)
+
+
 def gated(
     x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, rule: Rule, groups: int
 ) -> Tensor:
     """An RMSNorm of x · act(gate), or one of x, times act(gate): act in float32."""
-    if output_dtype(x, weight, rule) == x.dtype and not rule.offset:
-
-        def composed(x: Tensor, gate: Tensor, weight: Tensor | None) -> Tensor:
-            return _gated_by_steps(x, gate, weight, eps, rule, groups)
-
-        order = _gate_order(x, rule, groups)
-        made = beside.at_once(x, gate, weight, eps, groups, order, composed)
-        if made is not None:
-            return made
-    return _gated_by_steps(x, gate, weight, eps, rule, groups)
+    made = None
+    if _has_gated_call(x, weight, rule):
+        made = gated_at_once(x, gate, weight, eps, rule, groups)
+    return _gated_by_steps(x, gate, weight, eps, rule, groups) if made is None else made
 
 
-def _gate_order(x: Tensor, rule: Rule, groups: int) -> int:
+def _gate_order(rule: Rule, groups: int) -> int:
     """Where the gate comes in, and what of the steps is rounded, as one number."""
     order = beside.SWISH * (rule.gate_act == "silu")
     once = rule.rounding == "once"

@@ -17,15 +17,27 @@ from torch.compiler import is_compiling
 from torch.nn import Module, Parameter
 
 from .. import functional
-from .._core import activation, exporting
+from .._core import activation, eager, exporting
 from .._core.call import AS_GIVEN
+from .._core.library import NATIVE
 from .._core.route import has_kernel
 from .._core.rule import Rule
 from . import _unlike
 from ._base import Direct
 from ._leaving import is_faster_there, is_watched
 from ._options import STORE, Attribute
-from ._orders import compute, fit_heads, gated, groups_of, has_pass, in_order, of_sum, scaled_by
+from ._orders import (
+    compute,
+    fit_heads,
+    form_at_once,
+    gated,
+    gated_at_once,
+    groups_of,
+    has_pass,
+    in_order,
+    of_sum,
+    scaled_by,
+)
 
 _PLAIN = (Parameter, Tensor)
 
@@ -103,6 +115,8 @@ class Ruled(Module):
     _is_torchs: ClassVar[bool]  # whether the class's own forward is torch's layer_norm
     _proof: ClassVar[Any]  # what these are from
     _ours: ClassVar[type[Direct] | None]  # whose forward serves it, where torch's class is its own
+    # by dtypes of x, weight and bias: the form of the one call that is all of it, None for none
+    _forms: ClassVar[dict[tuple[Any, ...], int | None]]
 
     def of_sum(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
         """(norm(h), h) of h = x + other, for two that are alike; None where no one pass does it."""
@@ -118,9 +132,15 @@ class Ruled(Module):
         """
         if STORE in vars(self) and self._ours is not None:
             return self._finished(x)  # of frozen statistics or a process group it knows nothing
-        if is_compiling() or type(x) is not Tensor or x.dim() not in self._ranks:
+        if is_compiling() or type(x) is not Tensor:
             return None
         rule, parameters = self._rule, self._parameters
+        if other is None and not self._is_torchs:
+            y = self._at_once(x, gate)
+            if y is not None:
+                return y
+        if x.dim() not in self._ranks:
+            return None
         if (self._is_torchs or rule.kind in _UNLIKE or rule.axis == 1) and is_faster_there(
             self, x, rule
         ):
@@ -134,7 +154,7 @@ class Ruled(Module):
             bias = parameters[bias] if bias in parameters else getattr(self, bias)
         if (x.dtype, x.dtype if weight is None else weight.dtype) not in self._pairs:
             return None
-        if torch.is_autocast_enabled(x.device.type) or exporting.wanted():
+        if torch.is_autocast_enabled(x.device.type):
             return None
         layer: Any = self
         ours = self._ours
@@ -158,9 +178,11 @@ class Ruled(Module):
         eps = getattr(self, rule.eps) if isinstance(rule.eps, str) else rule.eps
         if eps is None:
             eps = torch.finfo(x.dtype if x.dtype.itemsize > 2 else torch.float32).eps
-        if not eps >= 0 or not x.numel() or not has_kernel(x):
+        if not eps >= 0 or not x.numel():
             return None
-        if is_watched(x, weight, bias, gate):
+        if not (NATIVE is not None and x.is_cpu and eager.is_plain(x, weight, bias, gate)) and (
+            exporting.wanted() or not has_kernel(x) or is_watched(x, weight, bias, gate)
+        ):
             return None
         if other is not None and ours is not None:
             return ours.forward(layer, x, add=other)
@@ -172,6 +194,50 @@ class Ruled(Module):
             return self._finished(x)
         y = self._placed(x, weight, bias, float(eps))
         return self._followed(y) if rule.after and y is not None else y
+
+    def _at_once(self, x: Tensor, gate: Any) -> Tensor | None:
+        """The output where one call is all of it; None where more is to be asked.
+
+        A small input's time is what is asked. What is not plain the call itself refuses.
+        """
+        rule, held, forms = self._rule, self._parameters, self._forms
+        try:
+            weight = None if rule.weight is None else held[rule.weight]
+            bias = None if rule.bias is None else held[rule.bias]
+            of_weight = x.dtype if weight is None else weight.dtype
+            key = x.dtype, of_weight, None if bias is None else bias.dtype
+            if key not in forms:
+                proven = key[:2] in self._pairs
+                forms[key] = form_at_once(x, weight, bias, rule) if proven else None
+            form = forms[key]
+            eps = getattr(self, rule.eps) if type(rule.eps) is str else rule.eps
+            dims = 2 if rule.heads else 1
+            if (
+                form is None
+                or NATIVE is None
+                or x.dim() not in self._ranks
+                or not x.is_contiguous()
+                or not (weight is None or (type(weight) in _PLAIN and weight.dim() == dims))
+                or not (bias is None or (type(bias) in _PLAIN and bias.dim() == dims))
+                or type(eps) is not float
+                or not eps >= 0
+                or torch.is_autocast_enabled("cpu")
+            ):
+                return None
+            if rule.gate is not None:
+                groups = groups_of(self, rule, x.shape[-1])
+                return gated_at_once(x, gate, weight, eps, rule, groups)
+            if rule.heads:
+                if weight is None or weight.shape[0] == 1:
+                    return None
+                form |= eager.group(weight.shape[0])
+            elif rule.kind == "l2":
+                # F.normalize divides by at least eps: that counts where ‖x‖ is no larger
+                eps = eps * eps / x.shape[-1]
+        # not held here, or of no dtype or shape
+        except (AttributeError, KeyError, RuntimeError):
+            return None
+        return eager.call(eager.OWN, x, weight, bias, form, eps, (), None)
 
     def _followers(self) -> list[Module]:
         """What comes after the norm, but for what does nothing."""
@@ -308,7 +374,11 @@ def gated_forward_of(own: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(own)
     def forward(self: Ruled, *args: Any, **kwargs: Any) -> Any:
-        if len(args) + len(kwargs) == 2:
+        if len(args) == 2 and not kwargs and args[1] is not None:
+            y = self._serve(*args)
+            if y is not None:
+                return y
+        elif len(args) + len(kwargs) == 2:
             given = dict(zip(names, args, strict=False)) | kwargs
             if given.keys() == set(names) and given[names[1]] is not None:
                 y = self._serve(given[names[0]], given[names[1]])

@@ -21,7 +21,6 @@ from torch.nn.functional import layer_norm
 from torch.overrides import TorchFunctionMode
 
 from ..._core.rule import Rule
-from ...nn._orders import FEW
 from ...nn._ruled import Pair
 from ...nn._unlike import convolved
 from . import trial
@@ -141,8 +140,7 @@ def shapes_of(rule: Rule, module: Any) -> dict[int, tuple[int, ...]]:
         return {4: (2, module.in_channels, *sides)}
     if rule.heads:
         held = getattr(module, rule.weight or rule.bias or "")
-        # so many that the kernel serves all of it
-        rows = max(7, -(-FEW // held.numel()))
+        rows = max(7, -(-_VALUES // held.numel()))
         return {3: (rows, *held.shape), 4: (2, -(-rows // 2), *held.shape)}
     features = features_of(module)
     ranks = {"frozen": (4,), "group": (3, 4, 5), "response": (4,)}.get(rule.kind, (2, 3, 4))

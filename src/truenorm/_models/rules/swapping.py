@@ -100,6 +100,7 @@ def derived(theirs: Kind, rule: Rule, proof: Proof, rounding: str = "module") ->
         "_proof": proof,
         "_ours": ours if base and issubclass(theirs, base) and _is_torchs(rule) else None,
         "_theirs": theirs,
+        "_forms": {},
         swap._PARTS: (ours or Ruled, theirs),
     }
     if base is not None and not issubclass(theirs, base):
