@@ -83,14 +83,15 @@ void run(const Kernels<T>& k, Digest& digest) {
       k.column_grad_sums(grad.data(), x.data(), 3, len, len, mean.data(), rstd.data(), p.data(),
                          q.data());
       digest.add(p.data(), len), digest.add(q.data(), len);
-      for (int64_t rows : {3, kRowsTogether}) {
-        double of_rows[2][kRowsTogether];
-        k.row_grad_sums(grad.data(), x.data(), rows, len, std::min<int64_t>(len, 64), kMost,
+      for (int64_t rows : {3, kRowsTogether})
+        for (const auto row_grad_sums : {k.row_grad_sums, k.row_grad_sums_about_zero}) {
+          double of_rows[2][kRowsTogether];
+          row_grad_sums(grad.data(), x.data(), rows, len, std::min<int64_t>(len, 64), kMost,
                         mean.data(), rstd.data(), a.data(), {of_rows[0], of_rows[1]}, p.data(),
                         q.data());
-        digest.add(of_rows[0], rows), digest.add(of_rows[1], rows);
-        digest.add(p.data(), len), digest.add(q.data(), len);
-      }
+          digest.add(of_rows[0], rows), digest.add(of_rows[1], rows);
+          digest.add(p.data(), len), digest.add(q.data(), len);
+        }
 
       const auto add_out = [&](int64_t count) { digest.add(out.data(), size_t(count)); };
       const Affine<T> by[2] = {{mean[0], rstd[0], a.data(), b.data(), 3},
@@ -122,17 +123,22 @@ void run(const Kernels<T>& k, Digest& digest) {
         k.apply_each(x.data(), out.data(), 3, len, each, stream), add_out(3 * len);
         for (const bool biased : {true, false}) {
           const A* const bias = biased ? b.data() : nullptr;
-          const RowAffine<T> rows[2] = {{mean[0], rstd[0], a.data(), bias, false},
-                                        {mean[1], rstd[1], a.data(), bias, false}};
-          k.apply_rows(x.data(), out.data(), 2, len, rows, stream), add_out(2 * len);
+          for (const bool rounds : {false, true})
+            for (const double off : {1.0, 0.0}) {
+              const RowAffine<T> rows[2] = {{off * mean[0], rstd[0], a.data(), bias, rounds},
+                                            {off * mean[1], rstd[1], a.data(), bias, rounds}};
+              k.apply_rows(x.data(), out.data(), 2, len, rows, stream), add_out(2 * len);
+            }
         }
         k.grad_apply(grad.data(), x.data(), out.data(), 2, len, grad_by, stream), add_out(2 * len);
         k.grad_apply_each(grad.data(), x.data(), out.data(), 3, len,
                           {a.data(), b.data(), c.data(), d.data(), e.data()}, stream);
         add_out(3 * len);
-        k.grad_apply_rows(grad.data(), x.data(), out.data(), 2, len, len, a.data(), mean.data(),
+        for (const auto grad_apply_rows : {k.grad_apply_rows, k.grad_apply_rows_about_zero}) {
+          grad_apply_rows(grad.data(), x.data(), out.data(), 2, len, len, a.data(), mean.data(),
                           rstd.data(), {means[0], means[1]}, stream);
-        add_out(2 * len);
+          add_out(2 * len);
+        }
         k.apply(x.data(), out.data(), runs, len, by_run.data(), stream), add_out(runs * len);
         k.grad_apply_runs(grad.data(), x.data(), out.data(), runs, len, terms, stream);
         add_out(runs * len);

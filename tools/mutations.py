@@ -13,6 +13,8 @@ PARTS = ("tests/test_parts.py",)
 ADDED = ("tests/test_added.py",)
 TURNED = ("tests/test_turned.py",)
 GATED = ("tests/test_gated.py",)
+AT_ONCE = ("tests/test_rules_at_once.py",)
+RULES = ("tests/test_rules.py",)
 SHORT = ("tests/test_short_runs.py",)
 
 
@@ -405,9 +407,33 @@ MUTATIONS = [
     Mutation(
         "a gated norm's rows read as if they were side by side",
         "gated.cpp",
-        "apart(held.size(0) > 1 ? held.stride(0) : held.size(1))",
-        "apart(held.size(1))",
+        "apart(held.dim() == 2 && held.size(0) > 1 ? held.stride(0) : held.size(held.dim() - 1))",
+        "apart(held.size(held.dim() - 1))",
         "strided",
         tests=GATED,
+    ),
+    Mutation(
+        "a bias's gradient left out with the mean's",
+        "rows_elementwise.cpp",
+        "b_.about_zero() && !b_.of_bias ?",
+        "b_.about_zero() ?",
+        "no_one_asks",
+        tests=AT_ONCE,
+    ),
+    Mutation(
+        "a step rounded to a bit less than bfloat16 has",
+        "kernel_elementwise.h",
+        "(round_to_bf16<vu>(v) & 0xffff0000u)",
+        "(round_to_bf16<vu>(v) & 0xfffe0000u)",
+        "same_numbers",
+        tests=RULES,
+    ),
+    Mutation(
+        "groups of trailing dimensions taken for one",
+        "call.h",
+        "? std::max<int64_t>(num_groups(), 1)",
+        "? 1",
+        "groups_of_trailing",
+        tests=AT_ONCE,
     ),
 ]

@@ -249,17 +249,8 @@ def pull_back(
     record, bits, eps, parameter = kept
     if not bits & _NEEDS:
         return [None, None, None, None]
-    features = bits >> FEATURES & 0xFF
-    if features and bits >> GROUPS:  # which the formula has of rows
-        same = record, bits & ~(0xFF << FEATURES), eps, parameter
-        shape = x.shape[x.dim() - features :]
-        flat = (None if t is None else t.flatten() for t in (weight, bias))
-        of_grad, of_x, of_residual = (
-            None if t is None else t.reshape(-1, shape.numel()) for t in (grad, x, residual)
-        )
-        found = pull_back(same, of_grad, of_x, *flat, of_residual)  # type: ignore[arg-type]
-        shapes = x.shape, shape, shape, x.shape
-        return [g if g is None else g.view(s) for g, s in zip(found, shapes, strict=True)]
+    if bits >> FEATURES & 0xFF and bits >> GROUPS:
+        return _pull_back_of_rows(kept, grad, x, weight, bias, residual)
     if record.dim() == 1:  # of the short way
         moments = record[:-3].view(2, -1)
         count = moments.new_full((1, moments.shape[1]), x.numel() // moments.shape[1])
@@ -267,6 +258,21 @@ def pull_back(
     form = form_of(bits, x, eps, parameter)
     tensors = grad, x, weight, bias, residual, record
     return gradients.pull_back(form, bits & (_NEEDS | BY_OUTPUT), *tensors)
+
+
+def _pull_back_of_rows(kept: Any, grad: Any, x: Any, *others: Any) -> list[Any]:
+    """The same of groups of trailing dimensions, which the formula has of rows."""
+    record, bits, *numbers = kept
+    features = bits >> FEATURES & 0xFF
+    shape = x.shape[x.dim() - features :]
+    *parameters, residual = others
+    weight, bias = (None if t is None else t.flatten() for t in parameters)
+    size = shape.numel()
+    beside = None if residual is None else residual.reshape(-1, size)
+    same = record, bits & ~(0xFF << FEATURES), *numbers
+    found = pull_back(same, grad.reshape(-1, size), x.reshape(-1, size), weight, bias, beside)
+    shapes = x.shape, shape, shape, x.shape
+    return [g if g is None else g.view(s) for g, s in zip(found, shapes, strict=True)]
 
 
 # Function.apply without what it does for function transforms, which are not for this way

@@ -125,9 +125,7 @@ def _one_call(
     return None
 
 
-def form_at_once(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule
-) -> int | None:
+def form_at_once(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule) -> int | None:
     """The form of a kernel's call that is all of it, over the last dimension; None for more steps.
 
     By the dtypes alone: the same for all that have these. Beside a gate it is 0, and of heads it
