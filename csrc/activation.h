@@ -12,6 +12,8 @@ struct Activation {
   Act kind = Act::none;
   double parameter = 0.0;  // leaky_relu: the slope below zero; elu: alpha
   bool by_output = false;  // in the backward: the residual is y, whose sign is that of z
+  // whether norm(x), and its sum with the residual, are rounded to x's dtype first
+  bool rounds = false;
 };
 
 // Forward where grad is null: out = act(z). Else out = grad · act'(z). z = norm(x) + residual,

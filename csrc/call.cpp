@@ -305,7 +305,7 @@ const Call& Call::read(bool of_values, bool over) {
   check::needs(needs, 31);
   check::activation(int64_t(act.kind));
   check::residual(residual, x, g);
-  if (rounds && needs_double(*this)) check::rounds_wide();
+  if ((rounds || act.rounds) && needs_double(*this)) check::rounds_wide();
   act.by_output = needs & kByOutput;
   check::holds_output(act.by_output, residual);
   if (sums) check::sums(*sums, x, g);

@@ -27,6 +27,11 @@ struct Form {
   bool one_plus() const { return bits & 1024; }
   bool as_given() const { return bits & 2048; }
   Act act() const { return Act(bits >> 16 & 0xff); }
+  // over trailing dimensions ROUNDS is of each step, elsewhere of what the activation is applied to
+  bool steps() const { return rounds() && feature_dims() > 0; }
+  Activation activation(double parameter) const {
+    return {act(), parameter, false, rounds() && feature_dims() == 0};
+  }
   int64_t feature_dims() const { return bits >> 24 & 0xff; }
   int64_t num_groups() const { return bits >> 32; }
 
@@ -37,8 +42,10 @@ struct Form {
       check::wrong_form(bits,
                         "has bits from 12 to 15, which mean nothing here: pass a sum of its "
                         "flags");
-    if (rounds() && feature_dims() == 0)
-      check::wrong_form(bits, "has ROUNDS without `feature_dims`: pass it for trailing dimensions");
+    if (rounds() && feature_dims() == 0 && act() == Act::none)
+      check::wrong_form(bits,
+                        "has ROUNDS without `feature_dims` or an activation: pass it for trailing "
+                        "dimensions, or before an activation");
     if (as_given() && feature_dims() == 0)
       check::wrong_form(bits,
                         "has AS_GIVEN without `feature_dims`: pass it for trailing dimensions");

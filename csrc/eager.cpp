@@ -28,8 +28,8 @@ std::tuple<Tensor, Tensor> norm_more(const Tensor& x, Maybe weight, Maybe bias, 
             .residual = given(residual),
             .mean = moves ? nullptr : given(mean),
             .var = moves ? nullptr : given(var),
-            .act = {form.act(), parameter},
-            .rounds = form.rounds(),
+            .act = form.activation(parameter),
+            .rounds = form.steps(),
             .one_plus = form.one_plus()};
   const Geometry& g = call.g;
   in_order([&] {
@@ -96,10 +96,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, con
         const Kept kept = Kept::of(record);
         call.axes = axes_of(x, kept.form);
         call.eps = kept.eps;
-        call.act = {kept.form.act(), kept.parameter};
+        call.act = kept.form.activation(kept.parameter);
         call.needs = kept.form.needs();
         call.constant = kept.form.constant();
-        call.rounds = kept.form.rounds();
+        call.rounds = kept.form.steps();
         call.one_plus = kept.form.one_plus();
         call.read();
         if (record.numel() != Kept::record_size(call.g))

@@ -145,6 +145,13 @@ TN_INLINE vf sum_exactly(vf d, vf scale, vf shift, vf residual, vf low) {
   return out == out ? out : sum;
 }
 
+// z, and its sum with vector k of the residual where there is one, each rounded.
+template <class T, class P>
+TN_INLINE vf sum_in_steps(vf z, const P* residual, int k) {
+  z = rounded<T>(z);
+  return residual ? rounded<T>(z + residual->v[k]) : z;
+}
+
 // (x − hi) · scale + shift + residual, coefficient j of vector k by at(j, k).
 template <class T, class P, class At>
 TN_INLINE P affine_sum(const P& x, const P* residual, const Activation& act, const At& at) {
@@ -152,9 +159,13 @@ TN_INLINE P affine_sum(const P& x, const P* residual, const Activation& act, con
   P z;
   for (int k = 0; k < 2; ++k) z.v[k] = x.v[k] - at(0, k);
   if constexpr (is_half<T>) {
-    if (!residual)
-      return affine_twice(z, {at(1, 0), at(1, 1)}, {at(2, 0), at(2, 1)}, {at(3, 0), at(3, 1)},
-                          {at(4, 0), at(4, 1)});
+    if (!residual || act.rounds) {
+      z = affine_twice(z, {at(1, 0), at(1, 1)}, {at(2, 0), at(2, 1)}, {at(3, 0), at(3, 1)},
+                       {at(4, 0), at(4, 1)});
+      if (act.rounds)
+        for (int k = 0; k < 2; ++k) z.v[k] = sum_in_steps<T>(z.v[k], residual, k);
+      return z;
+    }
     for (int k = 0; k < 2; ++k)
       z.v[k] = sum_exactly(z.v[k], at(1, k), at(2, k), residual->v[k],
                            fused(z.v[k], at(3, k), at(4, k)));
@@ -240,8 +251,12 @@ void act_row(const ActInputs<T>& in, T* out, int64_t len, const RowAffine<T>& by
           }
           vf near, rest;
           x_hat_twice(x.v[k], of_row, near, rest);
-          z.v[k] = residual ? sum_exactly(w, near, b, residual->v[k], w * rest)
-                            : fused(w, rest, fused(w, near, b));
+          if (residual && !act.rounds) {
+            z.v[k] = sum_exactly(w, near, b, residual->v[k], w * rest);
+          } else {
+            z.v[k] = fused(w, rest, fused(w, near, b));
+            if (act.rounds) z.v[k] = sum_in_steps<T>(z.v[k], residual, k);
+          }
         } else {
           z.v[k] = ((x.v[k] - of_row.hi) - of_row.lo) * of_row.rstd;
           if (row.weight) z.v[k] *= w;

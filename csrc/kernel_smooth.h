@@ -3,7 +3,7 @@
 // roundings; for double to little more than one.
 #pragma once
 
-#include <initializer_list>
+#include <iterator>
 
 #include "activation.h"
 #include "simd_pairs.h"
@@ -23,9 +23,11 @@ struct Constants<vf> {
   static constexpr float magic = 0x1.8p23f, ln2 = 0.693359375f, ln2_rest = -2.12194440e-4f;
   static constexpr float least = -87.0f, most = 88.0f;
   static constexpr int bias = 127, mantissa = 23, sign = 0x7fffffff;
-  // 1 / n!, from 7 down to 2
-  static constexpr float factorials[] = {1 / 5040.0f, 1 / 720.0f, 1 / 120.0f,
-                                         1 / 24.0f,   1 / 6.0f,   0.5f};
+  // (e^r − 1 − r) / r² for |r| <= ln 2 / 2, from the highest power down: our own least worst
+  // error, 4e-9 of e^r
+  static constexpr float series[] = {0.0013814540579915047f, 0.00836874544620514f,
+                                     0.04166838899254799f, 0.1666652113199234f,
+                                     0.4999999403953552f};
   static constexpr float erfc[] = {
       0.0009693977772258222f, 0.00731700612232089f,  -0.015539879910647869f, 0.036551132798194885f,
       -0.06669545918703079f,  0.0937696099281311f,   -0.10099269449710846f,  0.06809767335653305f,
@@ -41,7 +43,8 @@ struct Constants<vd> {
                           ln2_rest = 1.90821492927058770002e-10;
   static constexpr double least = -708.0, most = 709.0;
   static constexpr int64_t bias = 1023, mantissa = 52, sign = 0x7fffffffffffffff;
-  static constexpr double factorials[] = {
+  // 1 / n!, from 13 down to 2
+  static constexpr double series[] = {
       1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0,
       1 / 5040.0,       1 / 720.0,       1 / 120.0,      1 / 24.0,      1 / 6.0,      0.5};
   static constexpr double erfc[] = {
@@ -59,8 +62,9 @@ struct Constants<vd> {
 
 template <class V, class Coefficients>
 TN_INLINE V polynomial(V at, const Coefficients& highest_first) {
-  V sum = V{};
-  for (auto c : highest_first) sum = sum * at + c;
+  const auto* c = std::begin(highest_first);
+  V sum = at * *c + c[1];
+  for (c += 2; c != std::end(highest_first); ++c) sum = sum * at + *c;
   return sum;
 }
 
@@ -71,14 +75,13 @@ struct Exponential {
   V scale, rest;
 
   TN_INLINE Exponential of(V v) {
-    v = v < K::least ? splat<V>(K::least) : v;
-    v = v > K::most ? splat<V>(K::most) : v;
+    v = between(v, splat<V>(K::least), splat<V>(K::most));
     const V magic = splat<V>(K::magic);
     const V shifted = v * typename K::Value(1.4426950408889634) + magic;
     const V n = shifted - magic;
     const V r = (v - n * K::ln2) - n * K::ln2_rest;
     const auto power = (typename K::Bits)shifted - (typename K::Bits)magic + K::bias;
-    return {(V)(power << K::mantissa), r + r * r * polynomial(r, K::factorials)};
+    return {(V)(power << K::mantissa), r + r * r * polynomial(r, K::series)};
   }
   TN_FLAT V value() const { return scale + scale * rest; }
   TN_FLAT V minus_one() const { return scale * rest + (scale - typename K::Value(1)); }

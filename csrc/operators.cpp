@@ -49,9 +49,9 @@ std::tuple<Tensor, Tensor> normalize(const Tensor& x, const Maybe& weight, const
             .residual = given(residual),
             .mean = given(mean),
             .var = given(var),
-            .act = {form.act(), parameter},
+            .act = form.activation(parameter),
             .padding = padding,
-            .rounds = form.rounds(),
+            .rounds = form.steps(),
             .one_plus = form.one_plus()};
   call.read(!mean, over);
   const Tensor y = result_of(call, over);
@@ -90,12 +90,12 @@ Call backward_call(const Tensor& grad, const Tensor& x, const Tensor& record, co
             .bias = given(bias),
             .mask = given(mask),
             .residual = given(residual),
-            .act = {form.act(), parameter},
+            .act = form.activation(parameter),
             .grad = &grad,
             .sums = sums,
             .needs = form.needs(),
             .constant = form.constant(),
-            .rounds = form.rounds(),
+            .rounds = form.steps(),
             .one_plus = form.one_plus()};
   call.read();
   check::record(record, call.g.num_statistics());

@@ -279,6 +279,25 @@ TN_INLINE bool unordered(vf a, vf b) {
 #endif
 }
 
+// v, or the bound beyond which it lies; a NaN stays one.
+TN_INLINE vf between(vf v, vf low, vf high) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_min_ps(0xffff, (__m512)high,
+                                 _mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)v));
+#elif defined(__AVX__)
+  return (vf)_mm256_min_ps((__m256)high, _mm256_max_ps((__m256)low, (__m256)v));
+#elif defined(TRUENORM_X86)
+  return (vf)_mm_min_ps((__m128)high, _mm_max_ps((__m128)low, (__m128)v));
+#else
+  v = v < low ? low : v;
+  return v > high ? high : v;
+#endif
+}
+TN_INLINE vd between(vd v, vd low, vd high) {
+  v = v < low ? low : v;
+  return v > high ? high : v;
+}
+
 TN_INLINE vf magnitude(vf v) { return (vf)((vi)v & 0x7fffffff); }
 
 }  // namespace

@@ -203,6 +203,35 @@ def test_second_derivatives_of_groups() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+# --- in half precision, with an activation that rounds after the norm has
+
+
+@pytest.mark.parametrize("act", [nn.Hardswish, nn.LeakyReLU])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_activation_of_few_instructions(
+    act: type[Module], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = of("timm.layers.norm_act.BatchNormAct2d", 6, act_layer=act).to(BF16).train(training)
+    torch.manual_seed(8)
+    x, grad = ((2 * torch.randn(5, 6, 12, 11)).to(BF16) for _ in range(2))
+    layers = [converted(theirs) for _ in range(2)]
+    made = []
+    for layer, beside in zip(layers, (False, True), strict=True):
+        leaf = x.clone().requires_grad_()
+        with monkeypatch.context() as patch:
+            if beside:
+                patch.setattr(type(layer), "_directly", lambda *_: None)
+            else:
+                patch.setattr(act, "forward", None)
+            y = layer(leaf)
+        made.append([y, *torch.autograd.grad(y, [leaf, *layer.parameters()], grad)])
+        made[-1] += [layer.running_mean, layer.running_var]
+    for a, b in zip(*made, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-8)
+        assert (a != b).double().mean() <= 0.005 or a.dim() == 1
+
+
 # --- about zero: what a mean takes is left out
 
 

@@ -30,8 +30,8 @@ class Form(NamedTuple):
     parameter: of the activation: leaky_relu's slope, elu's alpha.
     padding: what y holds where nothing is valid.
     rounds: whether x̂, its product with weight and the sum with bias and residual are each rounded
-        to x's dtype, as by operators of that dtype one after the other; over trailing dimensions
-        alone.
+        to x's dtype, as by operators of that dtype one after the other. Elsewhere than over
+        trailing dimensions the norm is one such operator, and an activation comes after it.
     one_plus: whether 1 + weight is what is meant by weight.
     """
 

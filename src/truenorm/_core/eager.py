@@ -29,6 +29,7 @@ from .call import (
     NEEDS_WEIGHT,
     ONE_PLUS,
     PER_CHANNEL,
+    ROUNDS,
     UNCENTRED,
     form_of,
 )
@@ -37,6 +38,8 @@ from .library import NATIVE
 # What comes after norm(x) · weight + bias: a residual, an activation's number and its parameter.
 # Or, with scale and shift behind these, what comes before all of that: y · (1 + scale) + shift.
 After = tuple[Any, ...]
+# of an activation's number: that what it is applied to is rounded to x's dtype first
+STEPPED = 128
 
 # what to call, with (), (mean, var), (running_mean, running_var, num_batches_tracked, momentum)
 OWN = operators.eager_norm._op
@@ -187,6 +190,9 @@ def _with_more(
         passes_on = not act
         form |= NEEDS_RESIDUAL * (act > 0)
     if act:
+        if act & STEPPED:
+            act ^= STEPPED
+            form |= ROUNDS
         form |= act << ACT
         if form & _NEEDS and gradients.saves_output(act, parameter, residual):
             form |= BY_OUTPUT

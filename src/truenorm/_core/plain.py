@@ -104,14 +104,16 @@ def _affine(
     residual: Tensor | None, form: Form,
 ) -> Tensor:  # fmt: skip
     """x̂ · weight + bias + residual; weight as `_meant`."""
-    step: Sum = partial(_rounded, dtype=x.dtype) if form.rounds else _same
+    rounded: Sum = partial(_rounded, dtype=x.dtype) if form.rounds else _same
+    step = rounded if form.axes.feature_dims else _same
     z = step(x_hat)
     if weight is not None:
         z = step(z * view.parameter(weight))
     if bias is not None:
         z = step(z + view.parameter(bias))
+    z = z if form.axes.feature_dims else rounded(z)
     if residual is not None:
-        z = step(z + view.like_x(residual))
+        z = rounded(z + view.like_x(residual))
     return z
 
 

@@ -32,7 +32,7 @@ def finished(call: Call, by: Callable[[Tensor | None, Tensor | None], Tensor]) -
     x, weight, bias, form = call[:4]
     if form.one_plus and weight is not None:
         weight = 1.0 + weight.to(torch.promote_types(x.dtype, torch.float32))
-    if form.rounds:
+    if form.rounds and form.axes.feature_dims:
         y = by(None, None)
         y = y if weight is None else y * weight.to(x.dtype)
         y = y if bias is None else y + bias.to(x.dtype)

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from torch.nn import Module, Parameter
 
 from .. import functional
-from .._core import activation, eager, exporting
+from .._core import activation, eager, exporting, recomputed
 from .._core.call import AS_GIVEN
 from .._core.library import NATIVE
 from .._core.route import has_kernel
@@ -61,6 +61,10 @@ _ACTS: dict[type[Module], Callable[[Any], tuple[int, float, bool]]] = {
         activation.GELU_TANH if act.approximate == "tanh" else activation.GELU, 0.0, False,
     ),
 }  # fmt: skip
+
+
+# of half precision: of those with an exponential torch's take less time than a kernel's
+_SHORT = activation.LEAKY_RELU, activation.HARDSWISH
 
 
 def _bare(module: Module) -> bool:
@@ -332,6 +336,12 @@ class Ruled(Module):
             # torch's exponentials take less time, where no gradient is to pass through both
             if act[2] or (exact and torch.is_grad_enabled()):
                 return self._ours.forward(self, x, _then=act[:2])  # type: ignore[arg-type,no-any-return]
+            layer: Any = self
+            steps = act[0] in _SHORT and not (exact or is_compiling() or recomputed.asked())
+            if steps and layer._direct:
+                stepped = layer._directly(x, (None, act[0] | eager.STEPPED, act[1]))
+                if stepped is not None:
+                    return stepped  # type: ignore[no-any-return]
         y: Tensor = self._ours.forward(self, x)  # type: ignore[arg-type]
         for each in behind:
             y = each(y)
