@@ -113,8 +113,8 @@ class Inputs:
         self.form, self.strides, self._of_results, self._sizes, self._order = cut[:5]
         if self.form.rounds and not features:
             raise RuntimeError(
-                f"`form` (={bits}) has ROUNDS before an activation, which no GPU kernel has: pass it "
-                "for trailing dimensions"
+                f"`form` (={bits}) has ROUNDS before an activation, which no GPU kernel has: pass "
+                "it for trailing dimensions"
             )
         self.placed, self.units = cut.placed, cut.units
         self.x = x if self.placed.kind else view.dense(x, self.strides)
