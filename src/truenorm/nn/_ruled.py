@@ -337,8 +337,8 @@ class Ruled(Module):
             if act[2] or (exact and torch.is_grad_enabled()):
                 return self._ours.forward(self, x, _then=act[:2])  # type: ignore[arg-type,no-any-return]
             layer: Any = self
-            steps = act[0] in _SHORT and not (exact or is_compiling() or recomputed.asked())
-            if steps and layer._direct:
+            steps = act[0] in _SHORT and x.is_cpu and not (exact or recomputed.asked())
+            if steps and layer._direct and not is_compiling():
                 stepped = layer._directly(x, (None, act[0] | eager.STEPPED, act[1]))
                 if stepped is not None:
                     return stepped  # type: ignore[no-any-return]
