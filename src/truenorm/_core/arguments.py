@@ -419,7 +419,7 @@ class Library:
 
         return checked
 
-    def checked(self, name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(self, name: str, kernel: Callable[..., Any]) -> Any:
         """A kernel of this operator that looks at its arguments first."""
         return self._checked(name, _on_memory(list(self._places[name]), kernel), operator.ne)
 

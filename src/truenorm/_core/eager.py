@@ -1,7 +1,7 @@
 """The short way: an eager call without a mask, in as few steps as can be.
 
 A small input's time is all calls: of torch's dispatcher, of Python. So here a whole forward, the
-running statistics' update included, is one call of an operator, and so is a backward; CUDA tensors are
+running statistics' update included, is one call of an operator, and so is a backward; on CUDA it is
 planned.py's. What is not plain (compiling, function transforms, dispatch modes, subclasses, other
 devices) or not in order (a shape that does not fit) is not for this way: `call` returns None before
 anything has changed, and the caller goes the long way, which serves the rest and words every error.
@@ -17,6 +17,7 @@ from torch.autograd import Function, forward_ad
 from torch.jit import _trace
 from torch.overrides import has_torch_function_variadic
 
+from .._triton import WHY_NOT
 from . import fallback, gradients, modulation, operators, planned
 from .call import (
     ACT,
@@ -92,7 +93,9 @@ def call(
     ):
         return None
     if not x.is_cpu:
-        return planned.call(x, weight, bias, form, eps, statistics, after) if x.is_cuda else None
+        if WHY_NOT or not x.is_cuda:
+            return None
+        return planned.call(x, weight, bias, form, eps, statistics, after)
     if NATIVE is None:
         return fallback.shortly(x, weight, bias, form, eps, statistics, after)
     if after is not None and len(after) == 5:

@@ -13,7 +13,6 @@ The conditions are those of eager.py, which has asked them where `call` is calle
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isnan
 from typing import Any
 
 import torch
@@ -104,8 +103,10 @@ def call(
                 if act and form & _NEEDS and gradients.saves_output(act, parameter, residual):
                     form |= BY_OUTPUT
             if len(statistics) == 4:
-                statistics, momentum = statistics[:3], statistics[3]
-                if isnan(momentum):
+                momentum = statistics[-1]
+                statistics = statistics[:-1]
+                # an average, or a layer's to word
+                if not 0.0 <= momentum <= 1.0:
                     return None
             given = x, weight, bias, residual, *statistics
             # 0.0 and -0.0 are alike to a dictionary
@@ -115,10 +116,10 @@ def call(
         if plan is None:
             return None
         if plan is _NEW:
-            made = _forward(key, given, form, eps, parameter, momentum)
-            if made is None:
+            first = _forward(key, given, form, eps, parameter, momentum)
+            if first is None:
                 return None
-            y, record = made
+            y, record = first
         else:
             y, record = plan(*given)
     except _REFUSED:
@@ -126,15 +127,18 @@ def call(
     if form & _NEEDS or passes_on:
         made = y, record, form, eps, parameter, passes_on
         return _attach(x, weight, bias, residual, made)  # type: ignore[no-any-return]
-    return y  # type: ignore[no-any-return]
+    return y
 
 
-def _fits(x: Tensor, weight: Any, bias: Any, form: int, eps: Any) -> bool:
+def _fits(given: tuple[Any, ...], form: int, eps: Any) -> bool:
     """Whether this is for the operators as it is; the rest is a layer's to word."""
+    x, *parameters = given[:3]
     features = form >> FEATURES & 0xFF
-    if type(eps) is not float or any(
-        p is not None and p.dim() != max(features, 1) for p in (weight, bias)
-    ):
+    if type(eps) is not float or (form & CONSTANT and any(s is None for s in given[4:])):
+        return False
+    if any(p is not None and p.dim() != max(features, 1) for p in parameters):
+        return False
+    if not features and x.dim() < 2:
         return False
     if not (features or form & CONSTANT):
         channels = x.shape[1]
@@ -150,10 +154,10 @@ def _forward(
     key: Any, given: tuple[Any, ...], form: int, eps: float, parameter: float, momentum: Any
 ) -> tuple[Tensor, Any] | None:
     """(y, the record if it is wanted) of a first call; None where this is not for the kernels."""
-    x, weight, bias, *others = given
-    residual, *statistics = others or (None,)
-    if _triton.why_plain(x.device.index or 0) or not _fits(x, weight, bias, form, eps):
+    if _triton.why_plain(given[0].device.index or 0) or not _fits(given, form, eps):
         return None
+    x, weight, bias, *others = given
+    residual, statistics = (others[0], others[1:]) if others else (None, [])
     moving = momentum is not None
     mean, var = (None, None) if moving or not statistics else statistics
     keeps = form & _NEEDS
@@ -229,9 +233,9 @@ def _backward(
     given = grad, x, record, weight, *others
     try:
         # a record is the forward plan's, whose size and place are known
-        key = "backward", form, eps, _kind(grad), _kind(x), _kind(weight)
+        key: Any = "backward", form, eps, _kind(grad), _kind(x), _kind(weight)
         if others:
-            key = *key, float(parameter).hex(), *map(_kind, others)  # type: ignore[assignment]
+            key = *key, float(parameter).hex(), *map(_kind, others)
         plan: Any = CALLS.get(key, _NEW)
         if plan is None:
             return None

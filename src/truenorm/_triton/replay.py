@@ -57,7 +57,7 @@ def _direct(
         if list(compiled.src.signature) != names:
             return None
         # with a profiler's hooks, on the current stream
-        run = compiled[(*grid, 1, 1)]
+        run = compiled[grid[0], 1, 1]
         return run, [*args, *(constants[name] for name in names[len(args) :])]
     except (AttributeError, KeyError, TypeError):
         return None
@@ -105,7 +105,7 @@ class Recorder(TorchDispatchMode):
     """Looks on while a call is served, on this thread."""
 
     def __init__(self, device: torch.device, given: Sequence[Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.given = device, given
         # held, or another could have its id
         self.held: list[Any] = []
@@ -116,11 +116,11 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Any:
         _local.recorder = self
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *raised: Any) -> None:
         _local.recorder = None
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
