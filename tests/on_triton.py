@@ -119,6 +119,7 @@ def triton_kernels() -> Iterator[None]:
     """
     if HAS_CUDA:
         assert truenorm.info().cuda == "triton"
+        config.CALLS.clear()
         yield
         return
     with pytest.MonkeyPatch.context() as patch, launches(), _Routed() as mode:

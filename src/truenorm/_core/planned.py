@@ -46,7 +46,7 @@ _REFUSED = (RuntimeError, TypeError, AttributeError)
 _PLAIN = Tensor, torch.nn.Parameter
 _NEEDS = NEEDS_INPUT | NEEDS_WEIGHT | NEEDS_BIAS | NEEDS_RESIDUAL
 # kinds of calls: far more than a network has, and little memory
-_MOST = 4096
+_MOST = 1024
 _NEW = object()
 
 _kernels: dict[str, Callable[..., Any]] = {}
@@ -65,11 +65,12 @@ def _kind(t: Any) -> Any:
     """All of a tensor that decides what is compiled and launched, and whether it is in order."""
     if t is None:
         return None
-    if type(t) not in _PLAIN:
+    # the dispatcher makes others of these before a kernel sees them
+    if type(t) not in _PLAIN or t.is_neg():
         raise TypeError
     at = t.data_ptr()
     # freed memory is at 0
-    return t.shape, t.stride(), t.dtype, t.device, at % 16 if at else -1, t.is_neg()
+    return t.shape, t.stride(), t.dtype, t.device, at % 16 if at else -1
 
 
 def call(
