@@ -160,6 +160,16 @@ def test_some_gradients(case: Case, wanted: tuple[str, ...], made: list[int]) ->
     assert made
 
 
+def test_a_gradient_of_the_residual_alone(made: list[int]) -> None:
+    layer, x, grad = build(LAYER).requires_grad_(False), fresh(LAYER), fresh(LAYER)
+    residual = fresh(LAYER).requires_grad_()
+    with triton_kernels():
+        for _ in range(2):
+            (found,) = torch.autograd.grad(layer(x, residual=residual), residual, grad)
+            assert torch.equal(found, grad)
+    assert made == [1]
+
+
 def test_second_derivatives(made: list[int]) -> None:
     layer, x, grad = build(LAYER), fresh(LAYER), fresh(LAYER)
 
@@ -180,7 +190,7 @@ def test_second_derivatives(made: list[int]) -> None:
 def test_running_statistics_over_steps() -> None:
     batches = [fresh(BATCH, offset=float(i)) for i in range(4)]
     with triton_kernels():
-        for momentum in (0.3, None):
+        for momentum in (0.3, 0.7, None):
             one = build(BATCH)
             one.momentum = momentum
             other = copy.deepcopy(one)
@@ -280,6 +290,12 @@ class _Own(Tensor):
     pass
 
 
+class _Quiet(Tensor):
+    """Seen by the dispatcher alone."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
 def test_what_is_not_plain(made: list[int]) -> None:
     layer, x = build(LAYER), fresh(LAYER)
     with triton_kernels():
@@ -294,6 +310,8 @@ def test_what_is_not_plain(made: list[int]) -> None:
             run()
         with _Looks():
             layer(x)
+        quiet = layer.weight.detach().as_subclass(_Quiet)
+        assert eager.call(eager.OWN, x, quiet, None, eager.layer(1), 1e-5, (), None) is None
         assert made == []
         layer(x)
         assert made == [1]

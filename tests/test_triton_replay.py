@@ -169,16 +169,29 @@ def test_another_device_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch)
     assert entered == [0]
 
 
+def test_another_threads_launches_are_its_own() -> None:
+    from truenorm._triton import replay
+
+    kernel, x = _Kernel(None), torch.ones(2)
+    with replay.Recorder(x.device, (x,)) as recorder:
+        args = kernel, (1,), torch.ones(2), 7
+        thread = threading.Thread(target=replay.launch, args=args, kwargs={"BLOCK": 16})
+        thread.start()
+        thread.join()
+    assert len(kernel.calls) == 1
+    assert recorder.launches == []
+
+
 def test_what_torch_computes_is_no_plan() -> None:
     from truenorm._triton import replay
 
-    kernel = _Kernel(None)
+    kernel, foreign = _Kernel(None), torch.ones(2)
     for extra in (
         lambda x: replay.launch(kernel, (1,), x.clone(), 7, BLOCK=16),
         lambda x: x.add_(1),
         lambda x: x.sum(),
         lambda x: x.sum().item(),
-        lambda x: replay.launch(kernel, (1,), torch.ones(3), 7, BLOCK=16),
+        lambda x: replay.launch(kernel, (1,), foreign, 7, BLOCK=16),
     ):
         x = torch.ones(2)
         with replay.Recorder(x.device, (x,)) as recorder:
