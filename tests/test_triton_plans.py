@@ -126,6 +126,27 @@ def test_an_activation_and_a_residual(case: Case, activation: Any, made: list[in
     assert len(made) == (5 if activation is None else 4)
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_one_tensor_in_two_places(activation: Any, made: list[int]) -> None:
+    """Which another call of the same kind has apart."""
+    layer, grad, x, residual = build(LAYER), fresh(LAYER), fresh(LAYER), fresh(LAYER)
+    layer.activation = activation
+    parameter = torch.nn.Parameter(torch.randn(7, device=DEVICE))
+    bias = layer.bias
+    with triton_kernels():
+        for first, second in ((parameter, parameter), (parameter, bias)):
+            layer.weight, layer.bias = first, second
+            for one, other in ((x, x), (x, residual), (grad, x)):
+
+                def run(one: Tensor = one, other: Tensor = other) -> list[Tensor]:
+                    leaf = one.detach().requires_grad_()
+                    y = layer(leaf, residual=leaf if other is one else other)
+                    return [y, *torch.autograd.grad(y, [leaf, *layer.parameters()], grad)]
+
+                same(run(), long_way(run))
+    assert made
+
+
 def test_a_parameter_of_an_activation_is_part_of_a_kind() -> None:
     x, form = torch.tensor([[1.0, -1.0]], device=DEVICE), eager.layer(1)
     with triton_kernels():

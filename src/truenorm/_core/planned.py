@@ -157,6 +157,7 @@ def _forward(
     """(y, the record if it is wanted) of a first call; None where this is not for the kernels."""
     if _triton.why_plain(given[0].device.index or 0) or not _fits(given, form, eps):
         return None
+    given = _apart(given)
     x, weight, bias, *others = given
     residual, statistics = (others[0], others[1:]) if others else (None, [])
     moving = momentum is not None
@@ -172,6 +173,15 @@ def _forward(
     wanted = record if keeps else None
     _keep(key, recorder.plan((y, wanted)))
     return y, wanted
+
+
+def _apart(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same, each an object of its own, by which a recorder knows it: x may be the residual."""
+    apart: list[Any] = []
+    for t in given:
+        known = t is not None and any(t is other for other in apart)
+        apart.append(t.detach() if known else t)
+    return tuple(apart)
 
 
 def _recorder(given: tuple[Any, ...]) -> Any:
@@ -242,7 +252,9 @@ def _backward(
             return None
         if plan is not _NEW:
             return plan(*given)
-        bias, residual = others or (None, None)
+        given = _apart(given)
+        grad, x, record, weight = given[:4]
+        bias, residual = given[4:] or (None, None)
         kernel = _kernel("norm_backward")
         with _below_autograd(), _recorder(given) as recorder:
             numbers = form, eps, parameter
