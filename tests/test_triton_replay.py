@@ -24,7 +24,7 @@ from on_triton import HAS_CUDA, HAS_TRITON, PRETENDS, triton_kernels
 from torch import Tensor
 
 import truenorm
-from truenorm._core import planned
+from truenorm._core import eager, planned
 from truenorm._triton import config
 
 pytestmark = pytest.mark.skipif(
@@ -212,3 +212,15 @@ def test_triton_launches_the_same() -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["LayerNorm 3", "BatchNorm1d 3"]
+
+
+def test_cuda_tensors_are_for_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(planned, "call", lambda *args: asked.append(args))
+    rest = None, None, eager.layer(1), 1e-5, (), None
+    for why_not, kind, wanted in (("", True, 1), ("no Triton", True, 0), ("", False, 0)):
+        monkeypatch.setattr(eager, "WHY_NOT", why_not)
+        x: Any = SimpleNamespace(is_cpu=False, is_cuda=kind)
+        eager.call(eager.OWN, x, *rest)
+        assert asked == [(x, *rest)] * wanted
+        asked.clear()
