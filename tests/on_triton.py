@@ -13,6 +13,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import truenorm
 from truenorm import _triton
-from truenorm._core import operators, route
+from truenorm._core import eager, operators, planned, route
+from truenorm._triton import config
 
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -117,25 +119,44 @@ def triton_kernels() -> Iterator[None]:
     """
     if HAS_CUDA:
         assert truenorm.info().cuda == "triton"
+        config.CALLS.clear()
         yield
         return
     with pytest.MonkeyPatch.context() as patch, launches(), _Routed() as mode:
         patch.setattr(_triton, "why_plain", lambda index: "")
         # a pretended device has them too
         patch.setattr(route, "lacks_kernel", lambda x: False)
+        _take_the_short_way(patch, mode)
         yield
     assert mode.served
+
+
+def _take_the_short_way(patch: pytest.MonkeyPatch, mode: _Routed) -> None:
+    """That of CUDA tensors, where no other mode than this one is at work."""
+    modes = torch._C._len_torch_dispatch_stack
+
+    def call(*args: Any) -> Any:
+        y = planned.call(*args)
+        mode.served += y is not None
+        return y
+
+    patch.setattr(eager, "NATIVE", None)
+    patch.setattr(eager, "fallback", SimpleNamespace(shortly=call))
+    for module in (eager, planned):
+        patch.setattr(module, "_dispatch_modes", lambda: modes() - 1)
+    # what is remembered is of this machine's tensors, and of these tiles
+    config.CALLS.clear()
 
 
 @contextmanager
 def small_tiles(**limits: int) -> Iterator[None]:
     """No statistic fits on chip, and a chunk is two small tiles; or what `limits` say."""
-    from truenorm._triton import config
-
     before = config.LIMITS
     small = {"forward": 0, "backward": 0, "tile": 256, "steps": 2, "columns": 2, "per_thread": 8}
     config.LIMITS = dataclasses.replace(before, **(limits or small))
+    config.CALLS.clear()
     try:
         yield
     finally:
         config.LIMITS = before
+        config.CALLS.clear()

@@ -24,6 +24,7 @@ def _choices_as_before() -> Iterator[None]:
     yield
     config.CHOSEN.clear()
     config.CHOSEN.update(before)
+    config.CALLS.clear()
 
 
 def prefers(wanted: Callable[[Launch], float]) -> Callable[[Callable[[], object]], float]:

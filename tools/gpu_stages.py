@@ -346,6 +346,7 @@ def sweep(setup: Setup, found: dict[str, Any]) -> None:
         faster += sum(choice.after != choice.before for choice in tuned)
     config.CHOSEN.clear()
     config.CHOSEN.update(before)
+    config.CALLS.clear()
     found["said"] = f"{faster} choices have a faster one"
 
 

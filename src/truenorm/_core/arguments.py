@@ -419,9 +419,13 @@ class Library:
 
         return checked
 
+    def checked(self, name: str, kernel: Callable[..., Any]) -> Any:
+        """A kernel of this operator that looks at its arguments first."""
+        return self._checked(name, _on_memory(list(self._places[name]), kernel), operator.ne)
+
     def impl(self, name: str, kernel: Callable[..., Any], key: str) -> None:
         if kernel is not torch.library.fallthrough_kernel:
-            kernel = self._checked(name, _on_memory(list(self._places[name]), kernel), operator.ne)
+            kernel = self.checked(name, kernel)
         self.own.impl(name, kernel, key)
 
     def register_fake(self, name: str, rule: Callable[..., Any]) -> None:

@@ -1,10 +1,10 @@
-"""The short way: an eager call on a CPU without a mask, in as few steps as can be.
+"""The short way: an eager call without a mask, in as few steps as can be.
 
 A small input's time is all calls: of torch's dispatcher, of Python. So here a whole forward, the
-running statistics' update included, is one call of an operator, and so is a backward. What is not
-plain (compiling, function transforms, dispatch modes, subclasses, other devices) or not in order (a
-shape that does not fit) is not for this way: `call` returns None before anything has changed,
-and the caller goes the long way, which serves the rest and words every error.
+running statistics' update included, is one call of an operator, and so is a backward; on CUDA it is
+planned.py's. What is not plain (compiling, function transforms, dispatch modes, subclasses, other
+devices) or not in order (a shape that does not fit) is not for this way: `call` returns None before
+anything has changed, and the caller goes the long way, which serves the rest and words every error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.autograd import Function, forward_ad
 from torch.jit import _trace
 from torch.overrides import has_torch_function_variadic
 
-from . import fallback, gradients, modulation, operators
+from .._triton import WHY_NOT
+from . import fallback, gradients, modulation, operators, planned
 from .call import (
     ACT,
     BY_OUTPUT,
@@ -86,8 +87,7 @@ def call(
     """One of the operators above on a plain tensor x, not compiling: both asked by the caller."""
     # in one piece: each call of Python's is noticed
     if (
-        not x.is_cpu
-        or has_torch_function_variadic(x, weight, bias, *statistics)
+        has_torch_function_variadic(x, weight, bias, *statistics)
         or _transforms_active()
         or forward_ad._current_level >= 0
         or _dispatch_modes()
@@ -95,6 +95,10 @@ def call(
         or _trace._trace_module_map is not None  # see route.tracing
     ):
         return None
+    if not x.is_cpu:
+        if WHY_NOT or not x.is_cuda:
+            return None
+        return planned.call(x, weight, bias, form, eps, statistics, after)
     if NATIVE is None:
         return fallback.shortly(x, weight, bias, form, eps, statistics, after)
     if after is not None and len(after) == 5:

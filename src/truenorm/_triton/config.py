@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Key(NamedTuple):
 # truenorm.tune's
 CHOSEN: dict[Key, Launch] = {}
 _asked: dict[Key, Launch] | None = None
+# what calls come to (_core/planned.py), by the choices in force: emptied where these change
+CALLS: dict[Any, Any] = {}
 
 
 @contextmanager
@@ -69,10 +71,20 @@ def asked() -> Iterator[dict[Key, Launch]]:
     """What is chosen while this is open."""
     global _asked
     _asked = {}
+    CALLS.clear()
     try:
         yield _asked
     finally:
         _asked = None
+
+
+def choose(key: Key, launch: Launch | None) -> None:
+    """None: as without truenorm.tune."""
+    if launch is None:
+        CHOSEN.pop(key, None)
+    else:
+        CHOSEN[key] = launch
+    CALLS.clear()
 
 
 def _choose(key: Key, launch: Launch) -> Launch:

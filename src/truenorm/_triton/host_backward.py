@@ -12,6 +12,7 @@ from . import backward as kernels
 from . import config, sums, view
 from .config import Launch
 from .inputs import Inputs
+from .replay import launch
 from .view import Streamed, Units
 
 
@@ -112,9 +113,9 @@ class _Backward(Inputs):
         self.grad_weight = torch.empty(sizes, dtype=dtype, device=x.device)
         self.grad_bias = torch.empty(sizes, dtype=dtype, device=x.device)
         crowded = self.crowded(backward=True)
-        launch = self.units.whole(self.kept.itemsize, backward=True, crowded=crowded)
-        if launch is not None and given is None:
-            self._whole(launch)
+        tile = self.units.whole(self.kept.itemsize, backward=True, crowded=crowded)
+        if tile is not None and given is None:
+            self._whole(tile)
         elif self.units.by_value:
             self.in_rows()
             self._features(given)
@@ -122,12 +123,11 @@ class _Backward(Inputs):
                 self.grad_x += self.grad_h
         else:
             self._channels(given)
-        empty = self.grad_weight.new_empty(0)
         return (
             # an empty one where it is not wanted
             self.laid_out(self.grad_x) if self.needs_x else self.grad_x,
-            self.grad_weight if needs & NEEDS_WEIGHT else empty,
-            self.grad_bias if needs & NEEDS_BIAS else empty.clone(),
+            self.grad_weight if needs & NEEDS_WEIGHT else self.grad_weight.new_empty(0),
+            self.grad_bias if needs & NEEDS_BIAS else self.grad_bias.new_empty(0),
             self.grad_residual,
         )
 
@@ -138,7 +138,8 @@ class _Backward(Inputs):
         gx, g = self._sums(plan, weighted=False)
         made = torch.empty((2, units.U), dtype=torch.float64, device=self.x.device)
         merge = config.merge(plan.count, neighbours=plan.count == 1)
-        sums.merge_sums[(-(-units.U // merge.units),)](
+        launch(
+            sums.merge_sums, (-(-units.U // merge.units),),
             gx, g, None, None, None, made, made,
             units.U, units.C, units.values, units.statistics, 0, units.U, plan.count, plan.count,
             1, 0, 0, 0,
@@ -167,10 +168,10 @@ class _Backward(Inputs):
             "INDEX": view.index(self.x),
         }
 
-    def _whole(self, launch: Launch) -> None:
+    def _whole(self, tile: Launch) -> None:
         """Everything in one launch, and the parameters' sums added up in a second."""
         units, grouped = self.units, self.units.D > 1
-        per_program = units.D if grouped else launch.units
+        per_program = units.D if grouped else tile.units
         blocks = grid = units.blocks(per_program)
         of_weight, of_bias = self.grad_weight, self.grad_bias
         if units.by_value and units.part:
@@ -182,13 +183,14 @@ class _Backward(Inputs):
         if self.needs_parameters and (units.by_value or sums_of > 1):
             parts = grid * units.K if units.by_value else units.U
             of_weight, of_bias = view.pair(parts, self.kept, self.x.device)
-        kernels.backward[(grid,)](
+        launch(
+            kernels.backward, (grid,),
             self.grad, self.grad_h, self.x, self.of, self.weight, self.bias, self.mask,
             self.residual, self.grad_x, self.grad_residual, of_weight, of_bias,
             units.U, units.C, units.K, units.R, units.run_stride, per_program, units.part,
             *self.placed.sizes, *self.placed.steps, units.values, blocks, units.statistics,
             self.eps, self.parameter,
-            **units.tiles(launch), **self._after(units), RUNS=units.R > 1, GROUPED=grouped,
+            **units.tiles(tile), **self._after(units), RUNS=units.R > 1, GROUPED=grouped,
             BY_VALUE=units.by_value, HAS_WEIGHT=self.has_weight,
             CENTRED=self.form.axes.centred, FIXED=self.form.constant, NEEDS_X=self.needs_x,
             NEEDS_PARAMETERS=self.needs_parameters, NEEDS_RESIDUAL=self.needs_residual,
@@ -216,7 +218,8 @@ class _Backward(Inputs):
             part_step = max(units.part - 1, 0) * units.C
         merge = config.merge(parts, neighbours=chunks == 1 and not of_statistics)
         weighted = self.has_weight if of_statistics and not units.by_value else 0
-        sums.merge_sums[(-(-results // merge.units),)](
+        launch(
+            sums.merge_sums, (-(-results // merge.units),),
             gx, g, self.weight, self.of, made, self.grad_weight, self.grad_bias,
             results, units.C, units.values, units.statistics, at, 0, parts, chunks, *steps,
             units.part, part_step,
@@ -234,7 +237,8 @@ class _Backward(Inputs):
         # x̂ · weight + bias is what the activation took
         has_weight = self.has_weight if weighted or self.form.act > 0 else 0
         after = self._after(plan.units)
-        sums.backward_sums[plan.grid](
+        launch(
+            sums.backward_sums, plan.grid,
             self.grad, self.x, self.of, self.weight, self.bias, self.mask, self.residual, gx, g,
             *plan.sizes, plan.units.D, plan.units.part, plan.unit_blocks, plan.count, *plan.cuts,
             self.units.statistics, self.eps, self.parameter,
@@ -245,7 +249,8 @@ class _Backward(Inputs):
 
     def _apply(self, plan: Streamed, room: tuple[Tensor, int] | None) -> None:
         made, at = room or (None, 0)
-        kernels.backward_apply[plan.grid](
+        launch(
+            kernels.backward_apply, plan.grid,
             self.grad, self.x, self.of, made, self.weight, self.bias, self.mask, self.residual,
             self.grad_x, self.grad_residual,
             *plan.sizes, plan.units.D, plan.units.part, plan.unit_blocks, plan.count, *plan.cuts,

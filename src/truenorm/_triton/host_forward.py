@@ -8,6 +8,7 @@ from torch import Tensor
 from . import config, moments, view
 from . import forward as kernels
 from .inputs import Inputs
+from .replay import launch
 from .view import Streamed, Units
 
 
@@ -24,7 +25,8 @@ def _moments(call: Inputs) -> Tensor:
     counts = None
     if call.mask is not None:
         counts = torch.empty(parts, dtype=torch.int32, device=x.device)
-    moments.moments[plan.grid](
+    launch(
+        moments.moments, plan.grid,
         x, call.mask, of_mean, of_m2, counts,
         *plan.sizes, plan.unit_blocks, plan.count, *plan.cuts,
         **plan.constants, CENTRED=centred, MASK=call.mask_kind(units), ACC=acc, INDEX=view.index(x),
@@ -32,7 +34,8 @@ def _moments(call: Inputs) -> Tensor:
     record = call.record()
     per_statistic = units.D * plan.count
     merge = config.merge(per_statistic, neighbours=False)
-    moments.merge_moments[(-(-units.statistics // merge.units),)](
+    launch(
+        moments.merge_moments, (-(-units.statistics // merge.units),),
         of_mean, of_m2, counts, record,
         units.statistics, per_statistic, plan.count, units.K, units.R, *plan.cuts,
         CENTRED=centred, HAS_MASK=counts is not None, BQ=merge.units, BP=merge.values,
@@ -57,7 +60,8 @@ def _normalize(
     cancels |= own and call.form.axes.centred
     acc, width = view.compute(x, cancels=cancels)
     plan = Streamed(units, width.itemsize)
-    kernels.normalize[plan.grid](
+    launch(
+        kernels.normalize, plan.grid,
         x, mean, var, call.weight, call.bias, call.mask, call.residual, y, record,
         *plan.sizes, units.D, units.part, plan.unit_blocks, plan.count, *plan.cuts,
         units.statistics if own else 0, units.values, units.statistics, view.bits(eps),
@@ -82,18 +86,19 @@ def _whole(
     cancels = centred or call.bias is not None or call.residual is not None
     acc, width = view.compute(x, cancels=cancels)
     crowded = call.crowded(backward=False)
-    launch = units.whole(width.itemsize, backward=False, crowded=crowded)
-    if launch is None:
+    tile = units.whole(width.itemsize, backward=False, crowded=crowded)
+    if tile is None:
         return False, None
     record = call.record() if keep else None
     grouped = units.D > 1
-    per_program = units.D if grouped else launch.units
-    kernels.forward[(units.blocks(per_program),)](
+    per_program = units.D if grouped else tile.units
+    launch(
+        kernels.forward, (units.blocks(per_program),),
         x, other, call.weight, call.bias, call.mask, call.residual, h, y, record,
         units.U, units.C, units.K, units.R, units.run_stride, per_program, units.part,
         *call.placed.sizes, *call.placed.steps, units.values, units.statistics, view.bits(eps),
         call.parameter, padding,
-        **units.tiles(launch), **call.constants(units), RUNS=units.R > 1, GROUPED=grouped,
+        **units.tiles(tile), **call.constants(units), RUNS=units.R > 1, GROUPED=grouped,
         BY_VALUE=units.by_value, HAS_WEIGHT=call.has_weight, HAS_BIAS=call.bias is not None,
         CENTRED=centred, HAS_RESIDUAL=call.residual is not None, PLACED=call.placed.kind,
         HAS_OTHER=h is not None, NEEDS_Y=y is not None, KEEP=keep, ACC=acc, INDEX=view.index(x),

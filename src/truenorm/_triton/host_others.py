@@ -12,6 +12,7 @@ from .._core import geometry
 from .._core.geometry import BATCH
 from . import response as kernels
 from . import running, view
+from .replay import launch
 
 
 def move(
@@ -31,7 +32,8 @@ def move(
     with view.on(record):
         # who would ask on the host waits for the device
         finite = record[:2].isfinite().all().view(torch.uint8) if skip_nonfinite else None
-        running.move[(-(-channels // 128),)](
+        launch(
+            running.move, (-(-channels // 128),),
             view.flat(record), finite, *dense, count,
             channels, samples, view.bits(0.0 if momentum is None else momentum),
             HAS_COUNT=count is not None, AVERAGE=momentum is None, SKIPS=finite is not None,

@@ -60,17 +60,14 @@ def tune_step(step: Callable[[], object], clock: Clock) -> list[Tuned]:
         before = best_seconds = measure()
         best = now
         for candidate in _candidates(key, now):
-            config.CHOSEN[key] = candidate
+            config.choose(key, candidate)
             try:
                 seconds = measure()
             except Exception:  # a tile that does not compile, or takes too many registers
                 continue
             if seconds < _WORTH * best_seconds:
                 best, best_seconds = candidate, seconds
-        if best == now:
-            config.CHOSEN.pop(key, None)
-        else:
-            config.CHOSEN[key] = best
+        config.choose(key, None if best == now else best)
         results.append(Tuned(key, now, best, before, best_seconds))
     return results
 

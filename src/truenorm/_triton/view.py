@@ -91,9 +91,9 @@ def optional(p: Tensor | None) -> Tensor | None:
 
 
 def pair(numel: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for two lists of partial results in one piece of memory, both aligned."""
-    room = torch.empty((2, -(-numel // 4) * 4), dtype=dtype, device=device)
-    return room[0], room[1]
+    """Room for two lists of partial results."""
+    first, second = (torch.empty(numel, dtype=dtype, device=device) for _ in range(2))
+    return first, second
 
 
 def inside(x: Tensor, s: int) -> bool:
