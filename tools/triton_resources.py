@@ -23,6 +23,7 @@ from torch import Tensor
 from triton_compile import Compiled, Launch, compile_for, record, source
 
 from truenorm._core import geometry
+from truenorm._core.call import BEFORE, ROUNDS_PRODUCT, ROUNDS_X_HAT, SWISH
 from truenorm._triton import form, host, view
 
 BATCH, RMS, LAYER = geometry.BATCH, geometry.rms(1), geometry.layer(1)
@@ -168,6 +169,32 @@ def _sum(shape: tuple[int, ...], dtype: torch.dtype) -> list[Launch]:
     return record(run)
 
 
+# what, shape of the rows, their groups, and the order of steps
+GATED = (
+    ("RMSNorm, gate before", (8192, 4096), 1, BEFORE | SWISH),
+    ("RMSNorm, gate before", (8192, 8192), 1, BEFORE | SWISH),
+    ("RMSNorm, gate before, groups", (8192, 8192), 8, BEFORE | SWISH | ROUNDS_X_HAT),
+    ("RMSNorm, gate after", (65536, 128), 1, SWISH | ROUNDS_X_HAT | ROUNDS_PRODUCT),
+    ("RMSNorm, gate after", (8192, 8192), 1, SWISH | ROUNDS_X_HAT | ROUNDS_PRODUCT),
+    ("RMSNorm, gate within", (8192, 2048), 1, 0),
+    ("RMSNorm, gate before, odd", (5, 15), 3, BEFORE | SWISH),
+)
+
+
+def _gated(shape: tuple[int, ...], groups: int, order: int, dtype: torch.dtype) -> list[Launch]:
+    """Beside a gate, x and gate being parts of what one product gave."""
+    n, c = shape
+    x, gate = torch.empty(n, 2 * c, dtype=dtype, device="meta").chunk(2, 1)
+    weight = torch.empty(c, device="meta")
+    bits = form.pack(geometry.Axes(groups, 0, False)) | form.KEEP | 3
+
+    def run() -> None:
+        y, kept = host.gated_norm(x, gate, weight, bits, 1e-5, order)
+        host.gated_norm_backward(y, x, gate, kept, weight, bits, 1e-5, order)
+
+    return record(run)
+
+
 def _response(dtype: torch.dtype) -> list[Launch]:
     x = torch.empty(32, 64, 27, 27, dtype=dtype, device="meta")
 
@@ -277,6 +304,10 @@ def report(dtype: torch.dtype, capability: int, quick: bool, extras: bool) -> in
     if not extras:
         for shape in ((16384, 4096), (8192, 768)):
             named += [("LayerNorm of a sum", launch) for launch in _sum(shape, dtype)]
+        for what, shape, groups, order in GATED:
+            if shape[0] > 5 or not quick:
+                found = _gated(shape, groups, order, dtype)
+                named += [(f"{what} {shape}", launch) for launch in found]
         named += [("LocalResponseNorm", launch) for launch in _response(dtype)]
     spilling = 0
     for what, launch in named:
