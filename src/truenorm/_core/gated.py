@@ -42,15 +42,16 @@ def at_once(
 
     composed: the same of (x, gate, weight) by operators that can be differentiated twice.
     """
-    on_gpu = _on_gpu(x, groups)
     if (
         is_compiling()
         or not eager.is_plain(x, gate, weight)
         or x.dtype != gate.dtype
         or x.shape != gate.shape
         or not x.dim()
-        or not (on_gpu or _on_cpu(x, groups, order))
     ):
+        return None
+    on_gpu = _on_gpu(x, groups)
+    if not (on_gpu or _on_cpu(x, groups, order)):
         return None
     bits = UNCENTRED | eager.group(groups)
     if torch.is_grad_enabled():

@@ -106,11 +106,11 @@ def gated_backward(
         # before a tile takes the registers: a root and a quotient of float64 are calls
         var = tl.load(p_record + S + row.to(INDEX) * G + group, mask=in_row, other=1)
         rstd = (1.0 / tl.sqrt(var + as_float64(eps_bits))).to(ACC)[:, None]
-        x = tl.load(p_x + _at(row, first, at, C, x_step, INDEX), mask=there, other=0).to(ACC)
         gate = tl.load(p_gate + _at(row, first, at, C, gate_step, INDEX), mask=there, other=0)
         offsets = _at(row, first, at, C, None, INDEX)
         grad = tl.load(p_grad + offsets, mask=there, other=0).to(ACC)
         act, slope = _opened(gate.to(ACC), SWISH)
+        x = tl.load(p_x + _at(row, first, at, C, x_step, INDEX), mask=there, other=0).to(ACC)
         # by: what of_gate is a product with
         if BEFORE:
             x_hat, g, by = x * act * rstd, grad, x * slope
