@@ -35,13 +35,12 @@ def _opened(gate, SWISH: tl.constexpr):
 
 @triton.jit
 def _at(row, first, at, C, step, INDEX: tl.constexpr):
-    """Offsets of a tile; step: how far apart rows are in sixteen values, None where these follow
-    one another.
+    """Offsets of a tile; step: how far apart rows are, None where these follow one another. Steps
+    are in sixteen values, as in row_starts.
     """
     if step is None:
         begin = row.to(INDEX) * C
     else:
-        # not row · (step · 16): what is compiled is as well aligned as for rows of C values
         begin = row.to(INDEX) * step * 16
     return (begin + first)[:, None] + at[None, :]
 
