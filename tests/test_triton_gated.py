@@ -319,6 +319,8 @@ def test_what_the_operators_are() -> None:
         _, record = operators.gated_norm(x, gate, weight, *call.numbers)
         args = grad, x, gate, record, weight, *numbers
         opcheck(operators.gated_norm_backward, args, **which)
+        turned = (t.T.contiguous().T for t in (x, gate))  # type: ignore[union-attr]
+        opcheck(operators.gated_norm, (*turned, weight, *numbers), **which)
 
 
 def test_the_operators_look_at_their_arguments() -> None:

@@ -68,7 +68,7 @@ def gated_norm(
     y = y if order & BEFORE else y * act
     flat = var.flatten()
     record = torch.stack([torch.zeros_like(flat), flat, torch.full_like(flat, h.shape[2])])
-    return y.to(x.dtype), record if bits & KEEP else record.new_empty(0)
+    return y.to(x.dtype).contiguous(), record if bits & KEEP else record.new_empty(0)
 
 
 def _rounded(values: Tensor, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def gated_norm_backward(
     """Gradients of x, gate and weight, empty where they are not wanted."""
     act, slope = _opened(wide(gate), order)
     values, g, before = wide(x), wide(grad), order & BEFORE
-    rstd = 1.0 / (record[1].view(x.shape[0], -1, 1) + eps).sqrt()
+    rstd = 1.0 / (record[1].view(x.shape[0], bits >> GROUPS, 1) + eps).sqrt()
     x_hat = _grouped(values * act if before else values, bits) * rstd
     pulled = _grouped(g if before else g * act, bits)
     by = 1.0 if weight is None else _grouped(wide(weight)[None], bits)
@@ -100,7 +100,8 @@ def gated_norm_backward(
             of_weight = (pulled * x_hat).sum(0).flatten().to(weight.dtype)
     if not bits & NEEDS_INPUT:
         return x.new_empty(0), x.new_empty(0), of_weight
-    return of_x.to(x.dtype), of_gate.to(x.dtype), of_weight
+    of_x, of_gate = (t.to(x.dtype).contiguous() for t in (of_x, of_gate))
+    return of_x, of_gate, of_weight
 
 
 # ---------------------------------------------------------------- shape rules

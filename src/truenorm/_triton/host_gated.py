@@ -103,14 +103,14 @@ def gated_norm(
         return plain_gated.gated_norm(x, gate, weight, bits, eps, order)
     with view.on(x):
         call = _Call(x, gate, weight, bits, eps, order)
-        y, keep, half = call.new(), bool(bits & KEEP), x.element_size() == 2
+        y, keep = call.new(), bool(bits & KEEP)
         shape = (3, call.statistics) if keep else (0,)
         record = torch.empty(shape, dtype=torch.float64, device=x.device)
         kernels.gated[(call.blocks(launch) * call.groups,)](
             call.x, call.gate, call.weight, y, record, *call.numbers,
             **call.tile(launch), **call.constants, KEEP=keep,
-            ROUNDS_X_HAT=half and bool(order & ROUNDS_X_HAT),
-            ROUNDS_PRODUCT=half and bool(order & ROUNDS_PRODUCT),
+            # of wider types these round nothing
+            ROUNDS_X_HAT=bool(order & ROUNDS_X_HAT), ROUNDS_PRODUCT=bool(order & ROUNDS_PRODUCT),
         )  # fmt: skip
         return y, record
 
