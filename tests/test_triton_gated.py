@@ -221,7 +221,7 @@ def test_strided_inputs(order: int) -> None:
         return wide[:, before : wide.shape[1] - after]
 
     placed: list[Callable[[Tensor], Tensor]] = [
-        lambda t: within(t, 16, 16), lambda t: within(t, 0, 3), lambda t: within(t, 1, 0),
+        lambda t: within(t, 16, 16), lambda t: within(t, 0, 3), lambda t: within(t, 1, 15),
         lambda t: t.T.contiguous().T, lambda t: torch.stack([t, t], 1)[:, 1],
         lambda t: torch.stack([t, t], 2)[..., 0],
     ]  # fmt: skip
@@ -298,9 +298,11 @@ def test_what_fits() -> None:
         for groups in (1, 3):
             x = torch.empty(2, most * groups, dtype=dtype)
             assert host_gated.fits(x, groups)
-            assert not host_gated.fits(torch.empty(2, (most + 1) * groups, dtype=dtype), groups)
+            longer = torch.empty(2, (most + 1) * groups, dtype=dtype)
+            assert not host_gated.fits(longer, groups)
             for backward in (False, True):
                 assert host_gated.launch_of(x, groups, backward=backward) is not None
+                assert host_gated.launch_of(longer, groups, backward=backward) is None
 
 
 # ---------------------------------------------------------------- the operators
