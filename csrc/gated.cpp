@@ -12,7 +12,7 @@
 namespace truenorm {
 namespace {
 
-// Where the gate comes in and what is rounded, in one integer; _core/gated.py packs the same bits.
+// Where the gate comes in and what is rounded, in one integer; _core/call.py has the same bits.
 struct Order {
   int64_t bits;
 
@@ -86,7 +86,7 @@ Tensor rows_like(const Tensor& x, const Geometry& g) {
 void read(Call& call, const Tensor& gate, Form form, Order order) {
   call.axes = axes_of(call.x, form);
   call.read();
-  expect(order.bits >= 0 && order.bits < 16, "`order` must be from 0 to 15: see _core/gated.py");
+  expect(order.bits >= 0 && order.bits < 16, "`order` must be from 0 to 15: see _core/call.py");
   const bool plain = form.feature_dims() == 1 && !form.centred() && !form.constant() &&
                      !form.one_plus() && !form.rounds() && !form.as_given() &&
                      form.act() == Act::none;

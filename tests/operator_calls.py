@@ -65,7 +65,8 @@ def _form(draw: random.Random, operator: str, axes: tuple[int, int, bool]) -> in
     if operator == "eager_norm_more":
         return draw.choice((0, PER_CHANNEL)) | draw.randint(0, 15) | draw.randint(0, 8) << ACT
     if "gated" in operator:
-        return draw.randint(1, 3) | UNCENTRED | groups << GROUPS
+        keep = 0 if operator.startswith("eager_") else draw.choice((0, KEEP))
+        return draw.randint(1, 3) | keep | UNCENTRED | groups << GROUPS
     flags = draw.randint(0, 15) | draw.choice((0, KEEP)) | (0 if centred else UNCENTRED)
     if dims and operator in ("eager_norm", "statistics"):
         flags |= draw.choice((0, AS_GIVEN))

@@ -12,9 +12,15 @@ from torch.library import opcheck
 
 import truenorm
 from truenorm._core import gated, operators
-from truenorm._core.call import CONSTANT, ONE_PLUS
+from truenorm._core.call import (
+    BEFORE,
+    CONSTANT,
+    ONE_PLUS,
+    ROUNDS_PRODUCT,
+    ROUNDS_X_HAT,
+    SWISH,
+)
 from truenorm._core.eager import group, rms
-from truenorm._core.gated import BEFORE, ROUNDS_PRODUCT, ROUNDS_X_HAT, SWISH
 
 pytestmark = pytest.mark.skipif(truenorm.info().cpu != "native", reason="native kernels only")
 

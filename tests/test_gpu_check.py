@@ -42,7 +42,7 @@ def test_all_of_it(tmp_path: Path) -> None:
         assert case["forward of floor"] > 0
         assert set(case["both"]["median_seconds"]) >= {"truenorm", "torch"}
     composed = found["composed"]["cases"]
-    assert len(composed) == 10
+    assert len(composed) == 14
     assert set(composed["sum and norm, bfloat16"]) == {
         f"{name} {what} us" for name in ("truenorm", "torch") for what in ("forward", "both")
     }

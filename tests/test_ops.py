@@ -236,6 +236,8 @@ def test_every_operator_is_here() -> None:
     tested |= {"eager_add_norm", "eager_add_norm_backward", "add_norm", "add_norm_backward"}
     # by test_gated.py
     tested |= {"eager_gated_norm", "eager_gated_norm_backward"}
+    # by test_triton_gated.py
+    tested |= {"gated_norm", "gated_norm_backward"}
     registered = {
         name.removeprefix("truenorm::").split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()

@@ -26,7 +26,7 @@ from on_triton import (
 import truenorm
 from truenorm import _triton
 from truenorm._core import geometry, operators
-from truenorm._core.call import AS_GIVEN, KEEP, Form
+from truenorm._core.call import AS_GIVEN, GROUPS, KEEP, UNCENTRED, Form
 from truenorm._triton import config
 from truenorm.nn import _orders
 
@@ -313,6 +313,25 @@ def test_launches_of_a_sum_and_its_norm(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs_triton
+@pytest.mark.skipif(HAS_CUDA or PRETENDS, reason="counts launches in the interpreter")
+@pytest.mark.parametrize("weight", [None, torch.randn(40)], ids=["bare", "weight"])
+def test_launches_of_a_norm_beside_a_gate(weight: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of parts for a weight's gradient alone."""
+    from truenorm._triton import host
+
+    x, bits = torch.randn(5, 40), UNCENTRED | 2 << GROUPS | KEEP | 3
+    made: list[Any] = []
+    with launches():
+        forward = count_launches(
+            lambda: made.extend(host.gated_norm(x, x, weight, bits, 1e-5, 1)), monkeypatch
+        )
+        y, record = made
+        args = y, x, x, record, weight, bits, 1e-5, 1
+        backward = count_launches(partial(host.gated_norm_backward, *args), monkeypatch)
+    assert (forward, backward) == (1, 1 if weight is None else 2)
+
+
+@needs_triton
 def test_what_sizes_say_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a shape, strides, a form and parts; and what is known is bounded."""
     from truenorm._triton import host, inputs
@@ -400,7 +419,7 @@ def test_every_kernel_compiles_without_spilling(tmp_path: Path) -> None:
     said = resources(tmp_path, "--dtype", "bfloat16")
     kernels = {"forward", "moments", "merge_moments", "normalize", "backward", "backward_sums"}
     kernels |= {"merge_sums", "backward_apply", "move"}
-    kernels |= {"local_response", "local_response_backward"}
+    kernels |= {"local_response", "local_response_backward", "gated", "gated_backward"}
     assert kernels <= set(said.split())
     # 32 lanes along the channels
     line = next(x for x in said.splitlines() if "GroupNorm, channels_last small" in x)

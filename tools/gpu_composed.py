@@ -11,6 +11,7 @@ from torch import Tensor
 
 from truenorm import functional
 from truenorm._core.call import AS_GIVEN
+from truenorm._core.rule import Rule
 from truenorm.nn import _orders
 
 Made = tuple[Callable[[], Any], Callable[[], Any], list[Tensor]]
@@ -89,12 +90,41 @@ def _of_heads(shape: tuple[int, ...], drawn: Callable[..., Tensor]) -> Made:
     )
 
 
+def _gate_before(shape: tuple[int, ...], drawn: Callable[..., Tensor]) -> Made:
+    """Mamba2's: x and gate are parts of what one product gave."""
+    n, c = shape
+    product, weight = drawn(n, 2 * c), drawn(c)
+    x, gate = product.chunk(2, 1)
+    rule = Rule("rms", "cast_first", gate="before")
+
+    def theirs() -> Tensor:
+        h = x.float() * F.silu(gate.float())
+        return weight * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+    return lambda: _orders.gated(x, gate, weight, 1e-5, rule, 1), theirs, [product, weight]
+
+
+def _gate_after(shape: tuple[int, ...], drawn: Callable[..., Tensor]) -> Made:
+    """Qwen3-Next's, of heads."""
+    x, gate, weight = drawn(*shape), drawn(*shape), drawn(shape[-1])
+    rule = Rule("rms", "cast_first", gate="after")
+
+    def theirs() -> Tensor:
+        wide = x.float()
+        x_hat = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+        return (weight * x_hat.to(x.dtype) * F.silu(gate.float())).to(x.dtype)
+
+    return lambda: _orders.gated(x, gate, weight, 1e-6, rule, 1), theirs, [x, gate, weight]
+
+
 COMPOSED = [
     Composed("scale and shift", _modulated, (32, 1024, 1152), (2, 3, 8)),
     Composed("sum and norm", _added, (16384, 4096), (3, 8)),
     Composed("channels of an image", _of_image, (32, 192, 56, 56), (2, 6, 3, 5)),
     Composed("channels of an image, as given", _as_given, (32, 192, 56, 56), (2, 6, 3, 5)),
     Composed("heads", _of_heads, (4, 32, 2048, 128), (2, 3, 5, 16)),
+    Composed("gate before the norm", _gate_before, (8192, 8192), (3, 16)),
+    Composed("gate after the norm", _gate_after, (262144, 128), (3, 16)),
 ]
 
 

@@ -167,10 +167,8 @@ def compiling(setup: Setup, found: dict[str, Any]) -> None:
 
 def correctness(setup: Setup, found: dict[str, Any]) -> None:
     """The suite's tests of the kernels."""
-    files = [
-        f"tests/test_triton_{name}.py"
-        for name in ("layers", "calls", "parts", "added", "turned", "promises", "cuda", "tune")
-    ]
+    kinds = "layers", "calls", "parts", "added", "gated", "turned", "promises", "cuda", "tune"
+    files = [f"tests/test_triton_{name}.py" for name in kinds]
     args = ["-m", "pytest", "-o", "addopts=-q", "-p", "no:cacheprovider", *files]
     if importlib.util.find_spec("xdist") is not None:
         args += ["-n", str(setup.workers)]

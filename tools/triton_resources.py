@@ -23,6 +23,7 @@ from torch import Tensor
 from triton_compile import Compiled, Launch, compile_for, record, source
 
 from truenorm._core import geometry
+from truenorm._core.call import BEFORE, ROUNDS_PRODUCT, ROUNDS_X_HAT, SWISH
 from truenorm._triton import form, host, view
 
 BATCH, RMS, LAYER = geometry.BATCH, geometry.rms(1), geometry.layer(1)
@@ -168,6 +169,32 @@ def _sum(shape: tuple[int, ...], dtype: torch.dtype) -> list[Launch]:
     return record(run)
 
 
+# what, shape of the rows, their groups, the order of steps, and whether it is of --quick
+GATED = (
+    ("RMSNorm, gate before", (8192, 4096), 1, BEFORE | SWISH, True),
+    ("RMSNorm, gate before", (8192, 8192), 1, BEFORE | SWISH, True),
+    ("RMSNorm, gate before, groups", (8192, 8192), 8, BEFORE | SWISH | ROUNDS_X_HAT, True),
+    ("RMSNorm, gate after", (65536, 128), 1, SWISH | ROUNDS_X_HAT | ROUNDS_PRODUCT, True),
+    ("RMSNorm, gate after", (8192, 8192), 1, SWISH | ROUNDS_X_HAT | ROUNDS_PRODUCT, False),
+    ("RMSNorm, gate within", (8192, 2048), 1, 0, False),
+    ("RMSNorm, gate before, odd", (5, 15), 3, BEFORE | SWISH, False),
+)
+
+
+def _gated(shape: tuple[int, ...], groups: int, order: int, dtype: torch.dtype) -> list[Launch]:
+    """Beside a gate, x and gate being parts of what one product gave."""
+    n, c = shape
+    x, gate = torch.empty(n, 2 * c, dtype=dtype, device="meta").chunk(2, 1)
+    weight = torch.empty(c, device="meta")
+    bits = form.pack(geometry.Axes(groups, 0, False)) | form.KEEP | 3
+
+    def run() -> None:
+        y, kept = host.gated_norm(x, gate, weight, bits, 1e-5, order)
+        host.gated_norm_backward(y, x, gate, kept, weight, bits, 1e-5, order)
+
+    return record(run)
+
+
 def _response(dtype: torch.dtype) -> list[Launch]:
     x = torch.empty(32, 64, 27, 27, dtype=dtype, device="meta")
 
@@ -231,16 +258,25 @@ def compare(dtype: torch.dtype, capability: int, quick: bool) -> tuple[int, int]
     cases = [(*case, PLAIN) for case in (SAMPLES[-6::2] if quick else SAMPLES)]
     cases += [(what, axes, shape[1:], lay, PARTS) for what, axes, shape, lay, is_quick in PARTED
               if axes != BATCH and (is_quick or not quick)]  # fmt: skip
-    for what, axes, shape, lay, extra in cases:
+    named: list[tuple[str, Callable[[int], list[Launch]]]] = [
+        (what, lambda n, a=axes, s=shape, more=(dtype, lay, extra): _launches(a, (n, *s), *more))
+        for what, axes, shape, lay, extra in cases
+    ]
+    named += [
+        (what, lambda n, c=shape[1], more=(groups, order, dtype): _gated((n, c), *more))
+        for what, shape, groups, order, is_quick in GATED
+        if is_quick or not quick
+    ]
+    for what, launches in named:
         batches = {f"{n} samples": (n, False) for n in (2, 3, 16)}
         batches["offsets of 64 bits"] = (2, True)
-        alone = _of_samples(_launches(axes, (1, *shape), dtype, lay, extra))
+        alone = _of_samples(launches(1))
         for name, (n, wide) in batches.items():
             if wide:
                 narrow_index = view.index
                 view.index = lambda x: tl.int64
             try:
-                among = _of_samples(_launches(axes, (n, *shape), dtype, lay, extra))
+                among = _of_samples(launches(n))
             finally:
                 if wide:
                     view.index = narrow_index
@@ -277,6 +313,12 @@ def report(dtype: torch.dtype, capability: int, quick: bool, extras: bool) -> in
     if not extras:
         for shape in ((16384, 4096), (8192, 768)):
             named += [("LayerNorm of a sum", launch) for launch in _sum(shape, dtype)]
+        named += [
+            (f"{what} {shape}", launch)
+            for what, shape, groups, order, is_quick in GATED
+            if is_quick or not quick
+            for launch in _gated(shape, groups, order, dtype)
+        ]
         named += [("LocalResponseNorm", launch) for launch in _response(dtype)]
     spilling = 0
     for what, launch in named:

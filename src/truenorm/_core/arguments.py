@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import geometry
+from . import geometry, plain_gated
 from .call import (
     ACT,
     AS_GIVEN,
@@ -37,7 +37,7 @@ Differs = Callable[[Any, Any], bool]
 _STATISTICS = "mean", "var"
 _PARAMETERS = "weight", "bias"
 # what has no moments where it is empty
-_OF_VALUES = "norm", "norm_", "norm_below", "add_norm"
+_OF_VALUES = "norm", "norm_", "norm_below", "add_norm", "gated_norm"
 _ACTIVATIONS = 8  # the last number of activation.py
 
 
@@ -288,6 +288,7 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
     # what an operator of a sum and its norm has beside a norm's
     at_other, at_grad_h = places.get("other"), places.get("grad_h")
     of_sum = name.startswith("add_")
+    at_gate = places.get("gate")
 
     def check(args: Sequence[Any]) -> None:
         x: Tensor = args[at_x]
@@ -308,6 +309,9 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
             _alike("other", args[at_other], x, differs)
         if at_grad_h is not None and args[at_grad_h] is not None:
             _gradient(args[at_grad_h], x, differs, "grad_h")
+        if at_gate is not None:
+            plain_gated.check(x, form, args[places["order"]])
+            _alike("gate", args[at_gate], x, differs)
         if of_sum and (not axes.feature_dims or form >> ACT & 0xFF):
             raise RuntimeError(
                 f"`form` (={form}) must be one over trailing dimensions, without an activation: "
@@ -325,7 +329,7 @@ def _check_of(name: str, places: dict[str, int], differs: Differs) -> Check:
             _statistic(each_name, each, x, count, differs)
         weight = args[places["weight"]] if parameters else None
         samples = None
-        if weight is not None and weight.dim() == len(shape) + 1:
+        if weight is not None and weight.dim() == len(shape) + 1 and at_gate is None:
             samples = geometry.ncs(x.shape, axes)[0]
         for each, place in parameters:
             if args[place] is not None:

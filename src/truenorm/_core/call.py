@@ -20,6 +20,9 @@ CONSTANT, UNCENTRED, PER_CHANNEL = 32, 64, 128
 KEEP = 256
 ROUNDS, ONE_PLUS, AS_GIVEN = 512, 1024, 2048
 ACT, FEATURES, GROUPS = 16, 24, 32  # where in the number these begin
+# of a gate, in a number of its own: where it comes in, whether it is g · σ(g) or σ(g), and what is
+# rounded to x's dtype before the last step
+BEFORE, SWISH, ROUNDS_X_HAT, ROUNDS_PRODUCT = 1, 2, 4, 8
 
 
 class Form(NamedTuple):

@@ -1,8 +1,8 @@
 """RMSNorm beside a gate, norm(x · act(gate)) · weight or norm(x) · weight · act(gate), in one call.
 
 By torch's operators around a norm 7 tensors of x's size are moved forward and 12 backward, and in
-half precision those of the casts besides. Here some rows at a time stay in cache: 3 are moved
-forward and 5 backward.
+half precision those of the casts besides. Here some rows at a time stay in cache, or on a GPU's
+chip: 3 are moved forward and 5 backward.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
+from .. import _triton
 from . import eager, library, operators
-from .call import NEEDS_INPUT, NEEDS_WEIGHT
-
-# as csrc/gated.cpp reads them: where the gate comes in, whether it is g · σ(g) or σ(g), and what is
-# rounded to x's dtype before the last step
-BEFORE, SWISH, ROUNDS_X_HAT, ROUNDS_PRODUCT = 1, 2, 4, 8
+from .call import KEEP, NEEDS_INPUT, NEEDS_WEIGHT, UNCENTRED
 
 Composed = Callable[[Tensor, Tensor, Any], Tensor]
-_forward = operators.eager_gated_norm._op
-_backward = operators.eager_gated_norm_backward._op
+
+
+def _on_gpu(x: Tensor, groups: int) -> bool:
+    """Whether the GPU's kernel takes it."""
+    return x.is_cuda and _triton.serves_gate(x, groups)
 
 
 def at_once(
@@ -37,26 +37,48 @@ def at_once(
     """
     if (
         is_compiling()
-        or not x.is_cpu
-        or library.NATIVE is None
         or not eager.is_plain(x, gate, weight)
         or x.dtype != gate.dtype
         or x.shape != gate.shape
         or not x.dim()
     ):
         return None
-    bits = eager.rms(1) | eager.group(groups)
+    needs = 0
     if torch.is_grad_enabled():
-        bits |= NEEDS_INPUT * (x.requires_grad or gate.requires_grad)
-        bits |= NEEDS_WEIGHT * (weight is not None and weight.requires_grad)
+        needs = NEEDS_INPUT * (x.requires_grad or gate.requires_grad)
+        needs |= NEEDS_WEIGHT * (weight is not None and weight.requires_grad)
+    serve = _by_launch if _on_gpu(x, groups) else _by_native
     try:
-        y, record = _forward(x, gate, weight, bits, eps, order)
+        found = serve(x, gate, weight, eager.group(groups) | needs, eps, order)
     except RuntimeError:  # what is merely unusual
         return None
-    if not bits & (NEEDS_INPUT | NEEDS_WEIGHT):
-        return y  # type: ignore[no-any-return]
-    made = y, record, composed
+    if found is None or not needs:
+        return None if found is None else found[0]
+    made = *found, composed
     return GatedNorm.apply(x, gate, weight, made)  # type: ignore[no-any-return,no-untyped-call]
+
+
+_OF_ROWS = eager.rms(1)
+
+
+def _by_native(
+    x: Tensor, gate: Tensor, weight: Tensor | None, form: int, *numbers: Any
+) -> tuple[Tensor, Any] | None:
+    """(y, what the backward is given)"""
+    if library.NATIVE is None or not x.is_cpu:
+        return None
+    y, record = operators.eager_gated_norm._op(x, gate, weight, _OF_ROWS | form, *numbers)
+    return y, (record,)
+
+
+def _by_launch(
+    x: Tensor, gate: Tensor, weight: Tensor | None, form: int, *numbers: Any
+) -> tuple[Tensor, Any]:
+    """The same, of rows."""
+    rows = (t.detach().reshape(-1, x.shape[-1]) for t in (x, gate))
+    form |= UNCENTRED | KEEP * bool(form & (NEEDS_INPUT | NEEDS_WEIGHT))
+    y, record = operators.gated_norm._op(*rows, weight, form, *numbers)
+    return y.view(x.shape), (record, form, *numbers)
 
 
 class GatedNorm(Function):
@@ -64,7 +86,7 @@ class GatedNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, gate: Any, weight: Any, made: Any) -> Any:
-        y, ctx.record, ctx.composed = made
+        y, ctx.kept, ctx.composed = made
         ctx.save_for_backward(x, gate, weight)
         return y
 
@@ -74,7 +96,16 @@ class GatedNorm(Function):
         plain = type(grad) is Tensor and not (is_compiling() or torch.is_grad_enabled())
         if not plain or not eager.is_plain(grad):
             return *_pull_back(ctx, grad, x, gate, weight), None
-        return *_backward(grad, x, gate, ctx.record, weight), None
+        record, *numbers = ctx.kept
+        if not numbers:
+            made = operators.eager_gated_norm_backward._op(grad, x, gate, record, weight)
+            return *made, None
+        rows = (t.reshape(-1, x.shape[-1]) for t in (grad, x, gate))
+        found = operators.gated_norm_backward._op(*rows, record, weight, *numbers)
+        of_x, of_gate, of_weight = (g if g.numel() else None for g in found)
+        if of_x is not None and of_gate is not None:
+            of_x, of_gate = of_x.view(x.shape), of_gate.view(x.shape)
+        return of_x, of_gate, of_weight, None
 
 
 def _pull_back(ctx: Any, grad: Tensor, *inputs: Any) -> list[Tensor | None]:

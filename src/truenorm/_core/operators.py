@@ -18,6 +18,7 @@ from . import (
     geometry,
     library,  # noqa: F401  (loads the native kernels)
     plain,
+    plain_gated,
 )
 from .call import (
     BY_OUTPUT,
@@ -62,6 +63,12 @@ _SCHEMAS = {
     " -> (Tensor, Tensor, Tensor)",
     "add_norm_backward": "(Tensor grad, Tensor? grad_h, Tensor x, Tensor record, Tensor? weight,"
     " int form, float eps) -> (Tensor, Tensor, Tensor)",
+    # beside a gate, of rows (N, C) and the groups of these; order: as call.py has it. Never in a
+    # graph either
+    "gated_norm": "(Tensor x, Tensor gate, Tensor? weight, int form, float eps, int order)"
+    " -> (Tensor, Tensor)",
+    "gated_norm_backward": "(Tensor grad, Tensor x, Tensor gate, Tensor record, Tensor? weight,"
+    " int form, float eps, int order) -> (Tensor, Tensor, Tensor)",
     "statistics": "(Tensor x, Tensor? mask, int form) -> Tensor",
     "gradient_sums": f"({_PULLED}, int form, float eps, float parameter) -> Tensor",
     "move_": f"({_RUNNING}, Tensor record, float? momentum, bool skip_nonfinite) -> ()",
@@ -90,7 +97,6 @@ _EAGER = {
     " -> (Tensor, Tensor, Tensor)",
     "eager_add_norm_backward": "(Tensor grad, Tensor grad_h, Tensor x, Tensor record,"
     " Tensor? weight) -> (Tensor, Tensor, Tensor)",
-    # beside a gate, of the last dimension's groups; order: as gated.py packs it
     "eager_gated_norm": "(Tensor x, Tensor gate, Tensor? weight, int form, float eps, int order)"
     " -> (Tensor, Tensor)",
     "eager_gated_norm_backward": "(Tensor grad, Tensor x, Tensor gate, Tensor record,"
@@ -220,6 +226,8 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "norm_backward_below": _norm_backward,
     "add_norm": _add_norm,
     "add_norm_backward": _add_norm_backward,
+    "gated_norm": plain_gated.gated_norm,
+    "gated_norm_backward": plain_gated.gated_norm_backward,
     "statistics": _statistics,
     "gradient_sums": _gradient_sums,
     "move_": plain.move,
@@ -228,7 +236,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
 }
 for _name, _kernel in PLAIN.items():
     defined.impl(_name, _kernel, "CompositeExplicitAutograd")
-    if _name.endswith("_below") or _name.startswith("add_"):
+    if _name.endswith("_below") or _name.startswith(("add_", "gated_")):
         defined.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 # asks, and calls move_, which looks at the arguments: the same on every device
 defined.own.impl("move_once_", move_once, "CompositeExplicitAutograd")
@@ -315,6 +323,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     "norm_backward_below": _fake_norm_backward,
     "add_norm": _fake_add_norm,
     "add_norm_backward": _fake_add_norm_backward,
+    "gated_norm": plain_gated.fake_gated_norm,
+    "gated_norm_backward": plain_gated.fake_gated_norm_backward,
     "statistics": _fake_statistics,
     "gradient_sums": _fake_gradient_sums,
     "move_": _fake_nothing,
@@ -353,6 +363,8 @@ move = _operators.move_.default
 move_in_graph = _operators.move_once_.default
 response = _operators.response.default
 response_backward = _operators.response_backward.default
+gated_norm = _operators.gated_norm.default
+gated_norm_backward = _operators.gated_norm_backward.default
 eager_norm = _operators.eager_norm.default
 eager_norm_given = _operators.eager_norm_given.default
 eager_norm_more = _operators.eager_norm_more.default

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch", "plain")
 # the oldest that the kernels are written for, and the oldest GPU that it compiles them for
@@ -123,6 +124,15 @@ def serving(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         return (host.KERNELS[name] if host.serves(args[0]) else plain)(*args)
 
     return serve
+
+
+def serves_gate(x: Tensor, groups: int) -> bool:
+    """Whether the kernel of a norm beside a gate takes x, whose last dimension has these groups."""
+    if why_plain(x.device.index):
+        return False
+    from . import host, host_gated
+
+    return host.serves(x) and host_gated.fits(x, groups)
 
 
 def register(library: Any, plain: Kernels) -> None:

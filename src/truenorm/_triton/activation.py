@@ -54,7 +54,7 @@ def _exponential(v):
 
 
 @triton.jit
-def _exp(v):
+def exp(v):
     """0 where it is no normal number."""
     scale, rest = _exponential(v)
     LEAST: tl.constexpr = -708.0 if v.dtype == tl.float64 else -87.0
@@ -112,7 +112,7 @@ def _normal_integral(z):
         p = p * w + 0.015377769246697426
         p = p * w - 0.13962115347385406
         p = p * w + 1.2329951524734497
-    bell = _exp(z * z * -0.5)
+    bell = exp(z * z * -0.5)
     tail = 0.5 * bell * (p / (1.0 + 2.0 * t))
     return tl.where(z < 0, tail, 1.0 - tail), bell * 0.3989422804014327
 
@@ -128,7 +128,7 @@ def _sigmoid(z, ACT: tl.constexpr):
         u = z
         slope = tl.full(z.shape, 1.0, z.dtype)
     # of −|u|, where nothing overflows
-    e = _exp(tl.where(u < 0, u, -u))
+    e = exp(tl.where(u < 0, u, -u))
     near, far = 1.0 / (1.0 + e), e / (1.0 + e)
     return tl.where(u < 0, far, near), tl.where(u < 0, near, far), slope
 
@@ -166,7 +166,7 @@ def act_gradient(g, z, parameter, ACT: tl.constexpr):
     if ACT == HARDSWISH:
         return tl.where(z <= -3, 0.0, tl.where(z < 3, g * (z / 3.0 + 0.5), g))
     if ACT == ELU:
-        return tl.where(z <= 0, g * (parameter * _exp(z)), g)
+        return tl.where(z <= 0, g * (parameter * exp(z)), g)
     if ACT == SILU or ACT == GELU_TANH:  # noqa: SIM109
         sigma, rest, slope = _sigmoid(z, ACT)
         # far out the second term is 0, whatever its factors are

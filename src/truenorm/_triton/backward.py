@@ -16,8 +16,6 @@ import triton.language as tl
 from .moments import at_least_one
 from .tiles import (
     OF_ROWS,
-    STRIDED,
-    TURNED,
     affine_tile,
     chunk_bounds,
     gradient_tile,
@@ -27,7 +25,7 @@ from .tiles import (
     parameters_of_units,
     parameters_of_values,
     per_statistic,
-    row_starts,
+    placed,
     split_program,
     statistic_of,
     statistics,
@@ -88,13 +86,9 @@ def backward(
             before + block, U, C, K, R, run_stride, units, part, BU, COLUMNS, GROUPED, PARTED, INDEX
         )  # fmt: skip
         offsets = begin[:, None] + inside[None, :]
-        x_offsets = offsets
-        if PLACED == TURNED:
-            # of all but x
-            offsets = (u * K)[:, None] + k[None, :]
-        if PLACED == STRIDED:
-            start = row_starts(u, inner, innermost, step_0, step_1, step_2)
-            x_offsets = start[:, None] + k[None, :]
+        x_offsets, offsets = placed(
+            offsets, u, k, K, inner, innermost, step_0, step_1, step_2, PLACED
+        )  # fmt: skip
         there, valid = valid_tile(p_mask, u, in_unit, sample, at, in_value, K, MASK, COLUMNS)
         if GROUPED:
             statistic = u // units

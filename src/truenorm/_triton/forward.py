@@ -11,8 +11,6 @@ import triton.language as tl
 
 from .moments import at_least_one, tile_moments
 from .tiles import (
-    STRIDED,
-    TURNED,
     affine_tile,
     as_float64,
     chunk_bounds,
@@ -23,7 +21,7 @@ from .tiles import (
     parameters_of_units,
     parameters_of_values,
     per_statistic,
-    row_starts,
+    placed,
     split_program,
     statistic_of,
     statistics,
@@ -69,13 +67,9 @@ def forward(
         in_value = at < K
         inside = value_offsets(k, C, COLUMNS)
     offsets = begin[:, None] + inside[None, :]
-    x_offsets = offsets
-    if PLACED == TURNED:
-        # of all but x
-        offsets = (u * K)[:, None] + k[None, :]
-    if PLACED == STRIDED:
-        start = row_starts(u, inner, innermost, step_0, step_1, step_2)
-        x_offsets = start[:, None] + k[None, :]
+    x_offsets, offsets = placed(
+        offsets, u, k, K, inner, innermost, step_0, step_1, step_2, PLACED
+    )  # fmt: skip
     there, valid = valid_tile(p_mask, u, in_unit, sample, at, in_value, K, MASK, COLUMNS)
     x = load_tile(p_x, x_offsets, there, valid, MASK, ACC)
     if HAS_OTHER:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .host_backward import add_norm_backward, gradient_sums, norm_backward
 from .host_forward import add_norm, norm, norm_, statistics
+from .host_gated import gated_norm, gated_norm_backward
 from .host_others import move, response, response_backward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,6 +33,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "norm_backward_below": norm_backward,
     "add_norm": add_norm,
     "add_norm_backward": add_norm_backward,
+    "gated_norm": gated_norm,
+    "gated_norm_backward": gated_norm_backward,
     "statistics": statistics,
     "gradient_sums": gradient_sums,
     "move_": move,

@@ -144,6 +144,20 @@ def row_starts(u, inner, innermost, step, inner_step, innermost_step):
 
 
 @triton.jit
+def placed(
+    offsets, u, k, K, inner, innermost, step_0, step_1, step_2, PLACED: tl.constexpr
+):  # fmt: skip
+    """Where a tile of x lies, and where one of all else does; offsets: both, where x is in rows."""
+    x_offsets = offsets
+    if PLACED == TURNED:
+        offsets = (u * K)[:, None] + k[None, :]
+    if PLACED == STRIDED:
+        start = row_starts(u, inner, innermost, step_0, step_1, step_2)
+        x_offsets = start[:, None] + k[None, :]
+    return x_offsets, offsets
+
+
+@triton.jit
 def value_offsets(k, C, COLUMNS: tl.constexpr):
     if COLUMNS:
         return k * C

@@ -11,7 +11,17 @@ from torch import Tensor
 from .. import functional
 from .._core import added, eager
 from .._core import gated as beside
-from .._core.call import AS_GIVEN, ONE_PLUS, ROUNDS, Call, Form
+from .._core.call import (
+    AS_GIVEN,
+    BEFORE,
+    ONE_PLUS,
+    ROUNDS,
+    ROUNDS_PRODUCT,
+    ROUNDS_X_HAT,
+    SWISH,
+    Call,
+    Form,
+)
 from .._core.geometry import Axes
 from .._core.normalize import normalize
 from .._core.rule import Rule
@@ -224,13 +234,13 @@ def gated(
 
 def _gate_order(rule: Rule, groups: int) -> int:
     """Where the gate comes in, and what of the steps is rounded, as one number."""
-    order = beside.SWISH * (rule.gate_act == "silu")
+    order = SWISH * (rule.gate_act == "silu")
     once = rule.rounding == "once"
     if rule.gate == "before":
-        order |= beside.BEFORE | beside.ROUNDS_X_HAT * (not once)
+        order |= BEFORE | ROUNDS_X_HAT * (not once)
     elif rule.gate == "after":
         # of several groups the weight is torch's product
-        order |= beside.ROUNDS_PRODUCT | beside.ROUNDS_X_HAT * (not once or groups > 1)
+        order |= ROUNDS_PRODUCT | ROUNDS_X_HAT * (not once or groups > 1)
     return order
 
 

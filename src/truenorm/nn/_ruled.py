@@ -225,14 +225,15 @@ class Ruled(Module):
                 or not (bias is None or (type(bias) in _PLAIN and bias.dim() == dims))
                 or type(eps) is not float
                 or not eps >= 0
-                or torch.is_autocast_enabled("cpu")
+                or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
             ):
                 return None
             if rule.gate is not None:
                 groups = groups_of(self, rule, x.shape[-1])
                 return gated_at_once(x, gate, weight, eps, rule, groups)
             if rule.heads:
-                if weight is None or weight.shape[0] == 1:
+                # on a GPU not measured
+                if weight is None or weight.shape[0] == 1 or not x.is_cpu:
                     return None
                 form |= eager.group(weight.shape[0])
             elif rule.kind == "l2":

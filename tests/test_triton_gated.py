@@ -1,0 +1,516 @@
+"""RMSNorm beside a gate, in the Triton kernels: one launch, and one and a sum of parts backward."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from on_triton import DEVICE, HAS_CUDA, PRETENDS, launches, needs_triton, small_tiles
+from tolerances import assert_gradient, assert_output, last_place, relative
+from torch import Tensor
+from torch.library import opcheck
+from triton_calls import run
+
+from truenorm import _triton
+from truenorm._core import gated, operators
+from truenorm._core.call import (
+    BEFORE,
+    CONSTANT,
+    FEATURES,
+    GROUPS,
+    KEEP,
+    NEEDS_INPUT,
+    NEEDS_WEIGHT,
+    ROUNDS_PRODUCT,
+    ROUNDS_X_HAT,
+    SWISH,
+    UNCENTRED,
+)
+from truenorm._core.rule import Rule
+from truenorm.nn import _orders
+
+pytestmark = needs_triton
+
+EPS = 1e-3
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ORDERS = [BEFORE | SWISH, BEFORE, SWISH, 0]
+# rows, values, groups: one row, odd sizes, one value, sizes that 16 divides, more than one block
+SHAPES = [(1, 5, 1), (7, 21, 3), (3, 4, 4), (9, 96, 2), (41, 40, 1)]
+# as they come, a row of a tile each, so that programs go over several, and nothing on chip
+CUTS: dict[str, Any] = {
+    "whole": nullcontext, "rows": partial(small_tiles, tile=64), "plain": small_tiles
+}  # fmt: skip
+
+
+def formula(
+    x: Tensor, gate: Tensor, weight: Tensor | None, groups: int, order: int, eps: float = EPS
+) -> Tensor:
+    act = gate * gate.sigmoid() if order & SWISH else gate.sigmoid()
+    h = (x * act if order & BEFORE else x).unflatten(-1, (groups, -1))
+    y = (h / (h.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(-2)
+    y = y if weight is None else y * weight
+    return y if order & BEFORE else y * act
+
+
+class Call(NamedTuple):
+    """Rows, their groups, and what is asked of them."""
+
+    x: Tensor
+    gate: Tensor
+    weight: Tensor | None
+    grad: Tensor
+    groups: int
+    order: int
+    bits: int = KEEP | NEEDS_INPUT | NEEDS_WEIGHT
+    eps: float = EPS
+
+    @property
+    def numbers(self) -> tuple[int, float, int]:
+        return self.bits | UNCENTRED | self.groups << GROUPS, self.eps, self.order
+
+    def forward(self) -> Any:
+        return run("gated_norm", self.x, self.gate, self.weight, *self.numbers)
+
+    def backward(self, record: Tensor) -> Any:
+        tensors = self.grad, self.x, self.gate, record, self.weight
+        return run("gated_norm_backward", *tensors, *self.numbers)
+
+    def all(self) -> list[Tensor]:
+        y, record = self.forward()
+        return [y, *self.backward(record)]
+
+    def exact(self) -> list[Tensor]:
+        given = self.x, self.gate, self.weight
+        leaves = [None if t is None else t.cpu().double().requires_grad_() for t in given]
+        y = formula(*leaves, self.groups, self.order, self.eps)  # type: ignore[arg-type]
+        wanted = [t for t in leaves if t is not None]
+        return [y.detach(), *torch.autograd.grad(y, wanted, self.grad.cpu().double())]
+
+
+def call_of(
+    shape: tuple[int, int, int], dtype: torch.dtype, order: int, *, weight: Any = True,
+    scale: float = 1.0, gates: float = 3.0,
+) -> Call:  # fmt: skip
+    """weight: whether there is one; or its dtype."""
+    rows, size, groups = shape
+    x, gate, grad = (torch.randn(rows, size, dtype=torch.float64) for _ in range(3))
+    by = torch.randn(size).to(weight if isinstance(weight, torch.dtype) else dtype)
+    tensors = [t.to(dtype).to(DEVICE) for t in (x * scale, gate * gates, grad)]
+    return Call(
+        tensors[0], tensors[1], by.to(DEVICE) if weight else None, tensors[2], groups, order
+    )
+
+
+def check(call: Call) -> None:
+    y, *found = (t.cpu() for t in call.all())
+    exact, *wanted = call.exact()
+    if y.itemsize == 2:
+        # what float32's exponential adds to half a unit
+        unit = last_place(exact.to(y.dtype), y.dtype)
+        assert bool(((y.double() - exact).abs() <= 0.505 * unit).all())
+    else:
+        assert_output(y, exact)
+    for name, got, right in zip(("x", "gate", "weight"), found, wanted, strict=False):
+        assert got.shape == right.shape
+        if name == "weight":
+            assert call.weight is not None
+            assert got.dtype == call.weight.dtype
+        if got.itemsize > 2:
+            # sums of what is computed in float32 are no better in a wider dtype
+            bound = 1e-11 if call.x.dtype == torch.float64 else 5e-6
+            assert relative(got, right) <= bound, name
+        else:
+            assert_gradient(got, right)
+
+
+def ids(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+def test_by_the_formula(shape: tuple[int, int, int], dtype: torch.dtype, cut: str) -> None:
+    with CUTS[cut]():
+        for order in ORDERS:
+            check(call_of(shape, dtype, order))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_other_weights_and_none(order: int) -> None:
+    """A gradient of weight's has weight's dtype; none is made for no weight."""
+    for dtype, weight in (
+        (torch.bfloat16, torch.float32), (torch.float16, torch.float64),
+        (torch.float32, torch.bfloat16), (torch.float32, False), (torch.float16, False),
+    ):  # fmt: skip
+        call = call_of((7, 21, 3), dtype, order, weight=weight)
+        check(call)
+        assert weight or call.all()[3].shape == (0,)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_any_scale(scale: float, order: int) -> None:
+    """Squares leave float32's range, in which the results are."""
+    call = call_of((5, 34, 2), torch.float32, order, scale=scale)._replace(eps=1e-40)
+    y, of_x, of_gate, of_weight = (t.cpu() for t in call.all())
+    exact = call.exact()
+    assert_output(y, exact[0])
+    for got, right in zip((of_x, of_gate, of_weight), exact[1:], strict=True):
+        # of 1e-18 some are no normal numbers
+        assert relative(got.double() * 1e18, right * 1e18) <= 5e-6
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_gates_far_out(order: int) -> None:
+    """Open, and closed as far as float32 goes."""
+    call = call_of((4, 32, 2), torch.float32, order)
+    call.gate[0], call.gate[1], call.gate[2] = 200.0, -60.0, 1e30
+    call.gate[2, ::2] = -1e30
+    y = call.forward()[0].cpu()
+    exact = formula(*(t.cpu().double() for t in call[:3] if t is not None), 2, order)  # type: ignore[arg-type]
+    scale = exact.abs().amax(1, keepdim=True)
+    assert bool(((y.double() - exact).abs() <= 2e-6 * scale).all())
+    for found in call.all():
+        assert found.isfinite().all()
+
+
+STEPS = ROUNDS_X_HAT | ROUNDS_PRODUCT
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids)
+@pytest.mark.parametrize("order", ORDERS)
+def test_steps_are_rounded_where_asked(order: int, dtype: torch.dtype) -> None:
+    """As where each of them is an operator of half precision."""
+    call = call_of((64, 96, 3), dtype, order)
+    x, gate, weight = (t.cpu().double() for t in call[:3])  # type: ignore[union-attr]
+    act = gate * gate.sigmoid() if order & SWISH else gate.sigmoid()
+    bare = formula(x, gate, None, 3, order) if order & BEFORE else formula(x, gate, None, 3, 0)
+    x_hat = bare if order & BEFORE else bare / gate.sigmoid()
+    for steps in (0, ROUNDS_X_HAT, ROUNDS_PRODUCT, STEPS):
+        z = x_hat.to(dtype).double() if steps & ROUNDS_X_HAT else x_hat
+        z = z * weight
+        z = z.to(dtype).double() if steps & ROUNDS_PRODUCT else z
+        right = (z if order & BEFORE else z * act).to(dtype)
+        y = call._replace(order=order | steps).forward()[0].cpu()
+        # float32's own rounding decides a few ties
+        assert (y != right).double().mean() < 2e-3
+    assert (call._replace(order=order | STEPS).forward()[0] != call.forward()[0]).any()
+
+
+def test_wider_types_have_no_steps() -> None:
+    for dtype, order in itertools.product((torch.float32, torch.float64), ORDERS):
+        call = call_of((5, 24, 2), dtype, order)
+        assert torch.equal(call.forward()[0], call._replace(order=order | STEPS).forward()[0])
+
+
+@pytest.mark.parametrize("order", [BEFORE | SWISH, 0])
+def test_strided_inputs(order: int) -> None:
+    """Read as they lie, or copied: the same bits."""
+    call = call_of((6, 32, 2), torch.float32, order)
+    right = call.all()
+
+    def within(t: Tensor, before: int, after: int) -> Tensor:
+        wide = torch.nn.functional.pad(t, (before, after))
+        return wide[:, before : wide.shape[1] - after]
+
+    placed: list[Callable[[Tensor], Tensor]] = [
+        lambda t: within(t, 16, 16), lambda t: within(t, 0, 3), lambda t: within(t, 1, 15),
+        lambda t: t.T.contiguous().T, lambda t: torch.stack([t, t], 1)[:, 1],
+        lambda t: torch.stack([t, t], 2)[..., 0],
+    ]  # fmt: skip
+    for place, other in itertools.product(placed, (lambda t: t, placed[0], placed[1])):
+        moved = call._replace(x=place(call.x), gate=other(call.gate), grad=place(call.grad))
+        assert moved.x.stride() != call.x.stride()
+        for got, wanted in zip(moved.all(), right, strict=True):
+            assert got.is_contiguous()
+            assert torch.equal(got, wanted)
+    one = call._replace(x=call.x[:1].expand(6, 32), grad=call.grad[:1].expand(6, 32))
+    dense = one._replace(x=one.x.contiguous(), grad=one.grad.contiguous())
+    assert all(map(torch.equal, one.all(), dense.all()))
+
+
+@pytest.mark.parametrize("cut", ["whole", "rows"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_bits_of_a_row_do_not_depend_on_the_others(order: int, cut: str) -> None:
+    call = call_of((13, 48, 3), torch.float32, order)
+    with CUTS[cut]():
+        first, again = call.all(), call.all()
+        assert all(map(torch.equal, first, again))
+        some = [t[7:9] for t in (call.x, call.gate, call.grad)]
+        part = call._replace(x=some[0], gate=some[1], grad=some[2]).all()
+    for got, wanted in zip(part[:3], first[:3], strict=True):
+        assert torch.equal(got, wanted[7:9])
+
+
+@pytest.mark.parametrize("order", [BEFORE | SWISH, SWISH])
+def test_what_is_not_finite_stays_in_its_group(order: int) -> None:
+    call = call_of((6, 32, 2), torch.float32, order)
+    clean = call.forward()[0].cpu()
+    call.x[1, 3], call.gate[4, 20] = torch.nan, torch.nan
+    y = call.forward()[0].cpu()
+    wrong = torch.zeros(6, 32, dtype=torch.bool)
+    wrong[1, :16] = True
+    if order & BEFORE:
+        wrong[4, 16:] = True
+    else:
+        wrong[4, 20] = True
+    assert torch.equal(y.isnan(), wrong)
+    assert torch.equal(y[~wrong], clean[~wrong])
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_what_is_not_wanted_is_empty(cut: str) -> None:
+    for order in (BEFORE | SWISH, 0):
+        call = call_of((7, 24, 2), torch.float32, order)
+        with CUTS[cut]():
+            y, record = call.forward()
+            assert record.shape == (3, 14)
+            h = formula(call.x.cpu().double(), call.gate.cpu().double(), None, 2, order)
+            assert record.dtype == torch.float64
+            assert h.shape == y.shape
+            assert not record[0].any()
+            assert bool((record[2] == 12).all())
+            bare, none = call._replace(bits=0).forward()
+            assert torch.equal(bare, y)
+            assert none.shape == (0,)
+            of_x, of_gate, of_weight = call.backward(record)
+            for bits in range(4):
+                found = call._replace(bits=bits).backward(record)
+                for got, right, flag in zip(
+                    found, (of_x, of_gate, of_weight), (1, 1, 2), strict=True
+                ):
+                    assert torch.equal(got, right) if bits & flag else got.shape == (0,)
+
+
+def test_what_fits() -> None:
+    """8,192 values of what is computed in float32, half as many of float64."""
+    from truenorm._triton import host_gated
+
+    for dtype in DTYPES:
+        most = 4096 if dtype == torch.float64 else 8192
+        for groups in (1, 3):
+            x = torch.empty(2, most * groups, dtype=dtype)
+            assert host_gated.fits(x, groups)
+            longer = torch.empty(2, (most + 1) * groups, dtype=dtype)
+            assert not host_gated.fits(longer, groups)
+            for backward in (False, True):
+                assert host_gated.launch_of(x, groups, backward=backward) is not None
+                assert host_gated.launch_of(longer, groups, backward=backward) is None
+
+
+# ---------------------------------------------------------------- the operators
+
+
+def test_what_the_operators_are() -> None:
+    """In a schema's words, and to a compiler that meets them."""
+    for dtype, by, bits in itertools.product(
+        (torch.float32, torch.float16), (True, torch.float64, False), (0, 3, KEEP | 3)
+    ):
+        call = call_of((4, 6, 2), dtype, BEFORE, weight=by)
+        x, gate, weight, grad = (None if t is None else t.cpu() for t in call[:4])
+        numbers = call._replace(bits=bits).numbers
+        which: dict[str, Any] = {"test_utils": ("test_schema", "test_faketensor")}
+        opcheck(operators.gated_norm, (x, gate, weight, *numbers), **which)
+        _, record = operators.gated_norm(x, gate, weight, *call.numbers)
+        args = grad, x, gate, record, weight, *numbers
+        opcheck(operators.gated_norm_backward, args, **which)
+        turned = (t.T.contiguous().T for t in (x, gate))  # type: ignore[union-attr]
+        opcheck(operators.gated_norm, (*turned, weight, *numbers), **which)
+
+
+def test_the_operators_look_at_their_arguments() -> None:
+    call = call_of((4, 6, 2), torch.float32, BEFORE)
+    x, gate, weight, grad = (t.cpu() for t in call[:4])  # type: ignore[union-attr]
+    bits, eps, order = call.numbers
+    _, record = operators.gated_norm(x, gate, weight, bits, eps, order)
+    forward, backward = operators.gated_norm, operators.gated_norm_backward
+    more = eps, order
+    refused: list[tuple[Any, tuple[Any, ...], str]] = [
+        (forward, (x, gate[:2], weight, bits, *more), "`gate` must have the shape"),
+        (forward, (x, gate.double(), weight, bits, *more), "`gate` must have the shape"),
+        (forward, (x, gate, weight[:2], bits, *more), "`weight` must have shape"),
+        (forward, (x, gate, torch.ones(4, 6), bits, *more), "`weight` must have shape"),
+        (forward, (x, gate, weight, bits, eps, 16), "`order` .=16. must be from 0 to 15"),
+        (forward, (x, gate, weight, bits, eps, -1), "`order` .=-1. must be from 0 to 15"),
+        (forward, (x, gate, weight, bits & ~UNCENTRED, *more), "`form` .* must be groups"),
+        (forward, (x, gate, weight, bits | CONSTANT, *more), "`form` .* must be groups"),
+        (forward, (x, gate, weight, UNCENTRED | 1 << FEATURES, *more), "`form` .* must be groups"),
+        (forward, (x, gate, weight, UNCENTRED | 4 << GROUPS, *more), "`num_groups` .=4. must"),
+        (forward, (x[..., None], gate[..., None], weight, bits, *more), "`x` must be rows"),
+        (forward, (x[:0], gate[:0], weight, bits, *more), "no empty tensor"),
+        (backward, (grad[:2], x, gate, record, weight, bits, *more), "`grad` must have"),
+        (backward, (grad, x, gate[:2], record, weight, bits, *more), "`gate` must have"),
+        (backward, (grad, x, gate, record[:, :3], weight, bits, *more), "`record` must be"),
+        (backward, (grad, x, gate, record, weight[:2], bits, *more), "`weight` must have"),
+    ]
+    for call_it, args, words in refused:
+        with pytest.raises(RuntimeError, match=words):
+            call_it(*args)
+
+
+# ---------------------------------------------------------------- how a GPU's calls get there
+
+
+@contextmanager
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The operators' kernels, and a CPU's tensors taken for a GPU's; the names of what was called.
+
+    No mode is open, as it is for other tests: such calls go the composed way.
+    """
+    names: list[str] = []
+    library = torch.library.Library("truenorm", "IMPL")
+    for name in ("gated_norm", "gated_norm_backward"):
+        serve = _triton.serving(name, operators.PLAIN[name])
+
+        def noted(*args: Any, name: str = name, serve: Any = serve) -> Any:
+            names.append(name)
+            return serve(*args)
+
+        library.impl(name, operators.defined._checked(name, noted, operator.ne), "CPU")
+    with monkeypatch.context() as patch, launches():
+        patch.setattr(_triton, "why_plain", lambda index: "")
+        patch.setattr(gated, "_on_gpu", _triton.serves_gate)
+        try:
+            yield names
+        finally:
+            library._destroy()
+
+
+on_a_cpu = pytest.mark.skipif(HAS_CUDA or PRETENDS, reason="takes a CPU for a GPU")
+RULES = [
+    (Rule("rms", "cast_first", gate="before"), 2), (Rule("rms", gate="before"), 1),
+    (Rule("rms", "cast_first", gate="after"), 1), (Rule("rms", gate="after"), 3),
+    (Rule("rms", gate="within", gate_act="sigmoid"), 1),
+]  # fmt: skip
+
+
+@on_a_cpu
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=ids)
+@pytest.mark.parametrize(("rule", "groups"), RULES, ids=lambda v: getattr(v, "gate", str(v)))
+def test_rules(
+    rule: Rule, groups: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the same by torch's operators around a norm: a few values of half precision differ."""
+    wide = torch.randn(3, 7, 2 * 48).to(dtype)
+    leaves = [wide[..., :48], wide[..., 48:], torch.randn(48).to(dtype)]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    grad = torch.randn(3, 7, 48).to(dtype)
+    right = _orders._gated_by_steps(*leaves, 1e-5, rule, groups)
+    wanted = torch.autograd.grad(right, leaves, grad)
+    with as_on_a_gpu(monkeypatch) as names:
+        y = _orders.gated(*leaves, 1e-5, rule, groups)
+        found = torch.autograd.grad(y, leaves, grad)
+        assert names == ["gated_norm", "gated_norm_backward"]
+        with torch.no_grad():
+            assert torch.equal(_orders.gated(*leaves, 1e-5, rule, groups), y)
+    assert y.shape == right.shape
+    if dtype == torch.bfloat16:
+        assert (y != right).double().mean() < 5e-3
+    bound = 5e-6 if dtype == torch.float32 else 2e-2
+    for got, exact in zip((y, *found), (right, *wanted), strict=True):
+        assert got.dtype == exact.dtype
+        assert relative(got, exact) <= bound
+
+
+def _at_once(x: Tensor, gate: Tensor, weight: Any, groups: int, order: int) -> Tensor | None:
+    def composed(x: Tensor, gate: Tensor, weight: Any) -> Tensor:
+        return formula(x, gate, weight, groups, order)
+
+    return gated.at_once(x, gate, weight, EPS, groups, order, composed)
+
+
+@on_a_cpu
+def test_gradients_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [torch.randn(5, 8), torch.randn(5, 8), torch.randn(8)]
+    grad = torch.randn(5, 8)
+    with as_on_a_gpu(monkeypatch):
+        for order in (BEFORE | SWISH, 0):
+            leaves = [t.clone().requires_grad_() for t in given]
+            y = _at_once(*leaves, 2, order)
+            assert y is not None
+            right = torch.autograd.grad(y, leaves, grad)
+            for wanted in itertools.product((True, False), repeat=3):
+                leaves = [t.clone().requires_grad_(w) for t, w in zip(given, wanted, strict=True)]
+                y = _at_once(*leaves, 2, order)
+                assert y is not None
+                assert y.requires_grad == any(wanted)
+                if any(wanted):
+                    y.backward(grad)
+                for leaf, of_leaf, w in zip(leaves, right, wanted, strict=True):
+                    assert leaf.grad is None or w
+                    assert not w or torch.equal(leaf.grad, of_leaf)  # type: ignore[arg-type]
+
+
+@on_a_cpu
+def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 4), (2, 4), 4)]
+    with as_on_a_gpu(monkeypatch) as names:
+        for order in ORDERS:
+            call = partial(_at_once, groups=2, order=order)
+            assert torch.autograd.gradcheck(call, leaves)
+            assert torch.autograd.gradgradcheck(call, leaves)
+        assert {"gated_norm", "gated_norm_backward"} == set(names)
+
+
+@on_a_cpu
+def test_what_goes_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows too long for a chip, function transforms, dispatch modes, subclasses, a compiler."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            return func(*args, **(kwargs or {}))
+
+    class Kind(Tensor):
+        pass
+
+    x, gate, weight = torch.randn(3, 7, 24), torch.randn(3, 7, 24), torch.randn(24)
+    rule = Rule("rms", "cast_first", gate="before")
+
+    def call(x: Tensor, gate: Tensor) -> Tensor:
+        return _orders.gated(x, gate, weight, EPS, rule, 2)
+
+    wanted = call(x, gate)
+    with torch.no_grad(), as_on_a_gpu(monkeypatch) as names:
+        with Mode():
+            found = [call(x, gate)]
+        found.append(torch.func.vmap(call)(x, gate))
+        found.append(call(x.as_subclass(Kind), gate).as_subclass(Tensor))
+        with small_tiles():
+            found.append(call(x, gate))
+        compiled = torch.compile(
+            lambda x, gate: (
+                formula(x, gate, weight, 2, BEFORE | SWISH)
+                if _at_once(x, gate, weight, 2, BEFORE | SWISH) is None
+                else x
+            ),
+            backend="eager",
+            fullgraph=True,
+        )
+        found.append(compiled(x, gate))
+        assert names == []
+        found.append(call(x, gate))
+        assert names == ["gated_norm"]
+        assert _at_once(x[:0], gate[:0], weight, 2, BEFORE) is None
+        assert _at_once(x, gate.double(), weight, 2, BEFORE) is None
+        assert _at_once(x, gate[:1], weight, 2, BEFORE) is None
+        assert _at_once(x, gate, weight[:3], 2, BEFORE) is None
+        assert _at_once(x, gate, weight, 5, BEFORE) is None
+    for each in found:
+        torch.testing.assert_close(each, wanted, rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_which_tensors_are_a_gpus() -> None:
+    x = torch.randn(3, 4)
+    assert not gated._on_gpu(x, 1)
+    if HAS_CUDA:
+        assert gated._on_gpu(x.cuda(), 1)
+        assert not gated._on_gpu(torch.empty(2, 10_000, device="cuda"), 1)
