@@ -167,7 +167,8 @@ def compiling(setup: Setup, found: dict[str, Any]) -> None:
 
 def correctness(setup: Setup, found: dict[str, Any]) -> None:
     """The suite's tests of the kernels."""
-    kinds = "layers", "calls", "parts", "added", "gated", "turned", "promises", "cuda", "tune"
+    gated = "gated", "gated_calls"
+    kinds = "layers", "calls", "parts", "added", *gated, "turned", "promises", "cuda", "tune"
     files = [f"tests/test_triton_{name}.py" for name in kinds]
     args = ["-m", "pytest", "-o", "addopts=-q", "-p", "no:cacheprovider", *files]
     if importlib.util.find_spec("xdist") is not None:
