@@ -1,6 +1,6 @@
 """Layers whose kernels are hardest to make as fast as torch's, in turn with torch's and a copy.
 
-`python tools/measure_kernels.py maps rows memory --rounds 15`: on one thread, the median over
+`python tools/measure_kernels.py maps rows cached memory --rounds 15`: on one thread, the median over
 rounds of torch's time over truenorm's, forward without a gradient and backward alone, and how much
 of the floor's speed is reached: a `clone()` of the input, one and a half of them backward.
 """
@@ -50,6 +50,12 @@ CASES: dict[str, list[Case]] = {
         (kind, (features,), (2**20 // features, features), False)
         for kind in ("LayerNorm", "RMSNorm")
         for features in (8, 16, 24, 32, 64, 96, 128, 192, 256)
+    ],
+    # half a MB in float32
+    "cached": [
+        (kind, (features,), (2**17 // features, features), False)
+        for kind in ("LayerNorm", "RMSNorm")
+        for features in (64, 256, 1024, 4096)
     ],
     "memory": [
         ("InstanceNorm2d", (48,), (6, 48, 96, 96), True),
