@@ -316,8 +316,8 @@ MUTATIONS = [
     Mutation(
         "steps: x̂ that is not rounded before the weight",
         "kernel_elementwise.h",
-        "V y = rounded<T>(((x - by.hi) - by.lo) * by.rstd);",
-        "V y = ((x - by.hi) - by.lo) * by.rstd;",
+        "V y = rounded<T>(x_hat);",
+        "V y = x_hat;",
         "operator_of_the_dtype",
         tests=STEPS,
     ),
@@ -435,5 +435,13 @@ MUTATIONS = [
         "? 1",
         "groups_of_trailing",
         tests=AT_ONCE,
+    ),
+    Mutation(
+        "a norm of channels that is not rounded before its activation",
+        "kernel_activation.h",
+        "  z = rounded<T>(z);",
+        "  ;",
+        "one_operator_before",
+        tests=STEPS,
     ),
 ]
