@@ -1,8 +1,8 @@
 """Layers whose kernels are hardest to make as fast as torch's, in turn with torch's and a copy.
 
-`python tools/measure_kernels.py maps rows cached memory --rounds 15`: on one thread, the median over
-rounds of torch's time over truenorm's, forward without a gradient and backward alone, and how much
-of the floor's speed is reached: a `clone()` of the input, one and a half of them backward.
+`python tools/measure_kernels.py maps rows cached memory --rounds 15`: on one thread, the median
+over rounds of torch's time over truenorm's, forward without a gradient and backward alone, and how
+much of the floor's speed is reached: a `clone()` of the input, one and a half of them backward.
 """
 
 from __future__ import annotations
