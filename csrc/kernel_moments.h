@@ -104,14 +104,15 @@ TN_INLINE bool near_zero(double s, double q, double n) {
 }
 
 template <class T>
-__attribute__((noinline)) Moments squares(const T* x, int64_t runs, int64_t len, int64_t stride) {
+__attribute__((noinline)) Moments moments_about_zero(const T* x, int64_t runs, int64_t len,
+                                                     int64_t stride) {
   return sums_about<T, false, false>(x, runs, len, stride, T{});
 }
 
 template <class T>
 Moments moments(const T* x, int64_t runs, int64_t len, int64_t stride, bool centred) {
   if constexpr (!std::is_same_v<T, double>) {
-    if (!centred) return squares(x, runs, len, stride);
+    if (!centred) return moments_about_zero(x, runs, len, stride);
     const auto [n, s, q] = sums_about<T, false>(x, runs, len, stride, T{});
     if (near_zero(s, q, n)) return {n, s / n, q - s * s / n};
   }

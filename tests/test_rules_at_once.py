@@ -232,6 +232,16 @@ def test_an_activation_of_few_instructions(
         assert (a != b).double().mean() <= 0.005 or a.dim() == 1
 
 
+def test_without_kernels_the_activation_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = of("timm.layers.norm_act.BatchNormAct2d", 6, act_layer=nn.Hardswish).to(BF16)
+    model = truenorm.convert(Holder(copy.deepcopy(theirs)))
+    truenorm.freeze(model)
+    x = (2 * torch.randn(5, 6, 12, 11)).to(BF16)
+    monkeypatch.setattr(eager, "NATIVE", None)
+    monkeypatch.setattr("truenorm.nn._ruled.NATIVE", None)
+    torch.testing.assert_close(model(x), theirs.eval()(x), rtol=2**-6, atol=2**-7)
+
+
 # --- about zero: what a mean takes is left out
 
 

@@ -21,6 +21,8 @@ Act = tuple[int, float]
 def act(z: Tensor, kind: int, parameter: float) -> Tensor:
     """parameter: leaky_relu's slope below zero, elu's alpha."""
     match kind:
+        case 0:
+            return z
         case 1:
             return F.relu(z)
         case 2:
@@ -37,13 +39,15 @@ def act(z: Tensor, kind: int, parameter: float) -> Tensor:
             return F.gelu(z, approximate="tanh")
         case 8:
             return F.relu6(z)
-    return z
+    raise ValueError(f"there is no activation of number {kind}")
 
 
 def act_backward(grad: Tensor, z: Tensor, kind: int, parameter: float) -> Tensor:
     """grad · act'(z), by torch's operator."""
     aten: Any = torch.ops.aten
     match kind:
+        case 0:
+            return grad
         case 1:
             return aten.threshold_backward(grad, z, 0.0)  # type: ignore[no-any-return]
         case 2:
@@ -62,7 +66,7 @@ def act_backward(grad: Tensor, z: Tensor, kind: int, parameter: float) -> Tensor
             return aten.gelu_backward(grad, z, approximate="tanh")  # type: ignore[no-any-return]
         case 8:
             return aten.hardtanh_backward(grad, z, 0.0, 6.0)  # type: ignore[no-any-return]
-    return grad
+    raise ValueError(f"there is no activation of number {kind}")
 
 
 # ---------------------------------------------------------------- read off a graph's nodes

@@ -135,14 +135,17 @@ def _one_call(
     return None
 
 
+def has_one_call(rule: Rule) -> bool:
+    """Whether there are dtypes for which a kernel's call is all of it."""
+    return rule.axis == -1 and not rule.after and rule.kind in ("rms", "layer", "l2")
+
+
 def form_at_once(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule) -> int | None:
-    """The form of a kernel's call that is all of it, over the last dimension; None for more steps.
+    """The form of that call; None where it takes more steps.
 
     By the dtypes alone: the same for all that have these. Beside a gate it is 0, and of heads it
     lacks how many these are.
     """
-    if rule.axis != -1 or rule.after or rule.kind not in ("rms", "layer", "l2"):
-        return None
     if rule.gate is not None:
         return 0 if _has_gated_call(x, weight, rule) else None
     one = _one_call(x, weight, bias, rule)

@@ -119,7 +119,8 @@ class Ruled(Module):
     _is_torchs: ClassVar[bool]  # whether the class's own forward is torch's layer_norm
     _proof: ClassVar[Any]  # what these are from
     _ours: ClassVar[type[Direct] | None]  # whose forward serves it, where torch's class is its own
-    # by dtypes of x, weight and bias: the form of the one call that is all of it, None for none
+    _has_one_call: ClassVar[bool]  # whether one call may be all of it, and is not left to the class
+    # by dtypes of x, weight and bias: the form of that call, None for none
     _forms: ClassVar[dict[tuple[Any, ...], int | None]]
 
     def of_sum(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -139,7 +140,7 @@ class Ruled(Module):
         if is_compiling() or type(x) is not Tensor:
             return None
         rule, parameters = self._rule, self._parameters
-        if other is None and not self._is_torchs:
+        if self._has_one_call and other is None:
             y = self._at_once(x, gate)
             if y is not None:
                 return y
@@ -338,8 +339,8 @@ class Ruled(Module):
             if act[2] or (exact and torch.is_grad_enabled()):
                 return self._ours.forward(self, x, _then=act[:2])  # type: ignore[arg-type,no-any-return]
             layer: Any = self
-            steps = act[0] in _SHORT and x.is_cpu and not (exact or recomputed.asked())
-            if steps and layer._direct and not is_compiling():
+            steps = act[0] in _SHORT and not (exact or is_compiling() or recomputed.asked())
+            if steps and layer._direct and x.is_cpu and NATIVE is not None:
                 stepped = layer._directly(x, (None, act[0] | eager.STEPPED, act[1]))
                 if stepped is not None:
                     return stepped  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ from torch.nn import Module
 from ... import nn
 from ..._core.rule import Rule
 from ...nn._leaving import small_of
+from ...nn._orders import has_one_call
 from ...nn._ruled import FromModule, Hidden, Ruled, forward_of, gated_forward_of
 from .. import swap
 from ..swap import Kind
@@ -100,6 +101,7 @@ def derived(theirs: Kind, rule: Rule, proof: Proof, rounding: str = "module") ->
         "_proof": proof,
         "_ours": ours if base and issubclass(theirs, base) and _is_torchs(rule) else None,
         "_theirs": theirs,
+        "_has_one_call": has_one_call(rule) and not is_torchs,
         "_forms": {},
         swap._PARTS: (ours or Ruled, theirs),
     }
