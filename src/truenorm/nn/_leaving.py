@@ -37,6 +37,8 @@ def is_faster_there(layer: Any, x: Tensor, rule: Rule) -> bool:
 
 def small_of(rule: Rule, is_torchs: bool) -> int:
     """How many values a class's own forward serves sooner, whatever else holds; 0 for none."""
+    if rule.kind in ("weight", "response"):
+        return _SMALL_UNLIKE
     return SMALL if is_torchs and rule.axis != 1 and rule.kind in ("layer", "rms") else 0
 
 

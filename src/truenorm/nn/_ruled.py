@@ -356,10 +356,13 @@ class Ruled(Module):
         return plain
 
 
-def forward_of(own: Callable[..., Any], leaves: int = 0) -> Callable[..., Any]:
+def forward_of(
+    own: Callable[..., Any], leaves: int = 0, counted: str | None = None
+) -> Callable[..., Any]:
     """A class's forward with truenorm's before it, which takes the calls of one plain tensor.
 
-    leaves: of fewer values than that the class's own takes less time on a CPU than any look at it.
+    leaves: of fewer values than that, of the input or else of the parameter `counted`, the class's
+        own takes less time on a CPU than any look at it.
     """
 
     named = list(inspect.signature(own).parameters)[1]
@@ -368,8 +371,10 @@ def forward_of(own: Callable[..., Any], leaves: int = 0) -> Callable[..., Any]:
     def forward(self: Ruled, *args: Any, **kwargs: Any) -> Any:
         if leaves and len(args) == 1 and not kwargs and not is_compiling():
             x = args[0]
-            if type(x) is Tensor and x.numel() < leaves and x.is_cpu and STORE not in vars(self):
-                return own(self, x)
+            if type(x) is Tensor and x.is_cpu and STORE not in vars(self):
+                of = x if counted is None else self._parameters.get(counted)
+                if of is not None and of.numel() < leaves:
+                    return own(self, x)
         if len(args) + len(kwargs) == 1 and (args or named in kwargs):
             y = self._serve(args[0] if args else kwargs[named])
             if y is not None:

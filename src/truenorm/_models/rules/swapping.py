@@ -90,7 +90,11 @@ def derived(theirs: Kind, rule: Rule, proof: Proof, rounding: str = "module") ->
         "__doc__": theirs.__doc__,
         "forward": gated_forward_of(theirs.forward)
         if rule.gate
-        else forward_of(theirs.forward, small_of(rule, is_torchs)),
+        else forward_of(
+            theirs.forward,
+            small_of(rule, is_torchs),
+            "weight" if rule.kind == "weight" else None,
+        ),
         "_read": rule,
         "_rule": computed(rule, rounding),
         "_rounding": rounding,
