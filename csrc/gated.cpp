@@ -21,7 +21,7 @@ struct Order {
   GateRounding rounds() const { return {(bits & 4) != 0, (bits & 8) != 0}; }
 };
 
-// Rows of the last dimension, which may lie apart where they are a matrix.
+// Rows of the last dimension, which may lie apart.
 template <class T>
 struct Lines {
   Tensor held;
@@ -29,13 +29,23 @@ struct Lines {
   int64_t apart;
 
   explicit Lines(const Tensor& t)
-      : held(fits(t) ? t : torch::stable::contiguous(t)),
+      : held(steps_of(t) > 0 ? t : torch::stable::contiguous(t)),
         first(static_cast<const T*>(held.const_data_ptr())),
-        apart(held.dim() == 2 && held.size(0) > 1 ? held.stride(0) : held.size(held.dim() - 1)) {}
+        apart(steps_of(held)) {}
 
-  static bool fits(const Tensor& t) {
-    if (t.dim() != 2) return t.is_contiguous();
-    return (t.size(1) == 1 || t.stride(1) == 1) && t.stride(0) >= t.size(1);
+  // How far apart rows are, where all are as far from the next; else 0.
+  static int64_t steps_of(const Tensor& t) {
+    const auto sizes = t.sizes(), strides = t.strides();
+    int64_t d = t.dim() - 1, apart = 0, next = 0;
+    const int64_t len = sizes[d];
+    if (len != 1 && strides[d] != 1) return 0;
+    while (d-- > 0) {
+      if (sizes[d] == 1) continue;
+      if (strides[d] < len || (apart != 0 && strides[d] != next)) return 0;
+      if (apart == 0) apart = strides[d];
+      next = strides[d] * sizes[d];
+    }
+    return apart == 0 ? len : apart;
   }
   const T* row(int64_t i) const { return first + i * apart; }
   bool dense(int64_t len) const { return apart == len; }

@@ -114,6 +114,15 @@ def test_strided_inputs_are_read_as_they_lie() -> None:
         at_once(x, gate, None, 2, order),
         at_once(x.contiguous(), gate.contiguous(), None, 2, order),
     )
+    # one row, rows all the same, some of them left out, those of a matrix
+    ways: list[Any] = [
+        lambda t: t[:1, :1], lambda t: t[:, :1].expand(4, 33, 40), lambda t: t[:, ::2],
+        lambda t: t[1], lambda t: t[::2, 3], lambda t: t[0, 0],
+    ]  # fmt: skip
+    for way in ways:
+        given = way(x), way(gate)
+        dense = (t.contiguous() for t in given)
+        assert torch.equal(at_once(*given, None, 2, order), at_once(*dense, None, 2, order))
     flipped = torch.randn(33, 4, 40).transpose(0, 1)
     assert torch.equal(
         at_once(flipped, gate, None, 2, 0), at_once(flipped.contiguous(), gate, None, 2, 0)

@@ -264,7 +264,8 @@ def test_sums_that_no_one_asks_for(size: int, dtype: torch.dtype) -> None:
         for a, b in zip(without[:3], with_bias[:3], strict=True):
             assert torch.equal(a, b)
         assert without[3] is None
-        assert with_bias[3] is not None
+        exact = grad.double().sum(0)
+        assert (with_bias[3].double() - exact).norm() <= 4e-3 * exact.norm()
         assert torch.equal(made[2][1], without[1])
         assert torch.equal(made[3][2], without[2])
         if dtype == torch.float64:

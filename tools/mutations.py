@@ -407,7 +407,7 @@ MUTATIONS = [
     Mutation(
         "a gated norm's rows read as if they were side by side",
         "gated.cpp",
-        "apart(held.dim() == 2 && held.size(0) > 1 ? held.stride(0) : held.size(held.dim() - 1))",
+        "apart(steps_of(held))",
         "apart(held.size(held.dim() - 1))",
         "strided",
         tests=GATED,
