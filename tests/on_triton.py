@@ -160,3 +160,30 @@ def small_tiles(**limits: int) -> Iterator[None]:
     finally:
         config.LIMITS = before
         config.CALLS.clear()
+
+
+on_a_cpu = pytest.mark.skipif(HAS_CUDA or PRETENDS, reason="takes a CPU for a GPU")
+
+
+@contextmanager
+def taken_for_a_gpu(monkeypatch: pytest.MonkeyPatch, *operator: str) -> Iterator[list[str]]:
+    """These operators' kernels for a CPU's tensors; the names of what was called.
+
+    No mode is open, as it is within `triton_kernels()`: such calls go the composed way.
+    """
+    names: list[str] = []
+    library = torch.library.Library("truenorm", "IMPL")
+    for name in operator:
+        serve = _triton.serving(name, operators.PLAIN[name])
+
+        def noted(*args: Any, name: str = name, serve: Any = serve) -> Any:
+            names.append(name)
+            return serve(*args)
+
+        library.impl(name, operators.defined.checked(name, noted), "CPU")
+    with monkeypatch.context() as patch, launches():
+        patch.setattr(_triton, "why_plain", lambda index: "")
+        try:
+            yield names
+        finally:
+            library._destroy()

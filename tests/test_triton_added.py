@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from on_triton import DEVICE, HAS_CUDA, PRETENDS, launches, needs_triton, small_tiles
+from on_triton import DEVICE, HAS_CUDA, needs_triton, on_a_cpu, small_tiles, taken_for_a_gpu
 from tolerances import assert_gradient, assert_output, relative
 from torch import Tensor
 from triton_calls import EPS, KEEP, LAYER, LAYERS, ONE_PLUS, RMS, Call, Kind, call_of, place, run
 
 import truenorm
-from truenorm import _triton
-from truenorm._core import added, operators
+from truenorm._core import added
 from truenorm._core.call import ROUNDS
 
 pytestmark = needs_triton
@@ -107,31 +106,13 @@ def test_one_rounding() -> None:
 
 @contextmanager
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The operators' kernels, and a CPU's tensors taken for a GPU's; the names of what was called.
-
-    No mode is open, as it is for other tests: such calls go the composed way.
-    """
-    names: list[str] = []
-    library = torch.library.Library("truenorm", "IMPL")
-    for name in ("add_norm", "add_norm_backward"):
-        serve = _triton.serving(name, operators.PLAIN[name])
-
-        def noted(*args: Any, name: str = name, serve: Any = serve) -> Any:
-            names.append(name)
-            return serve(*args)
-
-        library.impl(name, noted, "CPU")
-    with monkeypatch.context() as patch, launches():
-        patch.setattr(_triton, "why_plain", lambda index: "")
+    with (
+        taken_for_a_gpu(monkeypatch, "add_norm", "add_norm_backward") as called,
+        monkeypatch.context() as patch,
+    ):
         patch.setattr(added, "_on_gpu", lambda x: True)
         patch.setattr(added, "LARGE", 0)
-        try:
-            yield names
-        finally:
-            library._destroy()
-
-
-on_a_cpu = pytest.mark.skipif(HAS_CUDA or PRETENDS, reason="takes a CPU for a GPU")
+        yield called
 
 
 @on_a_cpu

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from on_triton import HAS_CUDA, PRETENDS, launches, needs_triton, small_tiles
+from on_triton import HAS_CUDA, needs_triton, on_a_cpu, small_tiles, taken_for_a_gpu
 from test_triton_gated import DTYPES, EPS, ORDERS, formula, ids
 from tolerances import relative
 from torch import Tensor
 
 from truenorm import _triton
-from truenorm._core import gated, operators
+from truenorm._core import gated
 from truenorm._core.call import BEFORE, SWISH
 from truenorm._core.rule import Rule
 from truenorm.nn import _orders
@@ -27,30 +26,14 @@ pytestmark = needs_triton
 
 @contextmanager
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The operators' kernels, and a CPU's tensors taken for a GPU's; the names of what was called.
-
-    No mode is open, as it is for other tests: such calls go the composed way.
-    """
-    names: list[str] = []
-    library = torch.library.Library("truenorm", "IMPL")
-    for name in ("gated_norm", "gated_norm_backward"):
-        serve = _triton.serving(name, operators.PLAIN[name])
-
-        def noted(*args: Any, name: str = name, serve: Any = serve) -> Any:
-            names.append(name)
-            return serve(*args)
-
-        library.impl(name, operators.defined._checked(name, noted, operator.ne), "CPU")
-    with monkeypatch.context() as patch, launches():
-        patch.setattr(_triton, "why_plain", lambda index: "")
+    with (
+        taken_for_a_gpu(monkeypatch, "gated_norm", "gated_norm_backward") as called,
+        monkeypatch.context() as patch,
+    ):
         patch.setattr(gated, "_on_gpu", _triton.serves_gate)
-        try:
-            yield names
-        finally:
-            library._destroy()
+        yield called
 
 
-on_a_cpu = pytest.mark.skipif(HAS_CUDA or PRETENDS, reason="takes a CPU for a GPU")
 RULES = [
     (Rule("rms", "cast_first", gate="before"), 2), (Rule("rms", gate="before"), 1),
     (Rule("rms", "cast_first", gate="after"), 1), (Rule("rms", gate="after"), 3),
