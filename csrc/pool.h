@@ -11,8 +11,9 @@ struct Buffer {
   size_t capacity;
 };
 
-// Below this glibc serves memory from its heap, already mapped.
-constexpr size_t kPoolFrom = size_t{1} << 20;
+// Below this the heap serves: its memory is whatever was freed last, of any size, and still in the
+// caches, where buffers of a size of their own were last used by that layer's call before.
+constexpr size_t kPoolFrom = size_t{8} << 20;
 
 // At least `bytes`, aligned to a page; data is null where the pool is off or memory is short.
 Buffer take(size_t bytes);

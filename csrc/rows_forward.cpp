@@ -53,7 +53,7 @@ void apply_group(const Forward<T>& f, int64_t statistic, double rstd, int64_t be
   fence(f.stream);
 }
 
-constexpr int64_t kNear = int64_t{8} << 10;  // bytes that are still in L1 for the second pass
+constexpr int64_t kNear = int64_t{16} << 10;  // bytes that are still in L1 for the second pass
 
 constexpr int64_t kGroupsTogether = 64;
 

@@ -17,9 +17,9 @@ only_native = pytest.mark.skipif(
     truenorm.info().pool is None, reason="without the library nothing is recycled"
 )
 
-CAP = 64
-# float32 results of 1, 2 and 8 MiB: the least that is recycled, and one of huge pages
-ONE, TWO, EIGHT = (1, 4, 256, 256), (2, 4, 256, 256), (8, 4, 256, 256)
+CAP = 256
+# float32 results of 8, 16 and 32 MiB: the least that is recycled, and more
+ONE, TWO, FOUR = (1, 32, 256, 256), (2, 32, 256, 256), (4, 32, 256, 256)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ pytestmark = [only_native, pytest.mark.usefixtures("pooled")]
 
 
 def test_threads() -> None:
-    x = torch.randn(2, 4, 256, 256)
+    x = torch.randn(2, 16, 256, 256)
     expected = F.instance_norm(x).clone()
     wrong: list[int] = []
 

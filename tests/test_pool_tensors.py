@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pooling import CAP, EIGHT, ONE, TWO, only_native, pooled, result, statistics  # noqa: F401
+from pooling import CAP, FOUR, ONE, TWO, only_native, pooled, result, statistics  # noqa: F401
 from torch import Tensor, multiprocessing
 
 import truenorm.functional as F
@@ -100,9 +100,9 @@ def test_in_place_operations() -> None:
 def test_resize() -> None:
     y = result(TWO)
     expected = y[0].clone()
-    assert torch.equal(y.resize_(4, 256, 256), expected)
-    assert result(TWO).clone().resize_(EIGHT).shape == EIGHT
+    assert torch.equal(y.resize_(32, 256, 256), expected)
+    assert result(TWO).clone().resize_(FOUR).shape == FOUR
     # its storage is not torch's own and cannot grow, as one from numpy cannot; what torch leaves
     # behind then has the new sizes over the old storage, here as there
     with pytest.raises(RuntimeError, match="not resizable"):
-        y.resize_(EIGHT)
+        y.resize_(FOUR)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ._core import added as _added
@@ -357,7 +357,7 @@ def _shortly(
     """The short way; None where it is not for this call, whose errors the long way words."""
     if not (type(input) is Tensor and type(eps) is float and eps > 0.0):
         return None
-    if (mean is None) != (var is None) or is_compiling() or recomputed.asked():
+    if (mean is None) != (var is None) or is_dynamo_compiling() or recomputed.asked():
         return None
     if form & CONSTANT:
         given = mean, var

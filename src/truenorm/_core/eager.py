@@ -48,12 +48,13 @@ GIVEN = operators.eager_norm_given._op
 MOVING = operators.eager_norm_more._op
 
 # looked up once: every one of them is asked in every call
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _norm_backward = operators.eager_norm_backward._op
-_is_tracing = torch._C._is_tracing
+# torch asks it at each call of a module, so that it is in the caches
+_tracing_state = torch._C._get_tracing_state
 # other than -1 where a batch may be computed again, which moves no running statistics
 graph_task = torch._C._current_graph_task_id
 # what is refused here, the long way words
@@ -80,6 +81,14 @@ def rms(feature_dims: int) -> int:
     return feature_dims << FEATURES | UNCENTRED
 
 
+def ends_in(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether these are the trailing sizes, of which there are some; an error where x has none."""
+    if len(shape) == 1:
+        # one size: `shape` would be made first
+        return x.size(-1) == shape[0]
+    return len(shape) > 0 and x.shape[-len(shape) :] == shape
+
+
 def call(
     op: Any, x: Tensor, weight: Any, bias: Any, form: int, eps: float, statistics: tuple[Any, ...],
     after: After | None,
@@ -91,7 +100,7 @@ def call(
         or _transforms_active()
         or forward_ad._current_level >= 0
         or _dispatch_modes()
-        or _is_tracing()
+        or _tracing_state() is not None
         or _trace._trace_module_map is not None  # see route.tracing
     ):
         return None
@@ -128,7 +137,7 @@ def is_plain(*tensors: Any) -> bool:
         or _transforms_active()
         or forward_ad._current_level >= 0
         or _dispatch_modes()
-        or _is_tracing()
+        or _tracing_state() is not None
         or _trace._trace_module_map is not None
     )
 

@@ -15,7 +15,7 @@ from . import route
 
 _local = threading.local()
 _lock = threading.Lock()
-_threads = 0  # contexts that are open: asked first, in every call
+contexts = 0  # that are open, in all threads: asked first, in every call
 _RECIPE = "_truenorm_recipe"
 
 
@@ -75,7 +75,7 @@ def _unpack(packed: Tensor | _Kept | _Recipe) -> Tensor:
 
 def asked() -> bool:
     """Whether outputs are to be made again, on this thread."""
-    return _threads > 0 and bool(getattr(_local, "depth", 0))
+    return contexts > 0 and bool(getattr(_local, "depth", 0))
 
 
 def remember(y: Tensor, op: Any, tensors: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
@@ -107,9 +107,9 @@ def recompute_outputs() -> Iterator[None]:
     Source: the checkpointing form of Rota Bulò et al. 2018, https://arxiv.org/abs/1712.02616, for
     any activation, and any weight.
     """
-    global _threads
+    global contexts
     with _lock:
-        _threads += 1
+        contexts += 1
     _local.depth = getattr(_local, "depth", 0) + 1
     try:
         with torch.autograd.graph.saved_tensors_hooks(_pack_saved, _unpack):
@@ -117,4 +117,4 @@ def recompute_outputs() -> Iterator[None]:
     finally:
         _local.depth -= 1
         with _lock:
-            _threads -= 1
+            contexts -= 1

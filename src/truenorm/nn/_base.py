@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
@@ -124,7 +124,8 @@ class Direct(Traceable, Configurable):
         add: Tensor | None = None,
         _then: tuple[int, float] | None = None,
     ) -> Any:
-        compiling = is_compiling()
+        # what is traced otherwise is no plain tensor, or for a mode that `_directly` sees
+        compiling = is_dynamo_compiling()
         if add is not None:
             of_norm = mask, lengths, padding_value, residual, scale, shift
             given = {n: v for n, v in zip(BESIDE, of_norm, strict=False) if v is not BESIDE[n]}
@@ -137,7 +138,7 @@ class Direct(Traceable, Configurable):
             if (
                 self._direct
                 and type(input) is Tensor
-                and (compiling or not recomputed.asked())
+                and (compiling or not recomputed.contexts or not recomputed.asked())
                 and (alone or type(padding_value) is float)
             ):
                 after: After | None = None

@@ -31,7 +31,8 @@ class BatchForward(Activated, Padded, FixedRank, Spanning, SmallBatches, Running
             count = buffers["num_batches_tracked"]
         except KeyError:
             return None
-        if input.dim() not in self._dims or input.shape[1] != self.num_features:
+        # one size: `shape` would be made first
+        if input.dim() not in self._dims or input.size(1) != self.num_features:
             return None
         momentum, eps = self.momentum, self.eps
         if (mean is None) != (var is None):

@@ -29,7 +29,7 @@ class InstanceForward(Activated, Padded, FixedRank, Spanning, Policed, RunningSt
             mean, var = buffers["running_mean"], buffers["running_var"]
         except KeyError:
             return None
-        if input.dim() != self._dims[1] or input.shape[1] != self.num_features:
+        if input.dim() != self._dims[1] or input.size(1) != self.num_features:
             return None
         momentum, eps = self.momentum, self.eps
         if not (eps >= 0 and (momentum is None or 0 <= momentum <= 1)):

@@ -34,14 +34,14 @@ class LayerNorm(Activated, PaddedRows, torch.nn.LayerNorm):
         parameters, eps, shape = self._parameters, self.eps, self.normalized_shape
         try:
             weight, bias = parameters["weight"], parameters["bias"]
-            if not shape or input.shape[-len(shape) :] != shape:
+            if not eager.ends_in(input, shape):
                 return None
-        # a strided nested tensor has no shape
-        except (KeyError, RuntimeError):
+        # a strided nested tensor has no sizes, and one without dimensions no last one
+        except (KeyError, RuntimeError, IndexError):
             return None
         if not eps >= 0:
             return None
-        form = eager.layer(len(shape))
+        form = len(shape) << FEATURES
         return eager.call(eager.OWN, input, weight, bias, form, eps, (), after)
 
     def _in_graph(self, input: Tensor, after: eager.After | None) -> Tensor | None:

@@ -39,7 +39,9 @@ def small_of(rule: Rule, is_torchs: bool) -> int:
     """How many values a class's own forward serves sooner, whatever else holds; 0 for none."""
     if rule.kind in ("weight", "response"):
         return _SMALL_UNLIKE
-    return SMALL if is_torchs and rule.axis != 1 and rule.kind in ("layer", "rms") else 0
+    if not is_torchs or rule.kind not in ("layer", "rms"):
+        return 0
+    return _SMALL_UNLIKE if rule.axis == 1 else SMALL
 
 
 def is_watched(*tensors: Tensor | None) -> bool:

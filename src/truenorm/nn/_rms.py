@@ -43,18 +43,18 @@ class RMSNorm(Activated, PaddedRows, torch.nn.RMSNorm):
         parameters, eps, shape = self._parameters, self.eps, self.normalized_shape
         try:
             weight = parameters["weight"]
-            if not (shape and input.is_floating_point()) or input.shape[-len(shape) :] != shape:
+            if not (input.is_floating_point() and eager.ends_in(input, shape)):
                 return None
             if eps is None:
                 eps = RMS_EPS[input.dtype]
-        # a strided nested tensor has no shape, and float8 no eps
-        except (KeyError, RuntimeError):
+        # a strided nested tensor has no sizes, one without dimensions no last one
+        except (KeyError, RuntimeError, IndexError):
             return None
         if input.dim() > 3 and not input.is_contiguous():
             return None  # channels_last stays, which no kernel for trailing sizes writes
         if not eps >= 0:
             return None
-        form = eager.rms(len(shape))
+        form = len(shape) << FEATURES | UNCENTRED
         return eager.call(eager.OWN, input, weight, None, form, eps, (), after)
 
     def _in_graph(self, input: Tensor, after: eager.After | None) -> Tensor | None:

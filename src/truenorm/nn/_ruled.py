@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Module, Parameter
 
 from .. import functional
@@ -65,6 +65,11 @@ _ACTS: dict[type[Module], Callable[[Any], tuple[int, float, bool]]] = {
 
 # of half precision: of those with an exponential torch's take less time than a kernel's
 _SHORT = activation.LEAKY_RELU, activation.HARDSWISH
+
+
+def _makes_again() -> bool:
+    """Whether outputs are to be made again in the backward pass, for which the long way is."""
+    return recomputed.contexts > 0 and recomputed.asked()
 
 
 def _bare(module: Module) -> bool:
@@ -137,7 +142,7 @@ class Ruled(Module):
         """
         if STORE in vars(self) and self._ours is not None:
             return self._finished(x)  # of frozen statistics or a process group it knows nothing
-        if is_compiling() or type(x) is not Tensor:
+        if is_dynamo_compiling() or type(x) is not Tensor:
             return None
         rule, parameters = self._rule, self._parameters
         if self._has_one_call and other is None:
@@ -146,9 +151,7 @@ class Ruled(Module):
                 return y
         if x.dim() not in self._ranks:
             return None
-        if (self._is_torchs or rule.kind in _UNLIKE or rule.axis == 1) and is_faster_there(
-            self, x, rule
-        ):
+        if (self._is_torchs or rule.kind in _UNLIKE) and is_faster_there(self, x, rule):
             return None
         # what is held is found without Module.__getattr__, which takes longer than a check
         weight: Any = rule.weight
@@ -159,13 +162,16 @@ class Ruled(Module):
             bias = parameters[bias] if bias in parameters else getattr(self, bias)
         if (x.dtype, x.dtype if weight is None else weight.dtype) not in self._pairs:
             return None
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             return None
         layer: Any = self
         ours = self._ours
-        if ours is not None and not rule.after and other is None and layer._direct:
-            y = layer._directly(x, None)
+        if ours is not None and other is None and layer._direct and not _makes_again():
+            after, behind = self._behind(x) if rule.after else (None, ())
+            y = layer._directly(x, after)
             if y is not None:
+                for each in behind:
+                    y = each(y)
                 return y
         # on a GPU not measured
         if rule.heads and not (x.is_cpu and fit_heads(x, weight, bias)):
@@ -245,7 +251,7 @@ class Ruled(Module):
             return None
         return eager.call(eager.OWN, x, weight, bias, form, eps, (), None)
 
-    def _followers(self) -> list[Module]:
+    def _followers(self) -> Sequence[Module]:
         """What comes after the norm, but for what does nothing."""
         found, modules = [], self._modules
         for name in self._rule.after:
@@ -331,23 +337,30 @@ class Ruled(Module):
     def _finished(self, x: Tensor) -> Tensor:
         """By the layer of truenorm's whose state this one has, with what comes after it."""
         assert self._ours is not None
-        behind = self._followers() if self._rule.after else ()
-        if len(behind) == 1 and type(behind[0]) in _ACTS and _bare(behind[0]):
-            act = _ACTS[type(behind[0])](behind[0])
-            exact = x.dtype == torch.float32 or self._rounding == "once"
-            # torch's exponentials take less time, where no gradient is to pass through both
-            if act[2] or (exact and torch.is_grad_enabled()):
-                return self._ours.forward(self, x, _then=act[:2])  # type: ignore[arg-type,no-any-return]
-            layer: Any = self
-            steps = act[0] in _SHORT and not (exact or is_compiling() or recomputed.asked())
-            if steps and layer._direct and x.is_cpu and NATIVE is not None:
-                stepped = layer._directly(x, (None, act[0] | eager.STEPPED, act[1]))
-                if stepped is not None:
-                    return stepped  # type: ignore[no-any-return]
-        y: Tensor = self._ours.forward(self, x)  # type: ignore[arg-type]
+        after, behind = self._behind(x, False)
+        then = None if after is None else after[1:]
+        y: Tensor = self._ours.forward(self, x, _then=then)  # type: ignore[arg-type]
         for each in behind:
             y = each(y)
         return y
+
+    def _behind(
+        self, x: Tensor, shortly: bool = True
+    ) -> tuple[eager.After | None, Sequence[Module]]:
+        """What comes after the norm: what of it is part of the call, and the modules that are not.
+
+        shortly: for the short way, which may round in between.
+        """
+        behind = self._followers() if self._rule.after else ()
+        if len(behind) == 1 and type(behind[0]) in _ACTS and _bare(behind[0]):
+            act, parameter, alike = _ACTS[type(behind[0])](behind[0])
+            exact = x.dtype == torch.float32 or self._rounding == "once"
+            # torch's exponentials take less time, where no gradient is to pass through both
+            if alike or (exact and torch.is_grad_enabled()):
+                return (None, act, parameter), ()
+            if shortly and not exact and act in _SHORT and x.is_cpu and NATIVE is not None:
+                return (None, act | eager.STEPPED, parameter), ()
+        return None, behind
 
     def __prepare_scriptable__(self) -> Any:
         """torch.jit.script compiles the class's own forward."""
@@ -369,7 +382,7 @@ def forward_of(
 
     @functools.wraps(own)
     def forward(self: Ruled, *args: Any, **kwargs: Any) -> Any:
-        if leaves and len(args) == 1 and not kwargs and not is_compiling():
+        if leaves and len(args) == 1 and not kwargs and not is_dynamo_compiling():
             x = args[0]
             if type(x) is Tensor and x.is_cpu and STORE not in vars(self):
                 of = x if counted is None else self._parameters.get(counted)
