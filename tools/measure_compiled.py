@@ -219,6 +219,15 @@ def _compiled(model: nn.Module) -> Any:
     return found
 
 
+def _bare(model: nn.Module) -> nn.Module:
+    """With nothing in the place of its norms: what no norm could be faster than."""
+    norms = [norm.name for norm in truenorm.survey(model).norms if norm.swappable]
+    for name in norms:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, nn.Identity())
+    return model
+
+
 def measure(name: str, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     torch.compiler.reset()
@@ -241,7 +250,9 @@ def measure(name: str, args: argparse.Namespace) -> None:
     }
     contenders = {n: m for n, m in contenders.items() if "eager" not in n or not args.short}
     errors = []
-    if grad is not None and not args.short:
+    if args.bare:
+        contenders["no norms"] = _compiled(_bare(copy.deepcopy(model)))
+    elif grad is not None and not args.short:
         wanted = _results(copy.deepcopy(model).double(), x.double(), grad.double())
         for each in contenders.values():
             errors.append(_error(_results(each, x, grad), wanted))
@@ -270,6 +281,7 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--short", action="store_true", help="compiled ones alone, without errors")
     parser.add_argument("--own", type=int, help="truenorm.compile_options(own=…)")
+    parser.add_argument("--bare", action="store_true", help="and the network without its norms")
     args = parser.parse_args()
     truenorm.compile_options(own=args.own)
     torch.set_num_threads(args.threads)
@@ -280,8 +292,7 @@ def main() -> None:
         "converted compiled",
         "fused compiled",
     )
-    if args.short:
-        names = names[3:]
+    names = names[3 * args.short :] + ("no norms, compiled",) * args.bare
     print(f"{'network':14} {'compiled':>11}" + "".join(f"{n:>20}" for n in names))
     for name in NETWORKS:
         if not args.words or name in args.words:

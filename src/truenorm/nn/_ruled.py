@@ -40,9 +40,11 @@ from ._orders import (
 )
 
 _PLAIN = (Parameter, Tensor)
+# takes no argument, whose reading takes longer than the question
+_any_autocast = torch._C._is_any_autocast_enabled
 
-# kinds whose weights have a shape of their own
-_UNLIKE = ("l2", "response", "weight")
+# kinds whose weights have a shape of their own, and whose steps a class may take sooner
+UNLIKE = ("l2", "response", "weight")
 Pair = tuple[torch.dtype, torch.dtype]  # of the input, and of the weight
 
 
@@ -65,11 +67,6 @@ _ACTS: dict[type[Module], Callable[[Any], tuple[int, float, bool]]] = {
 
 # of half precision: of those with an exponential torch's take less time than a kernel's
 _SHORT = activation.LEAKY_RELU, activation.HARDSWISH
-
-
-def _makes_again() -> bool:
-    """Whether outputs are to be made again in the backward pass, for which the long way is."""
-    return recomputed.contexts > 0 and recomputed.asked()
 
 
 def _bare(module: Module) -> bool:
@@ -122,6 +119,7 @@ class Ruled(Module):
     _ranks: ClassVar[frozenset[int]]
     _keeps: ClassVar[bool]  # whether the class's output lies in memory as its input does
     _is_torchs: ClassVar[bool]  # whether the class's own forward is torch's layer_norm
+    _may_be_left: ClassVar[bool]  # whether calls may be left to the class's own forward for speed
     _proof: ClassVar[Any]  # what these are from
     _ours: ClassVar[type[Direct] | None]  # whose forward serves it, where torch's class is its own
     _has_one_call: ClassVar[bool]  # whether one call may be all of it, and is not left to the class
@@ -151,7 +149,7 @@ class Ruled(Module):
                 return y
         if x.dim() not in self._ranks:
             return None
-        if (self._is_torchs or rule.kind in _UNLIKE) and is_faster_there(self, x, rule):
+        if self._may_be_left and is_faster_there(self, x, rule):
             return None
         # what is held is found without Module.__getattr__, which takes longer than a check
         weight: Any = rule.weight
@@ -162,11 +160,12 @@ class Ruled(Module):
             bias = parameters[bias] if bias in parameters else getattr(self, bias)
         if (x.dtype, x.dtype if weight is None else weight.dtype) not in self._pairs:
             return None
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        if _any_autocast() and torch.is_autocast_enabled(x.device.type):
             return None
         layer: Any = self
         ours = self._ours
-        if ours is not None and other is None and layer._direct and not _makes_again():
+        again = recomputed.contexts > 0 and recomputed.asked()
+        if ours is not None and other is None and layer._direct and not again:
             after, behind = self._behind(x) if rule.after else (None, ())
             y = layer._directly(x, after)
             if y is not None:
@@ -182,7 +181,7 @@ class Ruled(Module):
                 continue
             if type(each) not in _PLAIN:
                 return None
-            if each.shape == channels or rule.kind in _UNLIKE or rule.heads:
+            if each.shape == channels or rule.kind in UNLIKE or rule.heads:
                 continue
             if each.dim() == 1 or each.numel() != channels[0]:
                 return None
@@ -232,7 +231,7 @@ class Ruled(Module):
                 or not (bias is None or (type(bias) in _PLAIN and bias.dim() == dims))
                 or type(eps) is not float
                 or not eps >= 0
-                or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+                or (_any_autocast() and torch.is_autocast_enabled(x.device.type))
             ):
                 return None
             if rule.gate is not None:

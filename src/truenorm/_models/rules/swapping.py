@@ -15,7 +15,7 @@ from ... import nn
 from ..._core.rule import Rule
 from ...nn._leaving import small_of
 from ...nn._orders import has_one_call
-from ...nn._ruled import FromModule, Hidden, Ruled, forward_of, gated_forward_of
+from ...nn._ruled import UNLIKE, FromModule, Hidden, Ruled, forward_of, gated_forward_of
 from .. import swap
 from ..swap import Kind
 from .proof import Proof
@@ -102,6 +102,7 @@ def derived(theirs: Kind, rule: Rule, proof: Proof, rounding: str = "module") ->
         "_ranks": proof.ranks,
         "_keeps": proof.keeps,
         "_is_torchs": is_torchs,
+        "_may_be_left": is_torchs or rule.kind in UNLIKE,
         "_proof": proof,
         "_ours": ours if base and issubclass(theirs, base) and _is_torchs(rule) else None,
         "_theirs": theirs,
