@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 import truenorm
-from truenorm._core import eager, library, operators
+from truenorm._core import eager, library, operators, recomputed
 from truenorm._core.call import AS_GIVEN, ONE_PLUS, ROUNDS
 from truenorm.nn._ruled import Ruled
 
@@ -276,3 +277,37 @@ def test_sums_that_no_one_asks_for(size: int, dtype: torch.dtype) -> None:
             for kind in (eager.rms, eager.layer)
         ]
         assert torch.equal(*outputs)
+
+
+# --- what is made again in the backward pass rather than kept
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: of(f"{HF}.convnext.modeling_convnext.ConvNextLayerNorm", 96), (3, 30, 96)),
+        (
+            lambda: of("timm.layers.norm_act.BatchNormAct2d", 6, act_layer=nn.ReLU),
+            (3, 6, 9, 7),
+        ),
+    ],
+    ids=["ConvNext", "BatchNormAct2d"],
+)
+def test_within_recompute_outputs_none_is_kept(
+    build: Callable[[], Module], shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(11)
+    layer: Any = converted(build())
+    assert layer._ours is not None
+    after = nn.Conv1d(shape[1], 2, 1)
+    x, grad = torch.randn(shape), torch.randn(shape[0], 2, torch.Size(shape[2:]).numel())
+    found = []
+    for again in (False, True):
+        leaf = x.clone().requires_grad_()
+        with truenorm.recompute_outputs() if again else contextlib.nullcontext():
+            y = layer(leaf)
+            z = after(y.flatten(2))
+        assert hasattr(y, recomputed._RECIPE) == again
+        found.append((z, *torch.autograd.grad(z, [leaf, *layer.parameters()], grad)))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
