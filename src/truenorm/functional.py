@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ._core import added as _added
-from ._core import checks, eager, geometry, masks, modulation, recomputed
+from ._core import checks, eager, geometry, masks, modulation
 from ._core.call import CONSTANT, UNCENTRED, Call, Form, Running
 from ._core.geometry import RMS_EPS
 from ._core.normalize import local_response_norm as _response
@@ -357,7 +357,7 @@ def _shortly(
     """The short way; None where it is not for this call, whose errors the long way words."""
     if not (type(input) is Tensor and type(eps) is float and eps > 0.0):
         return None
-    if (mean is None) != (var is None) or is_dynamo_compiling() or recomputed.asked():
+    if (mean is None) != (var is None) or is_dynamo_compiling():
         return None
     if form & CONSTANT:
         given = mean, var

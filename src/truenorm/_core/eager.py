@@ -3,8 +3,9 @@
 A small input's time is all calls: of torch's dispatcher, of Python. So here a whole forward, the
 running statistics' update included, is one call of an operator, and so is a backward; on CUDA it is
 planned.py's. What is not plain (compiling, function transforms, dispatch modes, subclasses, other
-devices) or not in order (a shape that does not fit) is not for this way: `call` returns None before
-anything has changed, and the caller goes the long way, which serves the rest and words every error.
+devices), is to be made again in the backward pass (recomputed.py) or is not in order (a shape that
+does not fit) is not for this way: `call` returns None before anything has changed, and the caller
+goes the long way, which serves the rest and words every error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.jit import _trace
 from torch.overrides import has_torch_function_variadic
 
 from .._triton import WHY_NOT
-from . import fallback, gradients, modulation, operators, planned
+from . import fallback, gradients, modulation, operators, planned, recomputed
 from .call import (
     ACT,
     BY_OUTPUT,
@@ -97,6 +98,7 @@ def call(
     # in one piece: each call of Python's is noticed
     if (
         has_torch_function_variadic(x, weight, bias, *statistics)
+        or (recomputed.contexts and recomputed.asked())
         or _transforms_active()
         or forward_ad._current_level >= 0
         or _dispatch_modes()

@@ -12,7 +12,7 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from .._core import checks, exchange, recomputed
+from .._core import checks, exchange
 from .._core.call import Call
 from .._core.eager import After
 from .._core.normalize import normalize
@@ -135,12 +135,7 @@ class Direct(Traceable, Configurable):
             alone = residual is None and _then is None and not modulated
             if alone and type(padding_value) is not float:
                 checks.check_padding_value(padding_value)
-            if (
-                self._direct
-                and type(input) is Tensor
-                and (compiling or not recomputed.contexts or not recomputed.asked())
-                and (alone or type(padding_value) is float)
-            ):
+            if self._direct and type(input) is Tensor and (alone or type(padding_value) is float):
                 after: After | None = None
                 if not (alone and self._truenorm_options.activation is None):
                     after = residual, *(self._act() if _then is None else _then)

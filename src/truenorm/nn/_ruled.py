@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Module, Parameter
 
 from .. import functional
-from .._core import activation, eager, exporting, recomputed
+from .._core import activation, eager, exporting
 from .._core.call import AS_GIVEN
 from .._core.library import NATIVE
 from .._core.route import has_kernel
@@ -164,8 +164,7 @@ class Ruled(Module):
             return None
         layer: Any = self
         ours = self._ours
-        again = recomputed.contexts > 0 and recomputed.asked()
-        if ours is not None and other is None and layer._direct and not again:
+        if ours is not None and other is None and layer._direct:
             after, behind = self._behind(x) if rule.after else (None, ())
             y = layer._directly(x, after)
             if y is not None:
