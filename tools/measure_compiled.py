@@ -219,12 +219,19 @@ def _compiled(model: nn.Module) -> Any:
     return found
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    """With nothing in the place of its norms: what no norm could be faster than."""
-    norms = [norm.name for norm in truenorm.survey(model).norms if norm.swappable]
+def norms_of(model: nn.Module) -> list[str]:
+    """The names of those that `convert` would swap."""
+    names = {norm.name for norm in truenorm.survey(model).norms if norm.swappable}
+    return [name for name, _ in model.named_modules() if name in names]
+
+
+def bare(model: nn.Module, norms: list[str]) -> nn.Module:
+    """With nothing in the place of these: what no norm could be faster than."""
     for name in norms:
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, nn.Identity())
+        norm = model.get_submodule(name)
+        # timm's take their activation with them
+        setattr(model.get_submodule(parent), last, getattr(norm, "act", None) or nn.Identity())
     return model
 
 
@@ -251,7 +258,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
     contenders = {n: m for n, m in contenders.items() if "eager" not in n or not args.short}
     errors = []
     if args.bare:
-        contenders["no norms"] = _compiled(_bare(copy.deepcopy(model)))
+        contenders["no norms"] = _compiled(bare(copy.deepcopy(model), norms_of(model)))
     elif grad is not None and not args.short:
         wanted = _results(copy.deepcopy(model).double(), x.double(), grad.double())
         for each in contenders.values():

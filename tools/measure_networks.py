@@ -19,7 +19,7 @@ from typing import Any
 
 import measure_compiled
 import torch
-from measure_compiled import Made
+from measure_compiled import Made, bare, norms_of
 from torch import Tensor, nn
 from torch.nn import Module
 
@@ -126,20 +126,6 @@ def _step(model: Module, x: Tensor, grad: Tensor | None) -> Callable[[], Any]:
     return run
 
 
-def _norms(model: Module) -> list[str]:
-    names = {norm.name for norm in truenorm.survey(model).norms if norm.swappable}
-    return [name for name, _ in model.named_modules() if name in names]
-
-
-def _bare(model: Module, norms: list[str]) -> Module:
-    for name in norms:
-        parent, _, last = name.rpartition(".")
-        norm = model.get_submodule(name)
-        # timm's take their activation with them
-        setattr(model.get_submodule(parent), last, getattr(norm, "act", None) or nn.Identity())
-    return model
-
-
 def _values(model: Module, norms: list[str], x: Tensor) -> int:
     """Of all inputs of the norms."""
     found: list[int] = []
@@ -164,13 +150,13 @@ def measure(name: str, args: argparse.Namespace) -> str:
     if args.channels_last:
         last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
         theirs, x = theirs.to(memory_format=last), x.contiguous(memory_format=last)
-    norms = _norms(theirs)
+    norms = norms_of(theirs)
     converted = truenorm.convert(copy.deepcopy(theirs))
     models = [
         theirs,
         converted,
         truenorm.fuse(copy.deepcopy(converted)),
-        _bare(copy.deepcopy(theirs), norms),
+        bare(copy.deepcopy(theirs), norms),
     ]
     with torch.no_grad():
         grad = None if args.inference else torch.randn_like(first_tensor(theirs(x)))
