@@ -60,8 +60,23 @@ def _round_to_nearest() -> None:
     InterpreterBuilder.cast_impl = cast
 
 
+def _round_once() -> None:
+    """Triton's interpreter rounds a fused operation's product too, where a GPU rounds the sum alone."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        kind = x.data.dtype
+        wide = np.longdouble if kind == np.float64 else np.float64
+        exact = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
+        return TensorHandle(exact.astype(kind), x.dtype.scalar)
+
+    InterpreterBuilder.create_fma = fma
+
+
 if HAS_TRITON and not HAS_CUDA:
     _round_to_nearest()
+    _round_once()
 
 
 class _Routed(TorchDispatchMode):

@@ -93,6 +93,7 @@ class Compiled(NamedTuple):
     load: int
     store: int
     layouts: tuple[str, ...]
+    sass: str
 
     @property
     def spills(self) -> bool:
@@ -135,12 +136,12 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(compiled.asm["cubin"])
-        said = subprocess.run(
-            [str(cuobjdump), "--dump-resource-usage", str(path)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        said, sass = (
+            subprocess.run(
+                [str(cuobjdump), what, str(path)], capture_output=True, text=True, check=True
+            ).stdout
+            for what in ("--dump-resource-usage", "--dump-sass")
+        )
 
     def number(name: str) -> int:
         found = re.search(rf"{name}:(\d+)", said)
@@ -156,4 +157,5 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
         _access(ptx, "ld"),
         _access(ptx, "st"),
         _layouts(compiled.asm["ttgir"]),
+        sass,
     )

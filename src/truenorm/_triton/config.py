@@ -45,6 +45,8 @@ class Limits:
 
 LIMITS = Limits()
 MAX_WARPS = 16
+# of a pipeline: what is read ahead is one tile less
+STAGES = 3
 
 
 class Key(NamedTuple):
@@ -170,6 +172,11 @@ def merge(parts: int, *, neighbours: bool) -> Launch:
     """A tile of results by their parts. neighbours: results stand beside one another in memory."""
     wide = min(power_of_two(parts), 32 if neighbours else 256)
     return Launch(max(1, 1024 // wide), wide, 4)
+
+
+def resident(blocks: int, launch: Launch, multiprocessors: int) -> int:
+    """Programs that multiprocessors hold at a time, to go turn by turn between blocks of rows."""
+    return min(blocks, multiprocessors * max(1, 1024 // (32 * launch.warps)))
 
 
 def programs_of_part(blocks: int) -> int:

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .activation import exp
 from .moments import tile_moments
-from .tiles import as_float64, narrow, optional, rounded
+from .tiles import narrow, one_over_std, optional, rounded
 
 
 @triton.jit
@@ -64,13 +64,13 @@ def gated(
     act, _ = _opened(gate.to(ACC), SWISH)
     if BEFORE:
         x *= act
-    mean, var, h = tile_moments(x, there, tl.full((), K, ACC), False, False, ACC)
+    mean, var, h = tile_moments(x, there, tl.full((), K, ACC), False, False, False, ACC)
     if KEEP:
         statistic = row.to(INDEX) * G + group
         tl.store(o_record + statistic, mean, mask=in_row)
         tl.store(o_record + S + statistic, var, mask=in_row)
         tl.store(o_record + 2 * S + statistic, tl.zeros_like(mean) + K, mask=in_row)
-    rstd = 1.0 / tl.sqrt(var + as_float64(eps_bits))
+    rstd = one_over_std(var, eps_bits)
     weight = optional(p_weight, first + at, in_value, HAS_WEIGHT, 1.0, ACC)
     TYPE: tl.constexpr = o_y.dtype.element_ty
     y = rounded(h * rstd.to(ACC)[:, None], TYPE, ROUNDS_X_HAT) * weight[None, :]
@@ -102,9 +102,9 @@ def gated_backward(
         row = block * BU + tl.arange(0, BU)
         in_row = row < N
         there = in_row[:, None] & in_value[None, :]
-        # before a tile takes the registers: a root and a quotient of float64 are calls
+        # before a tile takes the registers: a root of float64 is a call
         var = tl.load(p_record + S + row.to(INDEX) * G + group, mask=in_row, other=1)
-        rstd = (1.0 / tl.sqrt(var + as_float64(eps_bits))).to(ACC)[:, None]
+        rstd = one_over_std(var, eps_bits).to(ACC)[:, None]
         gate = tl.load(p_gate + _at(row, first, at, C, gate_step, INDEX), mask=there, other=0)
         offsets = _at(row, first, at, C, None, INDEX)
         grad = tl.load(p_grad + offsets, mask=there, other=0).to(ACC)

@@ -15,7 +15,7 @@ from .view import Streamed, Units
 def _moments(call: Inputs) -> Tensor:
     """The record in two launches."""
     x, units, centred = call.x, call.units_of_statistics, call.form.axes.centred
-    acc, width = view.compute(x, cancels=centred)
+    acc, width = view.compute(x, wide=centred)
     if units.D > 1 and not units.columns and call.mask is None:
         # a group is one run in memory
         units = Units(units.U // units.D, units.C // units.D, units.K * units.D)
@@ -55,10 +55,7 @@ def _normalize(
 ) -> None:
     """mean and var: one record, or what was given, which goes into `record`."""
     own, x, units = mean is var, call.x, call.units
-    # a mean of the values' own is rounded, one that was given is not
-    cancels = call.bias is not None or call.residual is not None
-    cancels |= own and call.form.axes.centred
-    acc, width = view.compute(x, cancels=cancels)
+    acc, width = view.compute(x)
     plan = Streamed(units, width.itemsize)
     launch(
         kernels.normalize, plan.grid,
@@ -66,10 +63,10 @@ def _normalize(
         *plan.sizes, units.D, units.part, plan.unit_blocks, plan.count, *plan.cuts,
         units.statistics if own else 0, units.values, units.statistics, view.bits(eps),
         call.parameter, padding,
-        **plan.constants, **call.constants(units), BY_VALUE=units.by_value,
+        **plan.constants | call.fusion, **call.constants(units), BY_VALUE=units.by_value,
         HAS_WEIGHT=call.has_weight, HAS_BIAS=call.bias is not None,
         HAS_RESIDUAL=call.residual is not None, KEEP=record is not None,
-        ACC=acc, INDEX=view.index(x),
+        TWICE=call.twice, ACC=acc, INDEX=view.index(x),
     )  # fmt: skip
 
 
@@ -83,8 +80,7 @@ def _whole(
     """
     x, centred = call.x, call.form.axes.centred
     units = call.units_of_statistics if y is None else call.units
-    cancels = centred or call.bias is not None or call.residual is not None
-    acc, width = view.compute(x, cancels=cancels)
+    acc, width = view.compute(x)
     crowded = call.crowded(backward=False)
     tile = units.whole(width.itemsize, backward=False, crowded=crowded)
     if tile is None:
@@ -92,16 +88,23 @@ def _whole(
     record = call.record() if keep else None
     grouped = units.D > 1
     per_program = units.D if grouped else tile.units
+    blocks = grid = units.blocks(per_program)
+    # weights that all rows have are kept over several of them
+    turns = units.by_value and not units.part and call.weight is not None
+    if turns:
+        grid = config.resident(blocks, tile, view.processors(x.device))
     launch(
-        kernels.forward, (units.blocks(per_program),),
+        kernels.forward, (grid,),
         x, other, call.weight, call.bias, call.mask, call.residual, h, y, record,
         units.U, units.C, units.K, units.R, units.run_stride, per_program, units.part,
-        *call.placed.sizes, *call.placed.steps, units.values, units.statistics, view.bits(eps),
-        call.parameter, padding,
-        **units.tiles(tile), **call.constants(units), RUNS=units.R > 1, GROUPED=grouped,
+        *call.placed.sizes, *call.placed.steps, units.values, blocks, units.statistics,
+        view.bits(eps), call.parameter, padding,
+        **units.tiles(tile) | call.fusion, **call.constants(units), RUNS=units.R > 1, GROUPED=grouped,
         BY_VALUE=units.by_value, HAS_WEIGHT=call.has_weight, HAS_BIAS=call.bias is not None,
         CENTRED=centred, HAS_RESIDUAL=call.residual is not None, PLACED=call.placed.kind,
-        HAS_OTHER=h is not None, NEEDS_Y=y is not None, KEEP=keep, ACC=acc, INDEX=view.index(x),
+        HAS_OTHER=h is not None, NEEDS_Y=y is not None, KEEP=keep,
+        WIDE=centred and view.is_half(x), TWICE=call.twice,
+        STAGES=config.STAGES if turns else 1, ACC=acc, INDEX=view.index(x),
     )  # fmt: skip
     return True, record
 

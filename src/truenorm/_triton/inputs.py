@@ -209,6 +209,19 @@ class Inputs:
             return _ELU <= act <= _GELU_TANH or (act > 0 and masked)
         return self.units.columns and (masked or act > 0 or self.residual is not None)
 
+    @property
+    def twice(self) -> bool:
+        """Whether an output can be a small difference of large numbers, in half precision: a unit
+        in its last place is then less than float32's error.
+        """
+        cancels = self.bias is not None or self.residual is not None
+        return view.is_half(self.x) and cancels and not self.form.rounds
+
+    @property
+    def fusion(self) -> dict[str, bool]:
+        """Whether a product and a sum may be rounded once."""
+        return {"enable_fp_fusion": not (self.twice and self.residual is not None)}
+
     def constants(self, units: Units) -> dict[str, Any]:
         rounds = self.form.rounds and self.x.element_size() == 2
         mask, acts = self.mask_kind(units), self.form.act

@@ -19,6 +19,7 @@ from .tiles import (
     per_statistic,
     split_program,
     tile_units,
+    two_floats,
     valid_tile,
     value_offsets,
 )
@@ -30,8 +31,48 @@ def at_least_one(count):
 
 
 @triton.jit
-def tile_moments(x, valid, n, CENTRED: tl.constexpr, GROUPED: tl.constexpr, ACC: tl.constexpr):
+def _quotient(value, n):
+    """value / n in float64, rounded once, in a few operations for each value."""
+    inverse = 1.0 / n
+    q = value * inverse
+    rest = tl.fma(-q, n + tl.zeros_like(q), value)
+    # an infinite value has no rest
+    return tl.where(rest == rest, tl.fma(rest, inverse + tl.zeros_like(q), q), q)
+
+
+@triton.jit
+def _both(sum_a, squares_a, sum_b, squares_b):
+    return sum_a + sum_b, squares_a + squares_b
+
+
+@triton.jit
+def _wide_moments(x, valid, n, GROUPED: tl.constexpr):
+    """The same of half precision, whose few bits float64 adds up at once with their squares."""
+    wide = x.to(tl.float64)
+    sums, squares = tl.reduce((wide, wide * wide), 1, _both)
+    if GROUPED:
+        of_all, of_squares = tl.reduce((sums, squares), 0, _both)
+        sums, squares = of_all + tl.zeros_like(sums), of_squares + tl.zeros_like(squares)
+    mean = _quotient(sums, n)
+    m2 = squares - sums * mean
+    # a mean 2^13 standard deviations from zero
+    lost = m2 < squares * 1.5e-8
+    if tl.max(lost.to(tl.int32), 0) > 0:
+        d = tl.where(valid, wide - mean[:, None], 0.0)
+        m2 = tl.where(lost, per_statistic(d * d, GROUPED), m2)
+    return mean, _quotient(m2, n)
+
+
+@triton.jit
+def tile_moments(
+    x, valid, n, CENTRED: tl.constexpr, GROUPED: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
     """(mean in float64, variance in float64, x − mean) of a tile that holds whole statistics."""
+    if WIDE:
+        mean, var = _wide_moments(x, valid, n.to(tl.float64), GROUPED)
+        high, low = two_floats(mean, ACC)
+        return mean, var, (x - high[:, None]) - low[:, None]
     if CENTRED:
         first = per_statistic(x, GROUPED) / n
         d = tl.where(valid, x - first[:, None], 0.0)

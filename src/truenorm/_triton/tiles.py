@@ -279,11 +279,16 @@ def optional(p, at, mask, HAS: tl.constexpr, DEFAULT: tl.constexpr, TYPE: tl.con
 
 
 @triton.jit
+def one_over_std(var, eps_bits):
+    return tl.rsqrt(var + as_float64(eps_bits))
+
+
+@triton.jit
 def statistics(p_mean, p_var, at, mask, eps_bits):
     """Mean and 1 / std in float64."""
     mean = tl.load(p_mean + at, mask=mask, other=0).to(tl.float64)
     var = tl.load(p_var + at, mask=mask, other=1).to(tl.float64)
-    return mean, 1.0 / tl.sqrt(var + as_float64(eps_bits))
+    return mean, one_over_std(var, eps_bits)
 
 
 @triton.jit

@@ -50,15 +50,15 @@ def processors(device: torch.device) -> int:
     return _multiprocessors[device]
 
 
-def compute(x: Tensor, *, cancels: bool = False) -> tuple[Any, torch.dtype]:
-    """The type that kernels compute in.
-
-    cancels: whether an output can be a small difference of large numbers. In half precision a unit
-        in its last place is then less than float32's error, and only float64 rounds once.
-    """
-    if x.dtype == torch.float64 or (cancels and x.dtype in _HALF):
+def compute(x: Tensor, *, wide: bool = False) -> tuple[Any, torch.dtype]:
+    """The type that kernels compute in. wide: float64 for half precision."""
+    if x.dtype == torch.float64 or (wide and x.dtype in _HALF):
         return tl.float64, torch.float64
     return tl.float32, torch.float32
+
+
+def is_half(x: Tensor) -> bool:
+    return x.dtype in _HALF
 
 
 def index(x: Tensor) -> Any:

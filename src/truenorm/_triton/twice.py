@@ -1,0 +1,111 @@
+"""Half precision by two floats: outputs that are off by little more than their rounding to float32,
+where weight · x̂, bias and a residual cancel too, as csrc/kernel_elementwise.h has them.
+
+What is small is the difference of products that a fused operation rounds once, so that float64
+takes no part but in sums and coefficients.
+"""
+
+# what Triton compiles has no Python types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import two_floats
+
+# of x̂'s larger float: the difference from it is exact as long as x̂ is less than 2^10
+_GRID = tl.constexpr(2.0**-14)
+_PER_GRID = tl.constexpr(2.0**14)
+_TO_GRID = tl.constexpr(1.5 * 2.0**9)
+
+
+@triton.jit
+def exact_base(mean, rstd, TYPE: tl.constexpr):
+    """What is subtracted from x, so that the difference is exact: nothing where the mean is small
+    enough to go into a coefficient, and else the mean, so coarse that it loses no bit of an x of
+    its size. A mean that is itself of TYPE, as where all values are equal, is subtracted whole, so
+    that exactly the bias is left.
+    """
+    bits = mean.to(tl.float32).to(tl.int32, bitcast=True)
+    if TYPE == tl.bfloat16:
+        bits = (bits >> 16) << 16
+    else:
+        bits = (bits >> 13) << 13
+    base = bits.to(tl.float32, bitcast=True)
+    near = tl.abs(mean) * rstd <= 32.0
+    return tl.where((base.to(tl.float64) != mean) & near, 0.0, base)
+
+
+@triton.jit
+def of_units(mean, rstd, weight, bias, TYPE: tl.constexpr):
+    """(base, scale, shift, their rests) of y = (x − base) · scale + shift; weight and bias float64."""
+    base = exact_base(mean, rstd, TYPE)
+    slope = rstd * weight
+    scale, scale_rest = two_floats(slope, tl.float32)
+    offset = bias - (mean - base.to(tl.float64)) * slope
+    shift, shift_rest = two_floats(offset, tl.float32)
+    return base, scale, shift, scale_rest, shift_rest
+
+
+@triton.jit
+def of_rows(mean, rstd, TYPE: tl.constexpr):
+    """(base, scale, offset, their rests) of x̂ = (x − base) · scale + offset, the offset on a grid."""
+    base = exact_base(mean, rstd, TYPE)
+    scale, scale_rest = two_floats(rstd, tl.float32)
+    whole = (base.to(tl.float64) - mean) * rstd
+    offset = tl.floor(whole * _PER_GRID + 0.5) * _GRID
+    return base, scale, offset.to(tl.float32), scale_rest, (whole - offset).to(tl.float32)
+
+
+@triton.jit
+def _sum_exactly(d, scale, shift, residual, low):
+    """d · scale + shift + residual + low; every rounding's error is added at the end. Compiled
+    without fused operations but for those that are written.
+    """
+    product = d * scale
+    of_product = tl.fma(d, scale, -product)
+    first = product + shift
+    part = first - product
+    of_first = (product - (first - part)) + (shift - part)
+    total = first + residual
+    part = total - first
+    of_total = (first - (total - part)) + (residual - part)
+    return total, (of_first + of_total) + (of_product + low)
+
+
+@triton.jit
+def _affine(d, scale, shift, low, p_residual, offsets, there, HAS_RESIDUAL: tl.constexpr):
+    """d · scale + shift + low, and the residual's value, rounded to float32."""
+    if HAS_RESIDUAL:
+        residual = tl.load(p_residual + offsets, mask=there, other=0).to(tl.float32)
+        y, rest = _sum_exactly(d, scale, shift, residual, low)
+    else:
+        y, rest = tl.fma(d, scale, shift), low
+    # the rest of an infinite value may be infinite the other way, or NaN
+    out = y + rest
+    return tl.where(out == out, out, y)
+
+
+@triton.jit
+def units(
+    x, base, scale, shift, scale_rest, shift_rest, p_residual, offsets, there,
+    HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """y of units, by of_units()."""
+    d = x - base
+    low = tl.fma(d, scale_rest, shift_rest)
+    return _affine(d, scale, shift, low, p_residual, offsets, there, HAS_RESIDUAL)
+
+
+@triton.jit
+def rows(
+    x, base, scale, offset, scale_rest, offset_rest, weight, bias, p_residual, offsets, there,
+    HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """y of rows, by of_rows(): x̂ is two floats, the one nearest on a grid, and the rest."""
+    d = x - base
+    near = (tl.fma(d, scale, offset) + _TO_GRID) - _TO_GRID
+    rest = tl.fma(d, scale, offset - near) + tl.fma(d, scale_rest, offset_rest)
+    return _affine(near, weight, bias, weight * rest, p_residual, offsets, there, HAS_RESIDUAL)
