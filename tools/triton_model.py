@@ -25,8 +25,6 @@ import torch
 import triton_resources as cases
 from triton_compile import Compiled, Launch, compile_for
 
-from truenorm._triton.config import STAGES
-
 
 class Gpu(NamedTuple):
     """clock: cycles a second; copy: bytes a second of a copy, read and written."""
@@ -143,8 +141,11 @@ def _met(code: list[Instruction]) -> tuple[list[Instruction], tuple[int, int] | 
     return way, loop
 
 
-def walk(sass: str) -> Walk:
-    """By the latencies above, twice through the loop: the second turn is what each turn takes."""
+def walk(sass: str, ahead: int = 1) -> Walk:
+    """By the latencies above, twice through the loop: the second turn is what each turn takes.
+
+    ahead: how many turns before what a pipeline reads is asked for.
+    """
     way, loop = _met(instructions(sass))
     found = Walk()
     inside = [s for s in way if loop and loop[0] <= s.at <= loop[1]]
@@ -160,7 +161,7 @@ def walk(sass: str) -> Walk:
         found.loop = _cycles(before + inside * 2) - _cycles(before + inside)
         if any(s.name.startswith("LDGSTS") for s in inside):
             # what is read ahead comes no sooner
-            found.loop = max(found.loop, MEMORY / (STAGES - 1))
+            found.loop = max(found.loop, MEMORY / ahead)
     found.cycles = _cycles(way)
     return found
 
@@ -220,7 +221,7 @@ def resident(launch: Launch, compiled: Compiled, gpu: Gpu) -> int:
 
 def bound(launch: Launch, compiled: Compiled, gpu: Gpu, moved: int, values: int) -> Bound:
     """moved: bytes that a program moves each time it comes to the tile's end; values: of a tile."""
-    found = walk(compiled.sass)
+    found = walk(compiled.sass, launch.arguments.get("STAGES", 1) - 1 or 1)
     programs = resident(launch, compiled, gpu)
     threads = 32 * launch.options.get("num_warps", 4)
     counts = found.in_loop if found.loop else found.counts

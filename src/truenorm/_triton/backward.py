@@ -21,6 +21,7 @@ from .tiles import (
     gradient_tile,
     load_tile,
     narrow,
+    next_tile,
     optional,
     parameters_of_units,
     parameters_of_values,
@@ -53,7 +54,8 @@ def backward(
     CENTRED: tl.constexpr, FIXED: tl.constexpr, NEEDS_X: tl.constexpr,
     NEEDS_PARAMETERS: tl.constexpr, NEEDS_RESIDUAL: tl.constexpr, HAS_GRAD_H: tl.constexpr,
     MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BY_OUTPUT: tl.constexpr, ACT: tl.constexpr,
-    ROUNDS: tl.constexpr, PLACED: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    ROUNDS: tl.constexpr, PLACED: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """grad_x, x and grad read once; sums for the parameters.
 
@@ -81,7 +83,7 @@ def backward(
         bias = optional(p_bias, place, in_value, HAS_BIAS, 0.0, ACC)[None, :]
         of_weight = tl.zeros((BK,), ACC)
         of_bias = tl.zeros((BK,), ACC)
-    for block in range(first, blocks, step):
+    for block in tl.range(first, blocks, step, num_stages=STAGES):
         u, in_unit, c, sample, begin = tile_units(
             before + block, U, C, K, R, run_stride, units, part, BU, COLUMNS, GROUPED, PARTED, INDEX
         )  # fmt: skip
@@ -160,7 +162,7 @@ def backward_apply(
     CENTRED: tl.constexpr, FIXED: tl.constexpr, NEEDS_X: tl.constexpr,
     NEEDS_RESIDUAL: tl.constexpr, MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BY_OUTPUT: tl.constexpr, ACT: tl.constexpr, ROUNDS: tl.constexpr,
-    ACC: tl.constexpr, INDEX: tl.constexpr,
+    STAGES: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """grad_x from the mean gradients of its statistic, one for every `units` units.
 
@@ -184,33 +186,34 @@ def backward_apply(
         place = parameters_of_units(c, sample, C, part, PARTED)
         weight = optional(p_weight, place, in_unit, HAS_WEIGHT, 1.0, ACC)[:, None]
         bias = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, ACC)[:, None]
-    for r in range(r0, r1):
-        for start in range(k0, k1, BK):
-            k = start + tl.arange(0, BK)
-            offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
-            there, valid = valid_tile(
-                p_mask, u, in_unit, sample, r * K + k, k < k1, K * R, MASK, COLUMNS
-            )  # fmt: skip
-            if BY_VALUE:
-                place = parameters_of_values(k, sample, K, PARTED)
-                weight = optional(p_weight, place, k < k1, HAS_WEIGHT, 1.0, ACC)[None, :]
-                bias = optional(p_bias, place, k < k1, HAS_BIAS, 0.0, ACC)[None, :]
-            x_hat = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
-            x_hat = ((x_hat - high) - low) * rstd
-            z = affine_tile(x_hat, weight, bias, p_x.dtype.element_ty, ROUNDS)
-            g = gradient_tile(
-                z, p_grad, p_residual, offsets, there, valid, parameter_bits,
-                MASK, HAS_RESIDUAL, BY_OUTPUT, ACT, ROUNDS, ACC,
-            )  # fmt: skip
-            if NEEDS_RESIDUAL:
-                tl.store(o_residual + offsets, narrow(g, o_residual.dtype.element_ty), mask=there)
-            if NEEDS_X:
-                wg = g * weight
-                if not FIXED:
-                    if CENTRED:
-                        wg -= shift
-                    wg -= x_hat * slope
-                y = wg * rstd
-                if MASK:
-                    y = tl.where(valid, y, 0.0)
-                tl.store(o_grad + offsets, narrow(y, o_grad.dtype.element_ty), mask=there)
+    r, start, steps = r0, k0, (r1 - r0) * ((k1 - k0 + BK - 1) // BK)
+    for _ in tl.range(0, steps, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
+        offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
+        there, valid = valid_tile(
+            p_mask, u, in_unit, sample, r * K + k, k < k1, K * R, MASK, COLUMNS
+        )  # fmt: skip
+        if BY_VALUE:
+            place = parameters_of_values(k, sample, K, PARTED)
+            weight = optional(p_weight, place, k < k1, HAS_WEIGHT, 1.0, ACC)[None, :]
+            bias = optional(p_bias, place, k < k1, HAS_BIAS, 0.0, ACC)[None, :]
+        x_hat = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
+        x_hat = ((x_hat - high) - low) * rstd
+        z = affine_tile(x_hat, weight, bias, p_x.dtype.element_ty, ROUNDS)
+        g = gradient_tile(
+            z, p_grad, p_residual, offsets, there, valid, parameter_bits,
+            MASK, HAS_RESIDUAL, BY_OUTPUT, ACT, ROUNDS, ACC,
+        )  # fmt: skip
+        if NEEDS_RESIDUAL:
+            tl.store(o_residual + offsets, narrow(g, o_residual.dtype.element_ty), mask=there)
+        if NEEDS_X:
+            wg = g * weight
+            if not FIXED:
+                if CENTRED:
+                    wg -= shift
+                wg -= x_hat * slope
+            y = wg * rstd
+            if MASK:
+                y = tl.where(valid, y, 0.0)
+            tl.store(o_grad + offsets, narrow(y, o_grad.dtype.element_ty), mask=there)
+        r, start = next_tile(r, start, k0, k1, BK)

@@ -45,8 +45,9 @@ class Limits:
 
 LIMITS = Limits()
 MAX_WARPS = 16
-# of a pipeline: what is read ahead is one tile less
-STAGES = 3
+# of a pipeline: what is read ahead is one tile less; of half precision's moments, whose tiles are
+# small, one more
+STAGES = 2
 
 
 class Key(NamedTuple):
@@ -114,19 +115,24 @@ def whole(
     grouped: bool,
     width: int,
     backward: bool,
+    half: bool = False,
+    turns: bool = False,
     crowded: bool = False,
 ) -> Launch | None:
     """A tile of whole statistics, or None where they do not fit.
 
     values: of a unit. units: that share a statistic if grouped, else neighbours in memory.
-    width: bytes of the compute type. crowded: whether what else is made of a tile than the norm
-    takes registers that a large one does not leave.
+    width: bytes of the compute type. half: whether memory holds half of them. turns: whether a
+    program goes on to other units. crowded: whether what else is made of a tile than the norm takes
+    registers that a large one does not leave.
     """
     wide = power_of_two(values)
     if grouped:
         tall = power_of_two(units)
     else:
-        tall = max(1, LIMITS.tile // (wide * width))
+        # one that goes on may be as small as a warp
+        size = LIMITS.tile // 4 if turns else LIMITS.tile
+        tall = max(1, size // (wide * width))
         if columns:
             tall = min(max(tall, LIMITS.columns), power_of_two(units))
     limit = LIMITS.backward if backward else LIMITS.forward
@@ -135,7 +141,11 @@ def whole(
     if tall * wide * width > limit:
         return None
     key = Key(True, values, units, columns, grouped, width, backward)
-    return _choose(key, Launch(tall, wide, _warps(tall * wide * width)))
+    size = tall * wide * width
+    if half and columns and not backward:
+        # a thread holds eight neighbours: the more values of each, the fewer have its statistics
+        size //= 2
+    return _choose(key, Launch(tall, wide, _warps(size)))
 
 
 def streamed(values: int, units: int, *, columns: bool, width: int) -> Launch:

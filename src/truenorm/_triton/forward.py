@@ -12,12 +12,12 @@ import triton.language as tl
 from . import twice
 from .moments import at_least_one, tile_moments
 from .tiles import (
-    OF_ROWS,
     affine_tile,
     chunk_bounds,
     finish_tile,
     load_tile,
     narrow,
+    next_tile,
     one_over_std,
     optional,
     parameters_of_units,
@@ -32,6 +32,87 @@ from .tiles import (
     valid_tile,
     value_offsets,
 )
+
+
+@triton.jit
+def _forward(
+    block, at, k, inside, in_value, weight, bias,
+    p_x, p_other, p_weight, p_bias, p_mask, p_residual, o_h, o_y, o_record,
+    U, C, K, R, run_stride, units, part, inner, innermost, step_0, step_1, step_2,
+    n, S, eps_bits, parameter_bits, padding_bits,
+    BU: tl.constexpr, COLUMNS: tl.constexpr, GROUPED: tl.constexpr, PARTED: tl.constexpr,
+    BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    CENTRED: tl.constexpr, MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    ROUNDS: tl.constexpr, PLACED: tl.constexpr, HAS_OTHER: tl.constexpr,
+    NEEDS_Y: tl.constexpr, KEEP: tl.constexpr, WIDE: tl.constexpr, TWICE: tl.constexpr,
+    TURNS: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """A tile of forward(). weight, bias: the rows' own, where a program takes turns."""
+    TYPE: tl.constexpr = p_x.dtype.element_ty
+    u, in_unit, c, sample, begin = tile_units(
+        block, U, C, K, R, run_stride, units, part, BU, COLUMNS, GROUPED, PARTED, INDEX
+    )  # fmt: skip
+    offsets = begin[:, None] + inside[None, :]
+    x_offsets, offsets = placed(
+        offsets, u, k, K, inner, innermost, step_0, step_1, step_2, PLACED
+    )  # fmt: skip
+    there, valid = valid_tile(p_mask, u, in_unit, sample, at, in_value, K, MASK, COLUMNS)
+    x = load_tile(p_x, x_offsets, there, valid, MASK, ACC)
+    if HAS_OTHER:
+        other = tl.load(p_other + offsets, mask=there, other=0).to(ACC)
+        h = narrow(x + other, TYPE)
+        tl.store(o_h + offsets, h, mask=there)
+        x = h.to(ACC)
+    if MASK:
+        count = per_statistic(valid.to(tl.int32), GROUPED)
+        values = at_least_one(count).to(ACC)
+    else:
+        values = tl.full((), n, ACC)
+    mean, var, d = tile_moments(x, valid, values, CENTRED, GROUPED, WIDE, ACC)
+    if KEEP:
+        if GROUPED:
+            statistic, writes = u // units, in_unit & (u % units == 0)
+        else:
+            statistic, writes = u, in_unit
+        tl.store(o_record + statistic, mean, mask=writes)
+        tl.store(o_record + S + statistic, var, mask=writes)
+        if MASK:
+            wide = count.to(tl.float64)
+        else:
+            wide = tl.zeros_like(mean) + n
+        tl.store(o_record + 2 * S + statistic, wide, mask=writes)
+    if NEEDS_Y:
+        rstd = one_over_std(var, eps_bits)
+        if BY_VALUE:
+            if not TURNS:
+                place = parameters_of_values(at, sample, K, PARTED)
+                weight = optional(p_weight, place, in_value, HAS_WEIGHT, 1.0, ACC)[None, :]
+                bias = optional(p_bias, place, in_value, HAS_BIAS, 0.0, ACC)[None, :]
+            if TWICE:
+                of = twice.of_rows(mean, rstd, TYPE)
+                y = twice.rows(
+                    x, of[0][:, None], of[1][:, None], of[2][:, None], of[3][:, None],
+                    of[4][:, None], weight, bias, p_residual, offsets, there, HAS_RESIDUAL, True,
+                )  # fmt: skip
+            else:
+                y = affine_tile(d * rstd.to(ACC)[:, None], weight, bias, TYPE, ROUNDS)
+        else:
+            place = parameters_of_units(c, sample, C, part, PARTED)
+            of_weight = optional(p_weight, place, in_unit, HAS_WEIGHT, 1.0, tl.float64)
+            if TWICE:
+                of_bias = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, tl.float64)
+                of = twice.of_units(mean, rstd, of_weight, of_bias, TYPE)
+                y = twice.units(
+                    x, of[0][:, None], of[1][:, None], of[2][:, None], of[3][:, None],
+                    of[4][:, None], p_residual, offsets, there, HAS_RESIDUAL, True,
+                )  # fmt: skip
+            else:
+                of_bias = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, ACC)
+                y = d * (rstd * of_weight).to(ACC)[:, None] + of_bias[:, None]
+        finish_tile(
+            y, p_residual, o_y, offsets, there, valid, parameter_bits, padding_bits,
+            MASK, HAS_RESIDUAL and not TWICE, ACT, ROUNDS,
+        )  # fmt: skip
 
 
 @triton.jit(
@@ -50,15 +131,14 @@ def forward(
     CENTRED: tl.constexpr, MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
     ROUNDS: tl.constexpr, PLACED: tl.constexpr, HAS_OTHER: tl.constexpr,
     NEEDS_Y: tl.constexpr, KEEP: tl.constexpr, WIDE: tl.constexpr, TWICE: tl.constexpr,
-    STAGES: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    TURNS: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """y and the record, x read once: a tile holds every value of its statistics.
 
-    S: how many statistics there are. blocks: of tiles, between which programs go turn by turn, what
+    S: how many statistics there are. TURNS: between the `blocks` tiles programs go turn by turn, what
     comes next being on its way by then. HAS_OTHER: of h = x + other, which is stored too. PLACED:
     how x lies, where that is not as all else does.
     """
-    TYPE: tl.constexpr = p_x.dtype.element_ty
     at = tl.arange(0, BK)
     if RUNS:
         k, r = (at % K).to(INDEX), (at // K).to(INDEX)
@@ -68,74 +148,29 @@ def forward(
         k = at.to(INDEX)
         in_value = at < K
         inside = value_offsets(k, C, COLUMNS)
-    if BY_VALUE and PARTED != OF_ROWS:
+    if TURNS:
         weight = optional(p_weight, at, in_value, HAS_WEIGHT, 1.0, ACC)[None, :]
         bias = optional(p_bias, at, in_value, HAS_BIAS, 0.0, ACC)[None, :]
-    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=STAGES):
-        u, in_unit, c, sample, begin = tile_units(
-            block, U, C, K, R, run_stride, units, part, BU, COLUMNS, GROUPED, PARTED, INDEX
-        )  # fmt: skip
-        offsets = begin[:, None] + inside[None, :]
-        x_offsets, offsets = placed(
-            offsets, u, k, K, inner, innermost, step_0, step_1, step_2, PLACED
-        )  # fmt: skip
-        there, valid = valid_tile(p_mask, u, in_unit, sample, at, in_value, K, MASK, COLUMNS)
-        x = load_tile(p_x, x_offsets, there, valid, MASK, ACC)
-        if HAS_OTHER:
-            other = tl.load(p_other + offsets, mask=there, other=0).to(ACC)
-            h = narrow(x + other, TYPE)
-            tl.store(o_h + offsets, h, mask=there)
-            x = h.to(ACC)
-        if MASK:
-            count = per_statistic(valid.to(tl.int32), GROUPED)
-            values = at_least_one(count).to(ACC)
-        else:
-            values = tl.full((), n, ACC)
-        mean, var, d = tile_moments(x, valid, values, CENTRED, GROUPED, WIDE, ACC)
-        if KEEP:
-            if GROUPED:
-                statistic, writes = u // units, in_unit & (u % units == 0)
-            else:
-                statistic, writes = u, in_unit
-            tl.store(o_record + statistic, mean, mask=writes)
-            tl.store(o_record + S + statistic, var, mask=writes)
-            if MASK:
-                wide = count.to(tl.float64)
-            else:
-                wide = tl.zeros_like(mean) + n
-            tl.store(o_record + 2 * S + statistic, wide, mask=writes)
-        if NEEDS_Y:
-            rstd = one_over_std(var, eps_bits)
-            if BY_VALUE:
-                if PARTED == OF_ROWS:
-                    place = parameters_of_values(at, sample, K, PARTED)
-                    weight = optional(p_weight, place, in_value, HAS_WEIGHT, 1.0, ACC)[None, :]
-                    bias = optional(p_bias, place, in_value, HAS_BIAS, 0.0, ACC)[None, :]
-                if TWICE:
-                    of = twice.of_rows(mean, rstd, TYPE)
-                    y = twice.rows(
-                        x, of[0][:, None], of[1][:, None], of[2][:, None], of[3][:, None],
-                        of[4][:, None], weight, bias, p_residual, offsets, there, HAS_RESIDUAL,
-                    )  # fmt: skip
-                else:
-                    y = affine_tile(d * rstd.to(ACC)[:, None], weight, bias, TYPE, ROUNDS)
-            else:
-                place = parameters_of_units(c, sample, C, part, PARTED)
-                of_weight = optional(p_weight, place, in_unit, HAS_WEIGHT, 1.0, tl.float64)
-                if TWICE:
-                    of_bias = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, tl.float64)
-                    of = twice.of_units(mean, rstd, of_weight, of_bias, TYPE)
-                    y = twice.units(
-                        x, of[0][:, None], of[1][:, None], of[2][:, None], of[3][:, None],
-                        of[4][:, None], p_residual, offsets, there, HAS_RESIDUAL,
-                    )  # fmt: skip
-                else:
-                    of_bias = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, ACC)
-                    y = d * (rstd * of_weight).to(ACC)[:, None] + of_bias[:, None]
-            finish_tile(
-                y, p_residual, o_y, offsets, there, valid, parameter_bits, padding_bits,
-                MASK, HAS_RESIDUAL and not TWICE, ACT, ROUNDS,
+        for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=STAGES):
+            _forward(
+                block, at, k, inside, in_value, weight, bias,
+                p_x, p_other, p_weight, p_bias, p_mask, p_residual, o_h, o_y, o_record,
+                U, C, K, R, run_stride, units, part, inner, innermost, step_0, step_1, step_2,
+                n, S, eps_bits, parameter_bits, padding_bits,
+                BU, COLUMNS, GROUPED, PARTED, BY_VALUE, HAS_WEIGHT, HAS_BIAS, CENTRED, MASK,
+                HAS_RESIDUAL, ACT, ROUNDS, PLACED, HAS_OTHER, NEEDS_Y, KEEP, WIDE, TWICE, TURNS, ACC,
+                INDEX,
             )  # fmt: skip
+    else:
+        _forward(
+            tl.program_id(0), at, k, inside, in_value, None, None,
+            p_x, p_other, p_weight, p_bias, p_mask, p_residual, o_h, o_y, o_record,
+            U, C, K, R, run_stride, units, part, inner, innermost, step_0, step_1, step_2,
+            n, S, eps_bits, parameter_bits, padding_bits,
+            BU, COLUMNS, GROUPED, PARTED, BY_VALUE, HAS_WEIGHT, HAS_BIAS, CENTRED, MASK,
+            HAS_RESIDUAL, ACT, ROUNDS, PLACED, HAS_OTHER, NEEDS_Y, KEEP, WIDE, TWICE, TURNS, ACC,
+            INDEX,
+        )  # fmt: skip
 
 
 @triton.jit(
@@ -153,7 +188,8 @@ def normalize(
     BY_VALUE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
     ROUNDS: tl.constexpr,
-    KEEP: tl.constexpr, TWICE: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    KEEP: tl.constexpr, TWICE: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """y from x and given statistics, one for every `units` units.
 
@@ -191,34 +227,35 @@ def normalize(
         shift = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, ACC)
         if TWICE:
             of = twice.of_units(mean, rstd, weight, shift.to(tl.float64), TYPE)
-    for r in range(r0, r1):
-        for start in range(k0, k1, BK):
-            k = start + tl.arange(0, BK)
-            offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
-            there, valid = valid_tile(
-                p_mask, u, in_unit, sample, r * K + k, k < k1, K * R, MASK, COLUMNS
-            )  # fmt: skip
-            x = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
-            if BY_VALUE:
-                place = parameters_of_values(k, sample, K, PARTED)
-                weight = optional(p_weight, place, k < k1, HAS_WEIGHT, 1.0, ACC)[None, :]
-                bias = optional(p_bias, place, k < k1, HAS_BIAS, 0.0, ACC)[None, :]
-                if TWICE:
-                    y = twice.rows(
-                        x, of[0][:, None], of[1][:, None], of[2][:, None], of[3][:, None],
-                        of[4][:, None], weight, bias, p_residual, offsets, there, HAS_RESIDUAL,
-                    )  # fmt: skip
-                else:
-                    x_hat = ((x - high[:, None]) - low[:, None]) * scale[:, None]
-                    y = affine_tile(x_hat, weight, bias, TYPE, ROUNDS)
-            elif TWICE:
-                y = twice.units(
+    r, start, steps = r0, k0, (r1 - r0) * ((k1 - k0 + BK - 1) // BK)
+    for _ in tl.range(0, steps, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
+        offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
+        there, valid = valid_tile(
+            p_mask, u, in_unit, sample, r * K + k, k < k1, K * R, MASK, COLUMNS
+        )  # fmt: skip
+        x = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
+        if BY_VALUE:
+            place = parameters_of_values(k, sample, K, PARTED)
+            weight = optional(p_weight, place, k < k1, HAS_WEIGHT, 1.0, ACC)[None, :]
+            bias = optional(p_bias, place, k < k1, HAS_BIAS, 0.0, ACC)[None, :]
+            if TWICE:
+                y = twice.rows(
                     x, of[0][:, None], of[1][:, None], of[2][:, None], of[3][:, None],
-                    of[4][:, None], p_residual, offsets, there, HAS_RESIDUAL,
+                    of[4][:, None], weight, bias, p_residual, offsets, there, HAS_RESIDUAL, False,
                 )  # fmt: skip
             else:
-                y = ((x - high[:, None]) - low[:, None]) * scale[:, None] + shift[:, None]
-            finish_tile(
-                y, p_residual, o_y, offsets, there, valid, parameter_bits, padding_bits,
-                MASK, HAS_RESIDUAL and not TWICE, ACT, ROUNDS,
+                x_hat = ((x - high[:, None]) - low[:, None]) * scale[:, None]
+                y = affine_tile(x_hat, weight, bias, TYPE, ROUNDS)
+        elif TWICE:
+            y = twice.units(
+                x, of[0][:, None], of[1][:, None], of[2][:, None], of[3][:, None],
+                of[4][:, None], p_residual, offsets, there, HAS_RESIDUAL, False,
             )  # fmt: skip
+        else:
+            y = ((x - high[:, None]) - low[:, None]) * scale[:, None] + shift[:, None]
+        finish_tile(
+            y, p_residual, o_y, offsets, there, valid, parameter_bits, padding_bits,
+            MASK, HAS_RESIDUAL and not TWICE, ACT, ROUNDS,
+        )  # fmt: skip
+        r, start = next_tile(r, start, k0, k1, BK)

@@ -195,6 +195,7 @@ class _Backward(Inputs):
             CENTRED=self.form.axes.centred, FIXED=self.form.constant, NEEDS_X=self.needs_x,
             NEEDS_PARAMETERS=self.needs_parameters, NEEDS_RESIDUAL=self.needs_residual,
             HAS_GRAD_H=self.grad_h is not None, PLACED=self.placed.kind,
+            STAGES=config.STAGES if units.by_value and not units.columns else 1,
         )  # fmt: skip
         if of_weight is not self.grad_weight:
             self._merge(of_weight, of_bias, sums_of, 1, parameters=True)

@@ -22,6 +22,7 @@ def _moments(call: Inputs) -> Tensor:
     plan = Streamed(units, width.itemsize)
     parts = units.U * plan.count
     of_mean, of_m2 = view.pair(parts, torch.float64, x.device)
+    stages = {"STAGES": config.STAGES + 1} if view.is_half(x) else {}
     counts = None
     if call.mask is not None:
         counts = torch.empty(parts, dtype=torch.int32, device=x.device)
@@ -29,7 +30,7 @@ def _moments(call: Inputs) -> Tensor:
         moments.moments, plan.grid,
         x, call.mask, of_mean, of_m2, counts,
         *plan.sizes, plan.unit_blocks, plan.count, *plan.cuts,
-        **plan.constants, CENTRED=centred, MASK=call.mask_kind(units), ACC=acc, INDEX=view.index(x),
+        **plan.constants | stages, CENTRED=centred, MASK=call.mask_kind(units), ACC=acc, INDEX=view.index(x),
     )  # fmt: skip
     record = call.record()
     per_statistic = units.D * plan.count
@@ -81,8 +82,10 @@ def _whole(
     x, centred = call.x, call.form.axes.centred
     units = call.units_of_statistics if y is None else call.units
     acc, width = view.compute(x)
-    crowded = call.crowded(backward=False)
-    tile = units.whole(width.itemsize, backward=False, crowded=crowded)
+    half = view.is_half(x)
+    # half precision's sums are float64's
+    crowded = call.crowded(backward=False) or (half and centred)
+    tile = units.whole(width.itemsize, backward=False, half=half, crowded=crowded)
     if tile is None:
         return False, None
     record = call.record() if keep else None
@@ -103,8 +106,8 @@ def _whole(
         BY_VALUE=units.by_value, HAS_WEIGHT=call.has_weight, HAS_BIAS=call.bias is not None,
         CENTRED=centred, HAS_RESIDUAL=call.residual is not None, PLACED=call.placed.kind,
         HAS_OTHER=h is not None, NEEDS_Y=y is not None, KEEP=keep,
-        WIDE=centred and view.is_half(x), TWICE=call.twice,
-        STAGES=config.STAGES if turns else 1, ACC=acc, INDEX=view.index(x),
+        WIDE=centred and half, TWICE=call.twice,
+        TURNS=turns, STAGES=config.STAGES, ACC=acc, INDEX=view.index(x),
     )  # fmt: skip
     return True, record
 

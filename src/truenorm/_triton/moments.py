@@ -16,6 +16,7 @@ import triton.language as tl
 from .tiles import (
     chunk_bounds,
     load_tile,
+    next_tile,
     per_statistic,
     split_program,
     tile_units,
@@ -31,16 +32,6 @@ def at_least_one(count):
 
 
 @triton.jit
-def _quotient(value, n):
-    """value / n in float64, rounded once, in a few operations for each value."""
-    inverse = 1.0 / n
-    q = value * inverse
-    rest = tl.fma(-q, n + tl.zeros_like(q), value)
-    # an infinite value has no rest
-    return tl.where(rest == rest, tl.fma(rest, inverse + tl.zeros_like(q), q), q)
-
-
-@triton.jit
 def _both(sum_a, squares_a, sum_b, squares_b):
     return sum_a + sum_b, squares_a + squares_b
 
@@ -53,14 +44,19 @@ def _wide_moments(x, valid, n, GROUPED: tl.constexpr):
     if GROUPED:
         of_all, of_squares = tl.reduce((sums, squares), 0, _both)
         sums, squares = of_all + tl.zeros_like(sums), of_squares + tl.zeros_like(squares)
-    mean = _quotient(sums, n)
+    # a division of float64 is a call: one for all, and its rest
+    part = 1.0 / n + tl.zeros_like(sums)
+    mean = sums * part
+    rest = tl.fma(-mean, n + tl.zeros_like(sums), sums)
+    # an infinite mean has none
+    mean = tl.where(rest == rest, tl.fma(rest, part, mean), mean)
     m2 = squares - sums * mean
     # a mean 2^13 standard deviations from zero
     lost = m2 < squares * 1.5e-8
     if tl.max(lost.to(tl.int32), 0) > 0:
         d = tl.where(valid, wide - mean[:, None], 0.0)
         m2 = tl.where(lost, per_statistic(d * d, GROUPED), m2)
-    return mean, _quotient(m2, n)
+    return mean, m2 * part
 
 
 @triton.jit
@@ -104,25 +100,26 @@ def tile_moments(
 def _sums(
     p_x, p_mask, u, in_unit, sample, base, pivot, r0, r1, k0, k1, C, K, run_stride,
     COLUMNS: tl.constexpr, MASK: tl.constexpr, BU: tl.constexpr, BK: tl.constexpr,
-    ACC: tl.constexpr,
+    STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums of x − pivot, of its squares, and of how many there are, by unit."""
     s1 = tl.zeros((BU, BK), ACC)
     s2 = tl.zeros((BU, BK), ACC)
     count = tl.zeros((BU, BK), tl.int32)
-    for r in range(r0, r1):
-        for start in range(k0, k1, BK):
-            k = start + tl.arange(0, BK)
-            offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
-            there, valid = valid_tile(
-                p_mask, u, in_unit, sample, r * K + k, k < k1, K, MASK, COLUMNS
-            )  # fmt: skip
-            x = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
-            d = tl.where(valid, x - pivot[:, None], 0.0)
-            s1 += d
-            s2 += d * d
-            if MASK:
-                count += valid.to(tl.int32)
+    r, start, steps = r0, k0, (r1 - r0) * ((k1 - k0 + BK - 1) // BK)
+    for _ in tl.range(0, steps, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
+        offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
+        there, valid = valid_tile(
+            p_mask, u, in_unit, sample, r * K + k, k < k1, K, MASK, COLUMNS
+        )  # fmt: skip
+        x = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
+        d = tl.where(valid, x - pivot[:, None], 0.0)
+        s1 += d
+        s2 += d * d
+        if MASK:
+            count += valid.to(tl.int32)
+        r, start = next_tile(r, start, k0, k1, BK)
     return tl.sum(s1, 1), tl.sum(s2, 1), tl.sum(count, 1)
 
 
@@ -132,7 +129,8 @@ def moments(
     U, C, K, R, run_stride, unit_blocks, chunks, k_chunks, k_chunk, r_chunk,
     BU: tl.constexpr, BK: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
-    CENTRED: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    CENTRED: tl.constexpr, MASK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """Mean and M2 of one chunk of some units, in float64, to be merged; under a mask the count."""
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, False)
@@ -156,7 +154,7 @@ def moments(
         pivot = tl.zeros((BU,), ACC)
     s1, s2, count = _sums(
         p_x, p_mask, u, in_unit, sample, base, pivot, r0, r1, k0, k1, C, K, run_stride,
-        COLUMNS, MASK, BU, BK, ACC,
+        COLUMNS, MASK, BU, BK, STAGES, ACC,
     )  # fmt: skip
     if MASK:
         n = at_least_one(count).to(ACC)
@@ -182,7 +180,7 @@ def moments(
                 wide_pivot = pivot.to(tl.float64)
             t1, t2, _again = _sums(
                 p_x, p_mask, u, in_unit, sample, base, wide_pivot, r0, r1, k0, k1, C, K,
-                run_stride, COLUMNS, MASK, BU, NARROW, tl.float64,
+                run_stride, COLUMNS, MASK, BU, NARROW, 1, tl.float64,
             )  # fmt: skip
             if not CENTRED:
                 t1 = tl.zeros((BU,), tl.float64)

@@ -14,6 +14,7 @@ from .tiles import (
     chunk_bounds,
     gradient_tile,
     narrow,
+    next_tile,
     optional,
     parameters_of_units,
     parameters_of_values,
@@ -42,7 +43,7 @@ def backward_sums(
     STATISTIC_BY_VALUE: tl.constexpr, BY_VALUE: tl.constexpr, WEIGHTED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, MASK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, BY_OUTPUT: tl.constexpr, ACT: tl.constexpr,
-    ROUNDS: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    ROUNDS: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Sums of g·x̂ and of g over one chunk of some units.
 
@@ -65,38 +66,39 @@ def backward_sums(
         bias = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, ACC)[:, None]
     s1 = tl.zeros((BU, BK), ACC)
     s2 = tl.zeros((BU, BK), ACC)
-    for r in range(r0, r1):
-        for start in range(k0, k1, BK):
-            k = start + tl.arange(0, BK)
-            offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
-            there, valid = valid_tile(
-                p_mask, u, in_unit, sample, r * K + k, k < k1, K * R, MASK, COLUMNS
-            )  # fmt: skip
-            if STATISTIC_BY_VALUE:
-                row = k
-                if not COLUMNS:
-                    row += r * K
-                if PARTED:
-                    row += sample * K
-                k_mean, k_rstd = statistics(p_record, p_record + S, row, k < k1, eps_bits)
-                k_high, k_low = two_floats(k_mean, ACC)
-                high, low = k_high[None, :], k_low[None, :]
-                rstd = k_rstd.to(ACC)[None, :]
-            if BY_VALUE:
-                place = parameters_of_values(k, sample, K, PARTED)
-                weight = optional(p_weight, place, k < k1, HAS_WEIGHT, 1.0, ACC)[None, :]
-                bias = optional(p_bias, place, k < k1, HAS_BIAS, 0.0, ACC)[None, :]
-            x_hat = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
-            x_hat = ((x_hat - high) - low) * rstd
-            z = affine_tile(x_hat, weight, bias, p_x.dtype.element_ty, ROUNDS)
-            g = gradient_tile(
-                z, p_grad, p_residual, offsets, there, valid, parameter_bits,
-                MASK, HAS_RESIDUAL, BY_OUTPUT, ACT, ROUNDS, ACC,
-            )  # fmt: skip
-            if WEIGHTED:
-                g *= weight
-            s1 += g
-            s2 += tl.where(valid, g * x_hat, 0.0)
+    r, start, steps = r0, k0, (r1 - r0) * ((k1 - k0 + BK - 1) // BK)
+    for _ in tl.range(0, steps, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
+        offsets = (base + r * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
+        there, valid = valid_tile(
+            p_mask, u, in_unit, sample, r * K + k, k < k1, K * R, MASK, COLUMNS
+        )  # fmt: skip
+        if STATISTIC_BY_VALUE:
+            row = k
+            if not COLUMNS:
+                row += r * K
+            if PARTED:
+                row += sample * K
+            k_mean, k_rstd = statistics(p_record, p_record + S, row, k < k1, eps_bits)
+            k_high, k_low = two_floats(k_mean, ACC)
+            high, low = k_high[None, :], k_low[None, :]
+            rstd = k_rstd.to(ACC)[None, :]
+        if BY_VALUE:
+            place = parameters_of_values(k, sample, K, PARTED)
+            weight = optional(p_weight, place, k < k1, HAS_WEIGHT, 1.0, ACC)[None, :]
+            bias = optional(p_bias, place, k < k1, HAS_BIAS, 0.0, ACC)[None, :]
+        x_hat = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
+        x_hat = ((x_hat - high) - low) * rstd
+        z = affine_tile(x_hat, weight, bias, p_x.dtype.element_ty, ROUNDS)
+        g = gradient_tile(
+            z, p_grad, p_residual, offsets, there, valid, parameter_bits,
+            MASK, HAS_RESIDUAL, BY_OUTPUT, ACT, ROUNDS, ACC,
+        )  # fmt: skip
+        if WEIGHTED:
+            g *= weight
+        s1 += g
+        s2 += tl.where(valid, g * x_hat, 0.0)
+        r, start = next_tile(r, start, k0, k1, BK)
     tl.store(o_gx + u * chunks + chunk, tl.sum(s2, 1), mask=in_unit)
     tl.store(o_g + u * chunks + chunk, tl.sum(s1, 1), mask=in_unit)
 

@@ -173,6 +173,14 @@ def chunk_bounds(chunk, K, R, k_chunks, k_chunk, r_chunk):
 
 
 @triton.jit
+def next_tile(r, start, k0, k1, BK: tl.constexpr):
+    """(run, first value) of the tile after this one."""
+    start += BK
+    over = start >= k1
+    return r + over.to(r.dtype), tl.where(over, k0, start)
+
+
+@triton.jit
 def valid_tile(
     p_mask, u, in_unit, sample, at, in_value, places, MASK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip

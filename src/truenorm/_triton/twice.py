@@ -15,9 +15,7 @@ import triton.language as tl
 
 from .tiles import two_floats
 
-# of x̂'s larger float: the difference from it is exact as long as x̂ is less than 2^10
-_GRID = tl.constexpr(2.0**-14)
-_PER_GRID = tl.constexpr(2.0**14)
+# of steps of 2^-14
 _TO_GRID = tl.constexpr(1.5 * 2.0**9)
 
 
@@ -28,13 +26,14 @@ def exact_base(mean, rstd, TYPE: tl.constexpr):
     its size. A mean that is itself of TYPE, as where all values are equal, is subtracted whole, so
     that exactly the bias is left.
     """
-    bits = mean.to(tl.float32).to(tl.int32, bitcast=True)
+    rounded = mean.to(tl.float32)
+    bits = rounded.to(tl.int32, bitcast=True)
     if TYPE == tl.bfloat16:
         bits = (bits >> 16) << 16
     else:
         bits = (bits >> 13) << 13
     base = bits.to(tl.float32, bitcast=True)
-    near = tl.abs(mean) * rstd <= 32.0
+    near = tl.abs(rounded) * rstd.to(tl.float32) <= 32.0
     return tl.where((base.to(tl.float64) != mean) & near, 0.0, base)
 
 
@@ -55,8 +54,16 @@ def of_rows(mean, rstd, TYPE: tl.constexpr):
     base = exact_base(mean, rstd, TYPE)
     scale, scale_rest = two_floats(rstd, tl.float32)
     whole = (base.to(tl.float64) - mean) * rstd
-    offset = tl.floor(whole * _PER_GRID + 0.5) * _GRID
-    return base, scale, offset.to(tl.float32), scale_rest, (whole - offset).to(tl.float32)
+    offset = on_grid(whole.to(tl.float32))
+    return base, scale, offset, scale_rest, (whole - offset.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def on_grid(value):
+    """The number nearest to a float32 on a grid, from which the difference is exact as long as the
+    value is less than 2^10.
+    """
+    return (value + _TO_GRID) - _TO_GRID
 
 
 @triton.jit
@@ -76,36 +83,42 @@ def _sum_exactly(d, scale, shift, residual, low):
 
 
 @triton.jit
-def _affine(d, scale, shift, low, p_residual, offsets, there, HAS_RESIDUAL: tl.constexpr):
+def _affine(
+    d, scale, shift, low, p_residual, offsets, there, HAS_RESIDUAL: tl.constexpr,
+    OWN: tl.constexpr,
+):  # fmt: skip
     """d · scale + shift + low, and the residual's value, rounded to float32."""
     if HAS_RESIDUAL:
         residual = tl.load(p_residual + offsets, mask=there, other=0).to(tl.float32)
         y, rest = _sum_exactly(d, scale, shift, residual, low)
     else:
         y, rest = tl.fma(d, scale, shift), low
-    # the rest of an infinite value may be infinite the other way, or NaN
     out = y + rest
-    return tl.where(out == out, out, y)
+    if not OWN:
+        # the rest of an infinite value may be infinite the other way, or NaN
+        out = tl.where(out == out, out, y)
+    return out
 
 
 @triton.jit
 def units(
     x, base, scale, shift, scale_rest, shift_rest, p_residual, offsets, there,
-    HAS_RESIDUAL: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """y of units, by of_units()."""
+    """y of units, by of_units(). OWN: by statistics of x's own, which an infinite value spoils."""
     d = x - base
     low = tl.fma(d, scale_rest, shift_rest)
-    return _affine(d, scale, shift, low, p_residual, offsets, there, HAS_RESIDUAL)
+    return _affine(d, scale, shift, low, p_residual, offsets, there, HAS_RESIDUAL, OWN)
 
 
 @triton.jit
 def rows(
     x, base, scale, offset, scale_rest, offset_rest, weight, bias, p_residual, offsets, there,
-    HAS_RESIDUAL: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """y of rows, by of_rows(): x̂ is two floats, the one nearest on a grid, and the rest."""
     d = x - base
-    near = (tl.fma(d, scale, offset) + _TO_GRID) - _TO_GRID
+    near = on_grid(tl.fma(d, scale, offset))
     rest = tl.fma(d, scale, offset - near) + tl.fma(d, scale_rest, offset_rest)
-    return _affine(near, weight, bias, weight * rest, p_residual, offsets, there, HAS_RESIDUAL)
+    low = weight * rest
+    return _affine(near, weight, bias, low, p_residual, offsets, there, HAS_RESIDUAL, OWN)

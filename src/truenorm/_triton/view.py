@@ -156,7 +156,9 @@ class Units:
         """Whose parameters they are, as tiles.py has it."""
         return (_OF_ROWS if self.by_value else _OF_UNITS) if self.part else 0
 
-    def whole(self, width: int, *, backward: bool, crowded: bool = False) -> Launch | None:
+    def whole(
+        self, width: int, *, backward: bool, half: bool = False, crowded: bool = False
+    ) -> Launch | None:
         if self.spans:
             return None
         grouped = self.D > 1
@@ -167,6 +169,8 @@ class Units:
             grouped=grouped,
             width=width,
             backward=backward,
+            half=half,
+            turns=self.by_value and not self.part and not backward,
             crowded=crowded,
         )
 
@@ -231,4 +235,4 @@ class Streamed:
     def constants(self) -> dict[str, Any]:
         # one run after the other in memory, or one unit after the other
         first = not self.units.columns and self.units.R == 1
-        return {**self.units.tiles(self.launch), "CHUNKS_FIRST": first}
+        return {**self.units.tiles(self.launch), "CHUNKS_FIRST": first, "STAGES": config.STAGES}
