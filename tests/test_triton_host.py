@@ -393,10 +393,12 @@ def test_choices_do_not_depend_on_the_batch() -> None:
 
 
 def test_programs_of_a_layer_norm() -> None:
-    assert config.programs(10, 132) == 10
-    assert config.programs(16_384, 132) == 264
+    assert config.programs(10, 8, 132) == 10
+    # as many warps whatever these are shared by
+    for warps, each in ((2, 8), (8, 2), (16, 1), (32, 1)):
+        assert config.programs(4096, warps, 132) == each * 132
     # no program adds up more than so many blocks
-    assert config.programs(2**20, 132) == 2**20 // config.LIMITS.blocks_per_program
+    assert config.programs(2**20, 8, 132) == 2**20 // config.LIMITS.blocks_per_program
 
 
 def resources(tmp_path: Path, *args: str) -> str:

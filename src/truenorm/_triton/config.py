@@ -142,7 +142,7 @@ def whole(
         return None
     key = Key(True, values, units, columns, grouped, width, backward)
     size = tall * wide * width
-    if half and columns and not backward:
+    if half and columns:
         # a thread holds eight neighbours: the more values of each, the fewer have its statistics
         size //= 2
     return _choose(key, Launch(tall, wide, _warps(size)))
@@ -150,13 +150,18 @@ def whole(
 
 def streamed(values: int, units: int, *, columns: bool, width: int) -> Launch:
     """A tile to walk over units with. units: neighbours in memory, where channels are inside."""
+    size = LIMITS.tile
     if columns:
         tall = min(64, power_of_two(units))
     else:
-        tall = max(1, LIMITS.tile // (power_of_two(values) * width))
-    wide = min(power_of_two(values), max(1, LIMITS.tile // (tall * width)))
+        if values % 16:
+            # loaded value by value, which takes a register and an address each
+            size //= 2
+        tall = max(1, size // (power_of_two(values) * width))
+    wide = min(power_of_two(values), max(1, size // (tall * width)))
     key = Key(False, values, units, columns, False, width, False)
-    return _choose(key, Launch(tall, wide, _warps(tall * wide * width)))
+    warps = _warps(LIMITS.tile * tall * wide * width // size)
+    return _choose(key, Launch(tall, wide, warps))
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,9 @@ def programs_of_part(blocks: int) -> int:
     return min(blocks, max(32, -(-blocks // 16)))
 
 
-def programs(blocks: int, multiprocessors: int) -> int:
-    """Programs that share the blocks of rows of a layer norm's backward."""
-    return min(blocks, max(2 * multiprocessors, -(-blocks // LIMITS.blocks_per_program)))
+def programs(blocks: int, warps: int, multiprocessors: int) -> int:
+    """Programs that share the blocks of rows of a layer norm's backward: as many as multiprocessors
+    hold by their registers.
+    """
+    each = max(1, 16 // warps)
+    return min(blocks, max(each * multiprocessors, -(-blocks // LIMITS.blocks_per_program)))

@@ -86,7 +86,7 @@ def gated_backward(
     N, G, K, S, x_step, gate_step, eps_bits, blocks,
     BU: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, SWISH: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, NEEDS_INPUT: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
-    ACC: tl.constexpr, INDEX: tl.constexpr,
+    STAGES: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x and gate, and for weight's a row of sums per program of a group.
 
@@ -98,7 +98,7 @@ def gated_backward(
     first, C = group * K, G * K
     weight = optional(p_weight, first + at, in_value, HAS_WEIGHT, 1.0, ACC)[None, :]
     of_weight = tl.zeros((BK,), ACC)
-    for block in range(program, blocks, tl.num_programs(0) // G):
+    for block in tl.range(program, blocks, tl.num_programs(0) // G, num_stages=STAGES):
         row = block * BU + tl.arange(0, BU)
         in_row = row < N
         there = in_row[:, None] & in_value[None, :]

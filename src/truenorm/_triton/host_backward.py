@@ -113,7 +113,8 @@ class _Backward(Inputs):
         self.grad_weight = torch.empty(sizes, dtype=dtype, device=x.device)
         self.grad_bias = torch.empty(sizes, dtype=dtype, device=x.device)
         crowded = self.crowded(backward=True)
-        tile = self.units.whole(self.kept.itemsize, backward=True, crowded=crowded)
+        half = view.is_half(x)
+        tile = self.units.whole(self.kept.itemsize, backward=True, half=half, crowded=crowded)
         if tile is not None and given is None:
             self._whole(tile)
         elif self.units.by_value:
@@ -178,7 +179,7 @@ class _Backward(Inputs):
             blocks //= units.parts
             grid = config.programs_of_part(blocks) * units.parts
         elif units.by_value:
-            grid = config.programs(blocks, view.processors(self.x.device))
+            grid = config.programs(blocks, tile.warps, view.processors(self.x.device))
         sums_of = grid // units.parts if units.by_value else units.part or units.samples
         if self.needs_parameters and (units.by_value or sums_of > 1):
             parts = grid * units.K if units.by_value else units.U

@@ -130,7 +130,8 @@ def gated_norm_backward(
         of_x, of_gate = call.new(inputs), call.new(inputs)
         blocks = call.blocks(launch)
         # all groups' programs together are as many as a norm of whole rows would have
-        programs = config.programs(blocks, -(-view.processors(x.device) // call.groups))
+        processors = -(-view.processors(x.device) // call.groups)
+        programs = config.programs(blocks, launch.warps, processors)
         parts = of_weight = torch.empty(
             (x.shape[1] if params else 0,),
             dtype=x.dtype if weight is None else weight.dtype,
@@ -142,6 +143,7 @@ def gated_norm_backward(
             grad, call.x, call.gate, view.flat(record), call.weight, of_x, of_gate, parts,
             *call.numbers, blocks,
             **call.tile(launch), **call.constants, NEEDS_INPUT=inputs, NEEDS_WEIGHT=params,
+            STAGES=config.STAGES,
         )  # fmt: skip
         if params:
             _add_up(parts, of_weight)
