@@ -384,12 +384,15 @@ def test_choices_do_not_depend_on_the_batch() -> None:
                             assert launch.warps in (1, 2, 4, 8, 16)
                     tile = config.streamed(values, units, columns=columns, width=width)
                     assert tile.units * tile.values * width <= config.LIMITS.tile
-                    cut = config.chunks(values, 5, tile)
+                    cut = config.chunks(values, 5, tile, units)
                     assert cut.k_chunk * cut.k_chunks >= values
                     assert cut.k_chunk * (cut.k_chunks - 1) < values
                     assert cut.count == cut.k_chunks * -(-5 // cut.r_chunk)
                     steps = -(-cut.k_chunk // tile.values) * cut.r_chunk
                     assert steps <= config.LIMITS.steps
+                    # more than a few are for samples that have enough for all multiprocessors
+                    if steps > config.LIMITS.few_steps:
+                        assert cut.count * -(-units // tile.units) >= config.LIMITS.programs
 
 
 def test_programs_of_a_layer_norm() -> None:

@@ -201,6 +201,7 @@ class Bound(NamedTuple):
     programs: int
     in_flight: float
     found: Walk
+    cycles: float
     waits: float
     issue: float
     float64: float
@@ -219,20 +220,31 @@ def resident(launch: Launch, compiled: Compiled, gpu: Gpu) -> int:
                       gpu.shared // (compiled.shared + 1024)))  # fmt: skip
 
 
+def turns_of(launch: Launch) -> int:
+    """How often a program goes through its loop."""
+    given = launch.arguments
+    if "r_chunk" in given:
+        return -(-given["k_chunk"] // given["BK"]) * int(given["r_chunk"])
+    return -(-given.get("blocks", 1) // launch.grid[0])
+
+
 def bound(launch: Launch, compiled: Compiled, gpu: Gpu, moved: int, values: int) -> Bound:
     """moved: bytes that a program moves each time it comes to the tile's end; values: of a tile."""
     found = walk(compiled.sass, launch.arguments.get("STAGES", 1) - 1 or 1)
     programs = resident(launch, compiled, gpu)
     threads = 32 * launch.options.get("num_warps", 4)
     counts = found.in_loop if found.loop else found.counts
-    cycles = found.loop or found.cycles + BEGIN
+    cycles = found.cycles + BEGIN
+    if found.loop:
+        turns = turns_of(launch)
+        cycles = (cycles + (turns - 1) * found.loop) / turns
     rates = {}
     for kind, each in (("all", gpu.issue), ("float64", gpu.float64),
                        ("conversions", gpu.conversions)):  # fmt: skip
         taken = counts[kind] * threads / each
         rates[kind] = moved / taken / gpu.bytes_per_cycle if taken else float("inf")
     return Bound(
-        programs, programs * moved / 1024, found,
+        programs, programs * moved / 1024, found, cycles,
         programs * moved / cycles / gpu.bytes_per_cycle,
         rates["all"], rates["float64"], rates["conversions"],
     )  # fmt: skip
@@ -270,7 +282,7 @@ def report(gpu: Gpu, dtype: torch.dtype, only: str) -> None:
             print(f"{what + ' ' + str(shape):<34.33}{name:<16}{f'{tall}x{wide}':>9}"
                   f"{launch.options.get('num_warps', 4):>3}{compiled.registers:>5}{compiled.shared:>7}"
                   f"{b.programs:>6}{b.in_flight:>6.0f}"
-                  f"{b.found.loop or b.found.cycles:>8.0f}{counts['barriers']:>4}"
+                  f"{b.cycles:>8.0f}{counts['barriers']:>4}"
                   f"{counts['all'] * per:>11.1f}{counts['float64'] * per:>5.1f}"
                   f"{counts['conversions'] * per:>5.1f}{b.waits:>7.2f}{b.issue:>6.2f}"
                   f"{b.float64:>6.1f}{b.conversions:>6.1f}{b.share:>6.2f}", flush=True)  # fmt: skip

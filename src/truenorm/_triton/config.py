@@ -29,8 +29,10 @@ class Limits:
     tile: bytes of a tile otherwise.
     per_thread: bytes of a tile that one thread holds of each tensor.
     columns: least neighbouring channels of a tile where channels are inside: 32 bytes of float32.
-    steps: tiles that a program walks over where a statistic is cut into chunks. No sum in float32
-        is longer, and a chunk of moments that starts far from its mean loses no more digits.
+    steps, few_steps: most tiles that a program walks over where a statistic is cut into chunks, and
+        most where a sample has few. No sum in float32 is longer, and a chunk of moments that starts
+        far from its mean loses no more digits.
+    programs: so many that a sample is better cut into than not, four for each multiprocessor.
     blocks_per_program: blocks of rows of a layer norm that a program adds up at most.
     """
 
@@ -40,14 +42,17 @@ class Limits:
     per_thread: int = 64
     columns: int = 8
     steps: int = 16
+    few_steps: int = 4
+    programs: int = 512
     blocks_per_program: int = 64
 
 
 LIMITS = Limits()
 MAX_WARPS = 16
-# of a pipeline: what is read ahead is one tile less; of half precision's moments, whose tiles are
-# small, one more
+# of a pipeline: what is read ahead is one tile less
 STAGES = 2
+# the same, where tiles are small in memory: of half precision's moments
+STAGES_OF_SMALL = 4
 
 
 class Key(NamedTuple):
@@ -174,12 +179,14 @@ class Chunks:
     count: int
 
 
-def chunks(values: int, runs: int, launch: Launch) -> Chunks:
-    """Chunks of LIMITS.steps tiles each."""
-    k_chunk = min(values, LIMITS.steps * launch.values)
+def chunks(values: int, runs: int, launch: Launch, units: int = 1) -> Chunks:
+    """Chunks of as many tiles as LIMITS has it. units: of a sample."""
+    tiles = units * values * runs // (launch.units * launch.values)
+    most = min(LIMITS.steps, max(LIMITS.few_steps, tiles // LIMITS.programs))
+    k_chunk = min(values, most * launch.values)
     k_chunks = -(-values // k_chunk)
     steps = -(-k_chunk // launch.values)
-    r_chunk = min(runs, max(1, LIMITS.steps // steps))
+    r_chunk = min(runs, max(1, most // steps))
     return Chunks(k_chunks, k_chunk, r_chunk, k_chunks * -(-runs // r_chunk))
 
 

@@ -22,7 +22,8 @@ def _moments(call: Inputs) -> Tensor:
     plan = Streamed(units, width.itemsize)
     parts = units.U * plan.count
     of_mean, of_m2 = view.pair(parts, torch.float64, x.device)
-    stages = {"STAGES": config.STAGES + 1} if view.is_half(x) else {}
+    wide = view.is_half(x)
+    stages = {"STAGES": config.STAGES_OF_SMALL} if wide else {}
     counts = None
     if call.mask is not None:
         counts = torch.empty(parts, dtype=torch.int32, device=x.device)
@@ -30,7 +31,8 @@ def _moments(call: Inputs) -> Tensor:
         moments.moments, plan.grid,
         x, call.mask, of_mean, of_m2, counts,
         *plan.sizes, plan.unit_blocks, plan.count, *plan.cuts,
-        **plan.constants | stages, CENTRED=centred, MASK=call.mask_kind(units), ACC=acc, INDEX=view.index(x),
+        **plan.constants | stages, CENTRED=centred, MASK=call.mask_kind(units),
+        WIDE=wide and centred, ACC=acc, INDEX=view.index(x),
     )  # fmt: skip
     record = call.record()
     per_statistic = units.D * plan.count

@@ -143,7 +143,8 @@ def gated_norm_backward(
             grad, call.x, call.gate, view.flat(record), call.weight, of_x, of_gate, parts,
             *call.numbers, blocks,
             **call.tile(launch), **call.constants, NEEDS_INPUT=inputs, NEEDS_WEIGHT=params,
-            STAGES=config.STAGES,
+            # 64 registers to a thread are few
+            STAGES=config.STAGES if launch.warps < 32 else 1,
         )  # fmt: skip
         if params:
             _add_up(parts, of_weight)

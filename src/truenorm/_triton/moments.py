@@ -26,9 +26,25 @@ from .tiles import (
 )
 
 
+# of a sum of squares in float64: the mean is 2^13 standard deviations from zero
+LOST = tl.constexpr(2.0**-26)
+
+
 @triton.jit
 def at_least_one(count):
     return tl.where(count > 0, count, tl.full((), 1, count.dtype))
+
+
+@triton.jit
+def quotient(value, n):
+    """value / n, rounded once; in float64, where a division is a call, with one for all values."""
+    if value.dtype != tl.float64:
+        return value / n
+    part = 1.0 / n + tl.zeros_like(value)
+    q = value * part
+    rest = tl.fma(-q, n + tl.zeros_like(value), value)
+    # an infinite quotient has none
+    return tl.where(rest == rest, tl.fma(rest, part, q), q)
 
 
 @triton.jit
@@ -44,19 +60,13 @@ def _wide_moments(x, valid, n, GROUPED: tl.constexpr):
     if GROUPED:
         of_all, of_squares = tl.reduce((sums, squares), 0, _both)
         sums, squares = of_all + tl.zeros_like(sums), of_squares + tl.zeros_like(squares)
-    # a division of float64 is a call: one for all, and its rest
-    part = 1.0 / n + tl.zeros_like(sums)
-    mean = sums * part
-    rest = tl.fma(-mean, n + tl.zeros_like(sums), sums)
-    # an infinite mean has none
-    mean = tl.where(rest == rest, tl.fma(rest, part, mean), mean)
+    mean = quotient(sums, n)
     m2 = squares - sums * mean
-    # a mean 2^13 standard deviations from zero
-    lost = m2 < squares * 1.5e-8
+    lost = m2 < squares * LOST
     if tl.max(lost.to(tl.int32), 0) > 0:
         d = tl.where(valid, wide - mean[:, None], 0.0)
         m2 = tl.where(lost, per_statistic(d * d, GROUPED), m2)
-    return mean, m2 * part
+    return mean, quotient(m2, n)
 
 
 @triton.jit
@@ -129,8 +139,8 @@ def moments(
     U, C, K, R, run_stride, unit_blocks, chunks, k_chunks, k_chunk, r_chunk,
     BU: tl.constexpr, BK: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
-    CENTRED: tl.constexpr, MASK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr,
+    CENTRED: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Mean and M2 of one chunk of some units, in float64, to be merged; under a mask the count."""
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, False)
@@ -138,7 +148,8 @@ def moments(
         block, U, C, K, R, run_stride, BU, 0, BU, COLUMNS, False, 0, INDEX
     )  # fmt: skip
     r0, r1, k0, k1 = chunk_bounds(chunk.to(INDEX), K, R, k_chunks, k_chunk, r_chunk)
-    if CENTRED:
+    # half precision's few bits need no value near the mean in float64
+    if CENTRED and not WIDE:
         # about the mean of the first tile, which one outlier cannot carry far
         k = k0 + tl.arange(0, BK)
         offsets = (base + r0 * run_stride)[:, None] + value_offsets(k, C, COLUMNS)[None, :]
@@ -162,18 +173,22 @@ def moments(
         n = ((r1 - r0) * (k1 - k0)).to(ACC)
     if not CENTRED:
         s1 = tl.zeros((BU,), ACC)
-    m2 = s2 - s1 * (s1 / n)
-    mean = pivot.to(tl.float64) + (s1 / n).to(tl.float64)
+    average = quotient(s1, n)
+    m2 = s2 - s1 * average
+    mean = pivot.to(tl.float64) + average.to(tl.float64)
     m2 = m2.to(tl.float64)
-    if ACC == tl.float32:
-        # squares outside float32's range, or a first tile far from the mean of the chunk
-        lost = (s2 < 1e-24) | (s2 > 1e24) | (s2 != s2) | (m2 < 0.25 * s2)
+    if ACC == tl.float32 or (WIDE and CENTRED):
+        if WIDE:
+            lost = m2 < s2 * LOST
+        else:
+            # squares outside float32's range, or a first tile far from the mean of the chunk
+            lost = (s2 < 1e-24) | (s2 > 1e24) | (s2 != s2) | (m2 < 0.25 * s2)
         if MASK:
             lost &= count > 0
         if tl.max((lost & in_unit).to(tl.int32), 0) > 0:
             # a narrow tile: a path that is seldom taken must not cost the other its registers
             NARROW: tl.constexpr = BK // 8 if BK > 8 else 1
-            if MASK:
+            if MASK or WIDE:
                 # the first tile may have had nothing that is valid, and no mean
                 wide_pivot = mean
             else:
@@ -185,8 +200,9 @@ def moments(
             if not CENTRED:
                 t1 = tl.zeros((BU,), tl.float64)
             wide = n.to(tl.float64)
-            m2 = tl.where(lost, t2 - t1 * (t1 / wide), m2)
-            mean = tl.where(lost, wide_pivot + t1 / wide, mean)
+            rest = quotient(t1, wide)
+            m2 = tl.where(lost, t2 - t1 * rest, m2)
+            mean = tl.where(lost, wide_pivot + rest, mean)
     tl.store(o_mean + u * chunks + chunk, mean, mask=in_unit)
     tl.store(o_m2 + u * chunks + chunk, m2, mask=in_unit)
     if MASK:

@@ -211,7 +211,8 @@ class Streamed:
     def __init__(self, units: Units, width: int) -> None:
         self.units = units
         self.launch = config.streamed(units.K, units.C, columns=units.columns, width=width)
-        self.cut = config.chunks(units.K, units.R, self.launch)
+        of_sample = 1 if units.by_value else units.C
+        self.cut = config.chunks(units.K, units.R, self.launch, of_sample)
         self.unit_blocks = units.blocks(self.launch.units)
 
     @property

@@ -1,0 +1,143 @@
+"""Half precision on the Triton kernels: rounded once where weight · x̂, bias and residual cancel, at
+infinities, and where a mean is far from zero.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from on_triton import DEVICE, needs_triton, small_tiles, triton_kernels
+from promises import cancelling_channels, cancelling_rows, same_values
+from tolerances import assert_output
+from torch import Tensor
+
+import truenorm
+from truenorm import functional, reference
+
+pytestmark = needs_triton
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+CUTS: dict[str, Any] = {"whole": nullcontext, "chunks": small_tiles}
+BY_CUT = pytest.mark.parametrize("cut", CUTS)
+OFFSETS = pytest.mark.parametrize("offset", [0.0, 0.4, 40.0])
+
+
+def on_device(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(DEVICE) for t in tensors]
+
+
+@HALVES
+@BY_CUT
+@OFFSETS
+def test_rows_where_weight_and_bias_cancel(dtype: torch.dtype, cut: str, offset: float) -> None:
+    x, weight, bias = on_device(*cancelling_rows(dtype, offset))
+    with CUTS[cut](), triton_kernels():
+        y = functional.layer_norm(x, (96,), weight, bias)
+    exact = reference.layer_norm(x.double(), (96,), weight.double(), bias.double())
+    # what is smaller still of a weight of 1 is known to 2^-36
+    near = exact.abs() < 2.0**-19
+    assert near.any()
+    assert_output(y[~near], exact[~near])
+    last_place = 2.0**-24 if dtype == torch.float16 else 2.0**-27
+    assert (y.double() - exact)[near].abs().max() <= 0.501 * last_place
+
+
+@HALVES
+@BY_CUT
+@OFFSETS
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_channels_where_weight_and_bias_cancel(
+    dtype: torch.dtype, memory_format: torch.memory_format, cut: str, offset: float
+) -> None:
+    x, weight, bias = on_device(*cancelling_channels(dtype, offset))
+    x = x.contiguous(memory_format=memory_format)
+    with CUTS[cut](), triton_kernels():
+        y = functional.batch_norm(x, None, None, weight, bias, training=True)
+    exact = reference.batch_norm(
+        x.double(), None, None, weight.double(), bias.double(), training=True
+    )
+    assert_output(y, exact)
+
+
+@HALVES
+@BY_CUT
+@pytest.mark.parametrize("kind", ["rows", "channels"])
+def test_a_residual_that_cancels_too(dtype: torch.dtype, kind: str, cut: str) -> None:
+    """The negative of the rounded norm: what is left is what rounding lost."""
+    layer: Any = truenorm.LayerNorm(96) if kind == "rows" else truenorm.InstanceNorm2d(5, affine=True)
+    for p in layer.parameters():
+        p.data.normal_()
+    x = torch.randn((33, 96) if kind == "rows" else (3, 5, 9, 7)).to(dtype)
+    norm = layer.double()(x.double())
+    residual = (-norm).to(dtype)
+    layer.float().to(DEVICE)
+    with CUTS[cut](), triton_kernels(), torch.no_grad():
+        y = layer(x.to(DEVICE), residual=residual.to(DEVICE)).cpu()
+    exact = norm + residual.double()
+    # of sums of about 4, a float32 has 2^-22
+    assert (exact.abs() < 2.0**-10).any()
+    error = (y.double() - exact).abs()
+    assert error.max() <= 0.501 * torch.finfo(dtype).eps * exact.abs().max()
+    far = exact.abs() > 2.0**-14
+    assert_output(y[far], exact[far])
+
+
+@HALVES
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_an_infinite_value_stays_infinite_in_evaluation(
+    dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    layer = truenorm.BatchNorm2d(70).eval()
+    for held in (layer.weight, layer.running_var):
+        held.data.uniform_(0.3, 3.0)
+    layer.running_mean.normal_()
+    x = torch.randn(2, 70, 9, 5).to(dtype)
+    x[0, ::3, 4, 2], x[1, 1::3, 0, 0], x[1, 2::3, 8, 4] = torch.inf, -torch.inf, torch.nan
+    layer.to(DEVICE)
+    with triton_kernels():
+        y = layer(x.to(DEVICE).contiguous(memory_format=memory_format)).cpu()
+    assert torch.equal(y.isnan(), x.isnan())
+    assert torch.equal(y.isinf(), x.isinf())
+    assert torch.equal(y.sign()[x.isinf()], x.sign()[x.isinf()])
+
+
+@HALVES
+@BY_CUT
+def test_equal_values_leave_exactly_the_bias(dtype: torch.dtype, cut: str) -> None:
+    x, weight, bias = on_device(*same_values(dtype))
+    with CUTS[cut](), triton_kernels():
+        y = functional.instance_norm(x, weight=weight, bias=bias)
+    assert torch.equal(y, bias.to(dtype).view(1, 4, 1, 1).expand(3, 4, 5, 7))
+
+
+@HALVES
+@BY_CUT
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_mean_that_sums_of_squares_do_not_see(
+    dtype: torch.dtype, masked: bool, cut: str
+) -> None:
+    """One value of 1,024 is the next number after all others: a mean of 2^12 deviations, of float16
+    2^15.
+    """
+    large = 1024.0
+    x = torch.full((2, 3, 32, 32), large).to(dtype)
+    x[0, 1, 5, 7] = large * (1 + torch.finfo(dtype).eps)
+    x[1, 2] = torch.randn(32, 32)
+    mask = torch.rand(2, 32, 32) < 0.9 if masked else None
+    if mask is not None:
+        mask[0, 5, 7] = True
+    wide = x.double()
+    valid = torch.ones(2, 1, 64, 64, dtype=torch.bool) if mask is None else mask[:, None]
+    count = valid.sum((2, 3), keepdim=True)
+    mean = (wide * valid).sum((2, 3), keepdim=True) / count
+    var = ((wide - mean).square() * valid).sum((2, 3), keepdim=True) / count
+    assert mean[0, 1] / var[0, 1].sqrt() > (2**14 if dtype == torch.float16 else 2**11)
+    exact = ((wide - mean) / (var + 1e-12).sqrt()).where(valid, torch.zeros(()).double())
+    layer = truenorm.InstanceNorm2d(3, eps=1e-12).to(DEVICE)
+    given = {} if mask is None else {"mask": mask.to(DEVICE)}
+    with CUTS[cut](), triton_kernels():
+        y = layer(x.to(DEVICE), **given).cpu()
+    assert_output(y, exact)
