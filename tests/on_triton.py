@@ -149,6 +149,23 @@ def _take_the_short_way(patch: pytest.MonkeyPatch, mode: _Routed) -> None:
 
 
 @contextmanager
+def plans() -> Iterator[list[int]]:
+    """How many steps each plan takes, in the order of calls."""
+    from truenorm._triton import replay
+
+    counts: list[int] = []
+    make = replay.Plan.__call__
+
+    def counted(self: Any, *given: Any) -> Any:
+        counts.append(len(self.steps))
+        return make(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay.Plan, "__call__", counted)
+        yield counts
+
+
+@contextmanager
 def small_tiles(**limits: int) -> Iterator[None]:
     """No statistic fits on chip, and a chunk is two small tiles; or what `limits` say."""
     before = config.LIMITS

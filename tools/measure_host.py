@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton.compiler import CompiledKernel
@@ -29,11 +29,35 @@ import truenorm
 from truenorm import _triton
 from truenorm._core import eager, operators, planned
 
-LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
-    "LayerNorm (4, 8)": (lambda: truenorm.LayerNorm(8), (4, 8)),
-    "RMSNorm (4, 8)": (lambda: truenorm.RMSNorm(8), (4, 8)),
-    "BatchNorm1d (8, 16)": (lambda: truenorm.BatchNorm1d(16), (8, 16)),
-    "GroupNorm (2, 8, 4, 4)": (lambda: truenorm.GroupNorm(2, 8), (2, 8, 4, 4)),
+
+class Kind(NamedTuple):
+    """A layer's call, what is differentiated besides its parameters, and the gradients."""
+
+    call: Callable[..., Any]
+    leaves: list[torch.Tensor]
+    grads: list[torch.Tensor]
+
+
+def kind(layer: Any, *shape: int, grad: torch.Tensor | None = None, **more: Any) -> Kind:
+    """more: what the layer is called with besides its input."""
+    x = torch.randn(shape)
+    return Kind(lambda x: layer(x, **more), [x], [torch.randn(shape) if grad is None else grad])
+
+
+def copied() -> Kind:
+    """An input whose rows lie apart, as no kernel reads them."""
+    return kind(truenorm.LayerNorm(8), 4, 8)._replace(leaves=[torch.randn(4, 12)[:, :8]])
+
+
+KINDS: dict[str, Callable[[], Kind]] = {
+    "LayerNorm (4, 8)": lambda: kind(truenorm.LayerNorm(8), 4, 8),
+    "RMSNorm (4, 8)": lambda: kind(truenorm.RMSNorm(8), 4, 8),
+    "BatchNorm1d (8, 16)": lambda: kind(truenorm.BatchNorm1d(16), 8, 16),
+    "GroupNorm (2, 8, 4, 4)": lambda: kind(truenorm.GroupNorm(2, 8), 2, 8, 4, 4),
+    "a sum's gradient": lambda: kind(
+        truenorm.LayerNorm(8), 4, 8, grad=torch.ones(()).expand(4, 8)
+    ),
+    "an input copied first": copied,
 }
 
 
@@ -92,17 +116,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     library = take_for_a_gpu(args.long_way)
-    for name, (make, shape) in LAYERS.items():
-        layer, x, grad = make(), torch.randn(shape, requires_grad=True), torch.randn(shape)
+    for name, make in KINDS.items():
+        call, leaves, grads = make()
+        trained = [t.requires_grad_() for t in leaves]
 
-        def inference(layer: Any = layer, x: torch.Tensor = x) -> None:
+        def inference(call: Any = call, leaves: Any = leaves) -> None:
             with torch.no_grad():
-                layer(x)
+                call(*leaves)
 
-        def training(layer: Any = layer, x: torch.Tensor = x, grad: torch.Tensor = grad) -> None:
-            torch.autograd.backward(layer(x), grad)
+        def training(call: Any = call, leaves: Any = trained, grads: Any = grads) -> None:
+            torch.autograd.backward(call(*leaves), grads)
 
-        print(f"{name:<24}{best(inference):>8.1f}{best(training):>8.1f}")
+        print(f"{name:<28}{best(inference):>8.1f}{best(training):>8.1f}")
         if args.profile:
             profile = cProfile.Profile()
             profile.runcall(lambda run=training: [run() for _ in range(2000)])

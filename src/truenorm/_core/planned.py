@@ -171,7 +171,7 @@ def _forward(
         if moving:
             move(*statistics, record, momentum, False)
     wanted = record if keeps else None
-    _keep(key, recorder.plan((y, wanted)))
+    _keep(key, recorder.plan((y,), (wanted,)))
     return y, wanted
 
 
