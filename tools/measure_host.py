@@ -44,6 +44,13 @@ def kind(layer: Any, *shape: int, grad: torch.Tensor | None = None, **more: Any)
     return Kind(lambda x: layer(x, **more), [x], [torch.randn(shape) if grad is None else grad])
 
 
+def modulated(layer: Any, *of: int) -> Kind:
+    """With a scale and a shift."""
+    leaves = [torch.randn(shape) for shape in ((2, 4, 8), of, of)]
+    call = lambda x, scale, shift: layer(x, scale=scale, shift=shift)  # noqa: E731
+    return Kind(call, leaves, [torch.randn(2, 4, 8)])
+
+
 def copied() -> Kind:
     """An input whose rows lie apart, as no kernel reads them."""
     return kind(truenorm.LayerNorm(8), 4, 8)._replace(leaves=[torch.randn(4, 12)[:, :8]])
@@ -54,10 +61,13 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "RMSNorm (4, 8)": lambda: kind(truenorm.RMSNorm(8), 4, 8),
     "BatchNorm1d (8, 16)": lambda: kind(truenorm.BatchNorm1d(16), 8, 16),
     "GroupNorm (2, 8, 4, 4)": lambda: kind(truenorm.GroupNorm(2, 8), 2, 8, 4, 4),
-    "a sum's gradient": lambda: kind(
-        truenorm.LayerNorm(8), 4, 8, grad=torch.ones(()).expand(4, 8)
-    ),
+    "a sum's gradient": lambda: kind(truenorm.LayerNorm(8), 4, 8, grad=torch.ones(()).expand(4, 8)),
     "an input copied first": copied,
+    "scale and shift of a sample": lambda: modulated(
+        truenorm.LayerNorm(8, elementwise_affine=False), 2, 8
+    ),
+    "of a sample, beside a weight": lambda: modulated(truenorm.LayerNorm(8), 2, 8),
+    "of a position": lambda: modulated(truenorm.LayerNorm(8), 1, 4, 8),
 }
 
 
@@ -127,7 +137,7 @@ def main() -> None:
         def training(call: Any = call, leaves: Any = trained, grads: Any = grads) -> None:
             torch.autograd.backward(call(*leaves), grads)
 
-        print(f"{name:<28}{best(inference):>8.1f}{best(training):>8.1f}")
+        print(f"{name:<30}{best(inference):>8.1f}{best(training):>8.1f}")
         if args.profile:
             profile = cProfile.Profile()
             profile.runcall(lambda run=training: [run() for _ in range(2000)])

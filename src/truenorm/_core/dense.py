@@ -18,6 +18,7 @@ from . import (
     checks,
     exchange,
     fallback,
+    geometry,
     gradients,
     operators,
     plain,
@@ -111,12 +112,9 @@ def _in_order(call: Call) -> Call:
     x, features = call.x, call.form.axes.feature_dims
     first, last = (0, x.dim() - features) if features else (2, x.dim())
     asked = call.mask is not None or (features and call.by_part())
-    if not asked or last - first < 2:
+    if not asked or last - first < 2 or geometry.are_in_order(x, first, last):
         return call
-    sizes = zip(x.stride()[first:last], x.shape[first:last], strict=True)
-    steps = [stride for stride, size in sizes if size != 1]
-    in_order = all(steps[d] >= steps[d + 1] for d in range(len(steps) - 1))
-    return call if in_order else call._replace(x=x.contiguous())
+    return call._replace(x=x.contiguous())
 
 
 def _move(call: Call, record: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch.autograd import Function, forward_ad
 
 from .. import _triton
 from .._triton.config import CALLS
-from . import gradients, operators
+from . import geometry, gradients, modulation, operators
 from .call import (
     ACT,
     BY_OUTPUT,
@@ -33,6 +33,7 @@ from .call import (
     NEEDS_INPUT,
     NEEDS_RESIDUAL,
     NEEDS_WEIGHT,
+    ONE_PLUS,
     PER_CHANNEL,
     form_of,
 )
@@ -75,10 +76,15 @@ def _kind(t: Any) -> Any:
 
 def call(
     x: Tensor, weight: Any, bias: Any, form: int, eps: float, statistics: tuple[Any, ...],
-    after: tuple[Any, ...] | None,
+    after: tuple[Any, ...] | None, parts: bool = False,
 ) -> Tensor | None:  # fmt: skip
-    """What `eager.call` is asked for; None where this is not for it, or not in order."""
+    """What `eager.call` is asked for; None where this is not for it, or not in order.
+
+    parts: whether weight and bias have a row for each part of the samples.
+    """
     residual, parameter, momentum, passes_on = None, 0.0, None, False
+    if after is not None and len(after) == 5:
+        return modulated(x, weight, bias, form, eps, statistics, after)
     try:
         grad = _is_grad_enabled()
         if grad:
@@ -88,14 +94,15 @@ def call(
                 form |= NEEDS_WEIGHT
             if bias is not None and bias.requires_grad:
                 form |= NEEDS_BIAS
-        kinds = _kind(x), _kind(weight), _kind(bias)
+        kinds: Any = _kind(x), _kind(weight), _kind(bias)
+        if parts:
+            # elsewhere such a weight is an error
+            kinds = *kinds, parts
         if after is None and not statistics:
             given: tuple[Any, ...] = x, weight, bias
             key: Any = form, eps, kinds
         else:
             if after is not None:
-                if len(after) == 5:
-                    return None
                 residual, act, parameter = after
                 form |= act << ACT
                 if grad and residual is not None and residual.requires_grad:
@@ -117,7 +124,7 @@ def call(
         if plan is None:
             return None
         if plan is _NEW:
-            first = _forward(key, given, form, eps, parameter, momentum)
+            first = _forward(key, given, form, eps, parameter, momentum, parts)
             if first is None:
                 return None
             y, record = first
@@ -131,13 +138,52 @@ def call(
     return y
 
 
-def _fits(given: tuple[Any, ...], form: int, eps: Any) -> bool:
+def modulated(
+    x: Tensor, weight: Any, bias: Any, form: int, eps: float, statistics: tuple[Any, ...],
+    after: tuple[Any, ...],
+) -> Tensor | None:  # fmt: skip
+    """With scale and shift where the long way has them: in weight and bias, or after the norm."""
+    residual, act, parameter, *pair = after
+    features, large = form >> FEATURES & 0xFF, False
+    try:
+        for t in pair:
+            if t is None:
+                continue
+            if type(t) not in _PLAIN or t.device != x.device or not t.is_floating_point():
+                return None
+            if not modulation.fits(t, x, features):
+                return None
+            large = large or 2 * t.numel() > x.numel()
+        beside = None if residual is None and not act else (residual, act, parameter)
+        found = modulation.parameters_of(x, features, weight, bias, (pair[0], pair[1]))
+        if found is not None:
+            if features and not geometry.are_in_order(x, 0, x.dim() - features):
+                x = x.contiguous()
+            form |= ONE_PLUS * found.one_plus
+            return call(x, found.weight, found.bias, form, eps, statistics, beside, True)
+        # before a running statistic moves
+        if residual is not None and (
+            _kind(residual)[2:4] != (x.dtype, x.device) or residual.shape != x.shape
+        ):
+            return None
+        narrow = x.itemsize < 4 and not large and x.is_floating_point()
+        y = call(x.float() if narrow else x, weight, bias, form, eps, statistics, None)
+        if y is None:
+            return None
+        scale, shift = (modulation.shaped(t, x, features) for t in pair)
+        y = modulation.applied(y, scale, shift, residual, act, parameter)
+        return y.to(x.dtype) if narrow else y
+    except _REFUSED:
+        return None
+
+
+def _fits(given: tuple[Any, ...], form: int, eps: Any, parts: bool) -> bool:
     """Whether this is for the operators as it is; the rest is a layer's to word."""
     x, *parameters = given[:3]
     features = form >> FEATURES & 0xFF
     if type(eps) is not float or (form & CONSTANT and any(s is None for s in given[4:])):
         return False
-    if any(p is not None and p.dim() != max(features, 1) for p in parameters):
+    if any(p is not None and p.dim() != max(features, 1) + parts for p in parameters):
         return False
     if not features and x.dim() < 2:
         return False
@@ -152,10 +198,11 @@ def _fits(given: tuple[Any, ...], form: int, eps: Any) -> bool:
 
 
 def _forward(
-    key: Any, given: tuple[Any, ...], form: int, eps: float, parameter: float, momentum: Any
-) -> tuple[Tensor, Any] | None:
+    key: Any, given: tuple[Any, ...], form: int, eps: float, parameter: float, momentum: Any,
+    parts: bool,
+) -> tuple[Tensor, Any] | None:  # fmt: skip
     """(y, the record if it is wanted) of a first call; None where this is not for the kernels."""
-    if _triton.why_plain(given[0].device.index or 0) or not _fits(given, form, eps):
+    if _triton.why_plain(given[0].device.index or 0) or not _fits(given, form, eps, parts):
         return None
     given = _apart(given)
     x, weight, bias, *others = given
