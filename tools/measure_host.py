@@ -27,7 +27,8 @@ from triton.runtime.jit import JITFunction
 
 import truenorm
 from truenorm import _triton
-from truenorm._core import eager, operators, planned
+from truenorm._core import added, eager, gated, operators, planned
+from truenorm._core.call import BEFORE, SWISH
 
 
 class Kind(NamedTuple):
@@ -51,6 +52,20 @@ def modulated(layer: Any, *of: int) -> Kind:
     return Kind(call, leaves, [torch.randn(2, 4, 8)])
 
 
+def summed(layer: Any) -> Kind:
+    """A sum and its norm."""
+    leaves, grads = ([torch.randn(4, 8) for _ in range(2)] for _ in range(2))
+    return Kind(lambda x, other: layer(x, add=other), leaves, grads)
+
+
+def beside_a_gate() -> Kind:
+    """An RMSNorm with a weight, of x · silu(gate)."""
+    leaves = [torch.randn(4, 8), torch.randn(4, 8), torch.randn(8)]
+    numbers = 1e-5, 1, BEFORE | SWISH
+    call = lambda x, gate, weight: gated.at_once(x, gate, weight, *numbers, None)  # noqa: E731
+    return Kind(call, leaves, [torch.randn(4, 8)])
+
+
 def copied() -> Kind:
     """An input whose rows lie apart, as no kernel reads them."""
     return kind(truenorm.LayerNorm(8), 4, 8)._replace(leaves=[torch.randn(4, 12)[:, :8]])
@@ -68,6 +83,8 @@ KINDS: dict[str, Callable[[], Kind]] = {
     ),
     "of a sample, beside a weight": lambda: modulated(truenorm.LayerNorm(8), 2, 8),
     "of a position": lambda: modulated(truenorm.LayerNorm(8), 1, 4, 8),
+    "a sum and its norm": lambda: summed(truenorm.RMSNorm(8)),
+    "RMSNorm beside a gate": beside_a_gate,
 }
 
 
@@ -103,6 +120,9 @@ def take_for_a_gpu(long_way: bool) -> torch.library.Library:
     eager.NATIVE = None
     way = (lambda *args: None) if long_way else planned.call
     eager.fallback = SimpleNamespace(shortly=way)
+    added._on_gpu, gated._on_gpu, added.LARGE = lambda x: True, _triton.serves_gate, 0
+    if long_way:
+        planned.operator = way
     return library
 
 

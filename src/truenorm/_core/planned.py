@@ -243,6 +243,38 @@ def _keep(key: Any, plan: Any) -> None:
     CALLS[key] = plan
 
 
+def operator(
+    name: str, tensors: tuple[Any, ...], numbers: tuple[Any, ...], seen: int
+) -> list[Any] | None:
+    """What an operator of tensors and numbers gives, with None for what is empty.
+
+    None where this is not for a plan. seen: how many of its outputs are a caller's; those behind
+    them only a backward reads.
+    """
+    try:
+        # 0.0 and -0.0 are alike to a dictionary
+        key = name, *(n.hex() if type(n) is float else n for n in numbers), *map(_kind, tensors)
+        plan: Any = CALLS.get(key, _NEW)
+        if plan is None:
+            return None
+        if plan is not _NEW:
+            return plan(*tensors)  # type: ignore[no-any-return]
+        first = tensors[0]
+        if _triton.why_plain(first.device.index or 0):
+            return None
+        kernel, given = _kernel(name), _apart(tensors)
+        from .._triton import host
+
+        if not host.serves(first):
+            return None
+        with _below_autograd(), _recorder(given) as recorder:
+            made = [t if t.numel() else None for t in kernel(*given, *numbers)]
+        _keep(key, recorder.plan(made[:seen], made[seen:]))
+        return made
+    except _REFUSED:
+        return None
+
+
 class Norm(Function):
     """The graph's node for what a plan has made. In a tuple, or y would be an input."""
 
