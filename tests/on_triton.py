@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import truenorm
 from truenorm import _triton
-from truenorm._core import eager, operators, planned, route
+from truenorm._core import by_plan, eager, operators, planned, route
 from truenorm._triton import config
 
 HAS_CUDA = torch.cuda.is_available()
@@ -140,6 +140,15 @@ def _take_the_short_way(patch: pytest.MonkeyPatch, mode: _Routed) -> None:
         mode.served += y is not None
         return y
 
+    served = by_plan.operator
+
+    def operator(*args: Any) -> Any:
+        made = served(*args)
+        mode.served += made is not None
+        return made
+
+    patch.setattr(by_plan, "operator", operator)
+    patch.setattr(by_plan, "serves", lambda x: modes() == 1)
     patch.setattr(eager, "NATIVE", None)
     patch.setattr(eager, "fallback", SimpleNamespace(shortly=call))
     for module in (eager, planned):
@@ -198,10 +207,10 @@ def taken_for_a_gpu(monkeypatch: pytest.MonkeyPatch, *operator: str) -> Iterator
             return serve(*args)
 
         library.impl(name, operators.defined.checked(name, noted), "CPU")
-    by_plan = planned.operator
+    served = by_plan.operator
 
     def planned_too(name: str, *args: Any) -> Any:
-        made = by_plan(name, *args) if name in operator else None
+        made = served(name, *args) if name in operator else None
         if made is not None:
             names.append(name)
         return made
@@ -209,7 +218,7 @@ def taken_for_a_gpu(monkeypatch: pytest.MonkeyPatch, *operator: str) -> Iterator
     config.CALLS.clear()
     with monkeypatch.context() as patch, launches():
         patch.setattr(_triton, "why_plain", lambda index: "")
-        patch.setattr(planned, "operator", planned_too)
+        patch.setattr(by_plan, "operator", planned_too)
         try:
             yield names
         finally:

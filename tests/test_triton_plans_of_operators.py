@@ -21,7 +21,7 @@ from test_triton_plans_given import INPUTS, close, randn
 from torch import Tensor
 
 import truenorm
-from truenorm._core import planned
+from truenorm._core import by_plan
 from truenorm._core.rule import Rule
 from truenorm._triton import config
 from truenorm.nn import _orders
@@ -42,7 +42,7 @@ def made() -> Iterator[list[int]]:
 
 def without_plans(run: Callable[[], Any]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planned, "operator", lambda *_: None)
+        patch.setattr(by_plan, "operator", lambda *_: None)
         return run()
 
 

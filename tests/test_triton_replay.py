@@ -24,7 +24,7 @@ from on_triton import HAS_CUDA, HAS_TRITON, PRETENDS, triton_kernels
 from torch import Tensor
 
 import truenorm
-from truenorm._core import eager, planned
+from truenorm._core import by_plan, eager, planned
 from truenorm._triton import config
 
 pytestmark = pytest.mark.skipif(
@@ -50,7 +50,7 @@ def test_no_tensor_is_kept() -> None:
 
 
 def test_kinds_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planned, "_MOST", 3)
+    monkeypatch.setattr(by_plan, "MOST", 3)
     layer = truenorm.LayerNorm(4)
     with triton_kernels(), torch.no_grad():
         for rows in range(1, 9):

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import truenorm
 from truenorm import _triton
-from truenorm._core import added, eager, gated, operators, planned
+from truenorm._core import added, by_plan, eager, gated, operators, planned
 from truenorm._core.call import BEFORE, SWISH
 
 
@@ -85,6 +85,13 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "of a position": lambda: modulated(truenorm.LayerNorm(8), 1, 4, 8),
     "a sum and its norm": lambda: summed(truenorm.RMSNorm(8)),
     "RMSNorm beside a gate": beside_a_gate,
+    "LayerNorm under a mask": lambda: kind(
+        truenorm.LayerNorm(8), 4, 8, mask=torch.tensor([True, False, True, True])
+    ),
+    "BatchNorm1d under a mask": lambda: kind(
+        truenorm.BatchNorm1d(16), 8, 16, 5, mask=torch.arange(5) < torch.arange(8)[:, None]
+    ),
+    "BatchNorm1d, an average": lambda: kind(truenorm.BatchNorm1d(16, momentum=None), 8, 16),
 }
 
 
@@ -121,8 +128,9 @@ def take_for_a_gpu(long_way: bool) -> torch.library.Library:
     way = (lambda *args: None) if long_way else planned.call
     eager.fallback = SimpleNamespace(shortly=way)
     added._on_gpu, gated._on_gpu, added.LARGE = lambda x: True, _triton.serves_gate, 0
+    by_plan.serves = lambda x: not long_way
     if long_way:
-        planned.operator = way
+        by_plan.operator = way
     return library
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from . import eager, library, operators, planned, route
+from . import by_plan, eager, library, operators, route
 from .call import KEEP, NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT, Call
 
 # bytes of a tensor on a CPU from which on passes over memory take longer than calls
@@ -65,7 +65,7 @@ def by_bits(
         if on_gpu:
             bits |= KEEP * bool(bits & NEEDS_INPUT)
             tensors = x, other, weight, bias
-            made = planned.operator("add_norm", tensors, (bits, eps), 2)
+            made = by_plan.operator("add_norm", tensors, (bits, eps), 2)
             if made is None:
                 # what adds in place is not for autograd to see
                 made = operators.run(operators.add_norm, *tensors, bits, eps)
@@ -111,7 +111,7 @@ def _backward(grad: Tensor, grad_h: Tensor | None, h: Tensor, weight: Any, kept:
     if record.dim() == 1:  # of a CPU's operator
         return operators.eager_add_norm_backward._op(grad, grad_h, h, record, weight)
     tensors = grad, grad_h, h, record, weight
-    made = planned.operator("add_norm_backward", tensors, (bits, eps), 3)
+    made = by_plan.operator("add_norm_backward", tensors, (bits, eps), 3)
     if made is None:
         made = operators.add_norm_backward._op(*tensors, bits, eps)
     wanted = NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS

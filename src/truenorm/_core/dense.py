@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.compiler import is_exporting
 
 from . import (
+    by_plan,
     checks,
     exchange,
     fallback,
@@ -73,15 +74,17 @@ def _made(call: Call, way: int, *, keep: bool) -> tuple[Tensor, Tensor]:
         return y, kept[0]
     # what is exported without gradients may be trained all the same
     keep = keep or (way == route.GRAPH and (is_exporting() or _wants_gradient(call)))
-    bits, eps, parameter = form.numbers(x, KEEP if keep else 0)
-    args = weight, bias, mask, residual, mean, var, bits, eps, parameter, form.padding
+    numbers = *form.numbers(x, KEEP if keep else 0), form.padding
+    tensors = x, weight, bias, mask, residual, mean, var
     if way == route.KERNEL and call.inplace and x is call.x:
-        record = operators.run(operators.norm_, x, *args)
+        record = operators.run(operators.norm_, *tensors, *numbers)
         # what has saved it for a backward pass is to notice
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)
         return x, record
-    return cast(tuple[Tensor, Tensor], operators.run(operators.norm, x, *args))
+    if way == route.KERNEL:
+        return cast(tuple[Tensor, Tensor], by_plan.run(operators.norm, tensors, numbers, 1))
+    return cast(tuple[Tensor, Tensor], operators.run(operators.norm, *tensors, *numbers))
 
 
 def _wants_gradient(call: Call) -> bool:

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from .. import _triton
-from . import eager, library, operators, planned
+from . import by_plan, eager, library, operators
 from .call import KEEP, NEEDS_INPUT, NEEDS_WEIGHT, UNCENTRED
 
 Composed = Callable[[Tensor, Tensor, Any], Tensor]
@@ -77,7 +77,7 @@ def _by_launch(
     """The same, of rows."""
     tensors = *(_rows(t.detach()) for t in (x, gate)), weight
     form |= UNCENTRED | KEEP * bool(form & (NEEDS_INPUT | NEEDS_WEIGHT))
-    made = planned.operator("gated_norm", tensors, (form, *numbers), 1)
+    made = by_plan.operator("gated_norm", tensors, (form, *numbers), 1)
     y, record = operators.gated_norm._op(*tensors, form, *numbers) if made is None else made
     return y if x.dim() == 2 else y.view(x.shape), (record, form, *numbers)
 
@@ -106,7 +106,7 @@ class GatedNorm(Function):
             made = operators.eager_gated_norm_backward._op(grad, x, gate, record, weight)
             return *made, None
         tensors = *(_rows(t) for t in (grad, x, gate)), record, weight
-        found = planned.operator("gated_norm_backward", tensors, tuple(numbers), 3)
+        found = by_plan.operator("gated_norm_backward", tensors, tuple(numbers), 3)
         if found is None:
             made = operators.gated_norm_backward._op(*tensors, *numbers)
             found = [g if g.numel() else None for g in made]
