@@ -400,12 +400,14 @@ def test_scale_and_shift_of_what_is_copied(lies: str, made: list[int]) -> None:
     close(found, [y, *torch.autograd.grad(y, leaves, grad.double())])
 
 
-def test_a_weight_of_parts_is_another_kind() -> None:
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_weight_of_parts_is_another_kind(affine: bool) -> None:
     """What scale and shift make of a weight, is an error of a caller's."""
     x, by = randn(4, 6, 5), randn(4, 6)
-    with triton_kernels():
+    layer = truenorm.GroupNorm(2, 6, affine=affine).to(DEVICE)
+    with triton_kernels(), torch.no_grad():
         for _ in range(2):
-            truenorm.GroupNorm(2, 6, affine=False)(x, scale=by, shift=by)
+            layer(x, scale=by, shift=by)
             with pytest.raises(RuntimeError, match="weight"):
                 truenorm.functional.group_norm(x, 2, by, by)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,13 @@ from on_triton import DEVICE, PRETENDS, needs_triton, plans, triton_kernels
 from test_triton_plans import long_way, same
 from test_triton_plans_given import LAYERS, _built, by_plans, close, randn
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import truenorm
+from truenorm import _triton
+from truenorm._core import by_plan, eager
+from truenorm._triton import config
 
 pytestmark = [
     needs_triton,
@@ -196,3 +202,65 @@ def test_an_average_is_not_any_momentum(made: list[int]) -> None:
         args = x, mean, var, None, None, True
         truenorm.functional.batch_norm(*args, momentum=float("nan"))
         assert mean.isnan().all()
+
+
+def test_any_nan_is_an_average() -> None:
+    x = randn(4, 6)
+    with triton_kernels():
+        config.CALLS.clear()
+        for batches in (1, 2):
+            mean, var = torch.zeros(6, device=DEVICE), torch.ones(6, device=DEVICE)
+            count = torch.tensor(0, device=DEVICE)
+            for _ in range(batches):
+                running = mean, var, count, float("nan")
+                y = eager.call(eager.MOVING, x, None, None, eager.BATCH, 1e-5, running, None)
+                assert y is not None
+            torch.testing.assert_close(mean, x.mean(0), rtol=1e-5, atol=1e-6)
+            assert count.item() == batches
+        assert len(config.CALLS) == 1
+
+
+# ---------------------------------------------------------------- what moves, and when
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_batch_that_is_computed_again_moves_nothing(use_reentrant: bool) -> None:
+    layer, x = truenorm.BatchNorm1d(6).to(DEVICE), randn(4, 6, 5)
+    mask = torch.ones(4, 5, dtype=torch.bool, device=DEVICE)
+    plain = copy.deepcopy(layer)
+    with triton_kernels():
+        for _ in range(3):
+            plain(x, mask=mask)
+            leaf = x.detach().requires_grad_()
+            y = checkpoint(lambda t: layer(t, mask=mask), leaf, use_reentrant=use_reentrant)
+            y.square().sum().backward()
+    same(layer.state_dict().values(), plain.state_dict().values())
+
+
+def test_a_batch_that_is_not_finite_is_skipped() -> None:
+    """By torch's operators, which no plan has."""
+    layer, x = truenorm.BatchNorm1d(6).to(DEVICE), randn(4, 6, 5)
+    layer.skip_nonfinite = True
+    mask = torch.ones(4, 5, dtype=torch.bool, device=DEVICE)
+    with triton_kernels():
+        for value in (0.0, torch.inf, 0.0, torch.nan):
+            before = copy.deepcopy(layer.state_dict())
+            layer(x + value, mask=mask)
+            moved = not torch.equal(layer.running_mean, before["running_mean"])
+            assert moved == (value == 0.0)
+        assert layer.num_batches_tracked == 2
+
+
+def test_where_somebody_looks_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            return func(*args, **(kwargs or {}))
+
+    of_gpu: Any = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(_triton, "WHY_NOT", "")
+    assert by_plan.serves(of_gpu)
+    with Mode():
+        assert not by_plan.serves(of_gpu)
+    assert not by_plan.serves(torch.ones(2))
+    monkeypatch.setattr(_triton, "WHY_NOT", "no Triton")
+    assert not by_plan.serves(of_gpu)

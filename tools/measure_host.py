@@ -139,11 +139,12 @@ def best(run: Callable[[], object]) -> float:
     for _ in range(50):
         run()
     bursts = []
-    for _ in range(40):
+    # shorter than what a busy machine leaves a process at a time
+    for _ in range(200):
         start = time.perf_counter()
-        for _ in range(50):
+        for _ in range(10):
             run()
-        bursts.append((time.perf_counter() - start) / 50)
+        bursts.append((time.perf_counter() - start) / 10)
     return min(bursts) * 1e6
 
 
