@@ -90,7 +90,7 @@ def test_scale_and_shift_with_more(name: str, of: str, act: str, made: list[int]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("of", ["sample", "position"])
+@pytest.mark.parametrize("of", ["sample", "position", "first position"])
 def test_scale_and_shift_in_half_precision(of: str, dtype: torch.dtype, made: list[int]) -> None:
     layer, x = modulated_layer("LayerNorm alone")
     x = x.to(dtype).to(DEVICE)
@@ -199,6 +199,43 @@ def test_a_weight_of_parts_is_another_kind(affine: bool) -> None:
             layer(x, scale=by, shift=by)
             with pytest.raises(RuntimeError, match="weight"):
                 truenorm.functional.group_norm(x, 2, by, by)
+
+
+def test_one_sample_whose_rows_lie_otherwise(made: list[int]) -> None:
+    layer, x = truenorm.LayerNorm(8, elementwise_affine=False), randn(1, 5, 4, 8).transpose(1, 2)
+    by, shift, grad = randn(1, 8), randn(1, 8), randn(1, 4, 5, 8)
+    with triton_kernels():
+        found = by_plans(lambda: _modulated(layer, x, [by, shift], grad), 2, made)
+    y = torch.nn.functional.layer_norm(x.double(), (8,)) * (1 + by.double()) + shift.double()
+    close(found[:1], [y])
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 8), (40,), (2, 4, 5, 8), (4, 5, 1, 8), (4, 5), (1, 1), (4, 1, 7), (2, 1, 8)]
+)
+@pytest.mark.parametrize("kind", ["LayerNorm", "BatchNorm1d"])
+def test_shapes_that_do_not_fit(kind: str, shape: tuple[int, ...]) -> None:
+    layer, x = getattr(truenorm, kind)(8), randn(4, 5, 8)
+    x = (x if kind == "LayerNorm" else x.transpose(1, 2)).contiguous()
+    layer, by = layer.to(DEVICE), randn(*shape)
+    before = copy.deepcopy(layer.state_dict())
+
+    def run(name: str) -> Any:
+        try:
+            return layer(x, **{name: by})
+        except (RuntimeError, ValueError, TypeError) as error:
+            return type(error), str(error)
+
+    with triton_kernels():
+        truenorm.functional.layer_norm(x, x.shape[-1:])
+        for name in ("scale", "shift"):
+            wanted = long_way(lambda name=name: run(name))  # type: ignore[misc]
+            if isinstance(wanted, Tensor):
+                assert shape == (1, 1)
+                same([run(name)], [wanted])
+            else:
+                assert run(name) == wanted
+                same(layer.state_dict().values(), before.values())
 
 
 MISFITS: list[tuple[str, Callable[[Any, Tensor], Any]]] = [
