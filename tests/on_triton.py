@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import truenorm
 from truenorm import _triton
-from truenorm._core import eager, operators, planned, route
+from truenorm._core import by_plan, eager, operators, planned, route
 from truenorm._triton import config
 
 HAS_CUDA = torch.cuda.is_available()
@@ -155,12 +155,38 @@ def _take_the_short_way(patch: pytest.MonkeyPatch, mode: _Routed) -> None:
         mode.served += y is not None
         return y
 
+    served = by_plan.operator
+
+    def operator(*args: Any) -> Any:
+        made = served(*args)
+        mode.served += made is not None
+        return made
+
+    patch.setattr(by_plan, "operator", operator)
+    patch.setattr(by_plan, "serves", lambda x: modes() == 1)
     patch.setattr(eager, "NATIVE", None)
     patch.setattr(eager, "fallback", SimpleNamespace(shortly=call))
     for module in (eager, planned):
         patch.setattr(module, "_dispatch_modes", lambda: modes() - 1)
     # what is remembered is of this machine's tensors, and of these tiles
     config.CALLS.clear()
+
+
+@contextmanager
+def plans() -> Iterator[list[int]]:
+    """How many steps each plan takes, in the order of calls."""
+    from truenorm._triton import replay
+
+    counts: list[int] = []
+    make = replay.Plan.__call__
+
+    def counted(self: Any, *given: Any) -> Any:
+        counts.append(len(self.steps))
+        return make(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay.Plan, "__call__", counted)
+        yield counts
 
 
 @contextmanager
@@ -196,9 +222,20 @@ def taken_for_a_gpu(monkeypatch: pytest.MonkeyPatch, *operator: str) -> Iterator
             return serve(*args)
 
         library.impl(name, operators.defined.checked(name, noted), "CPU")
+    served = by_plan.operator
+
+    def planned_too(name: str, *args: Any) -> Any:
+        made = served(name, *args) if name in operator else None
+        if made is not None:
+            names.append(name)
+        return made
+
+    config.CALLS.clear()
     with monkeypatch.context() as patch, launches():
         patch.setattr(_triton, "why_plain", lambda index: "")
+        patch.setattr(by_plan, "operator", planned_too)
         try:
             yield names
         finally:
             library._destroy()
+            config.CALLS.clear()

@@ -360,3 +360,14 @@ def test_what_does_not_fit(name: str) -> None:
     )
     with pytest.raises(ValueError, match=f"`{name}` must be None beside a nested tensor"):
         truenorm.LayerNorm(20)(nested, **{name: torch.zeros(20)})
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (1, 7, 20), (3, 7, 20)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_an_input_of_integers(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    layer, x = truenorm.LayerNorm(20), torch.ones(3, 7, 20, dtype=dtype)
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as plain:
+        layer(x)
+    with pytest.raises(type(plain.value)) as found:
+        layer(x, scale=torch.ones(shape))
+    assert str(found.value) == str(plain.value)

@@ -24,7 +24,7 @@ from on_triton import HAS_CUDA, HAS_TRITON, PRETENDS, triton_kernels
 from torch import Tensor
 
 import truenorm
-from truenorm._core import eager, planned
+from truenorm._core import by_plan, eager, planned
 from truenorm._triton import config
 
 pytestmark = pytest.mark.skipif(
@@ -50,7 +50,7 @@ def test_no_tensor_is_kept() -> None:
 
 
 def test_kinds_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planned, "_MOST", 3)
+    monkeypatch.setattr(by_plan, "MOST", 3)
     layer = truenorm.LayerNorm(4)
     with triton_kernels(), torch.no_grad():
         for rows in range(1, 9):
@@ -179,7 +179,7 @@ def test_another_threads_launches_are_its_own() -> None:
         thread.start()
         thread.join()
     assert len(kernel.calls) == 1
-    assert recorder.launches == []
+    assert recorder.steps == []
 
 
 def test_what_torch_computes_is_no_plan() -> None:
@@ -187,8 +187,14 @@ def test_what_torch_computes_is_no_plan() -> None:
 
     kernel, foreign = _Kernel(None), torch.ones(2)
     for extra in (
-        lambda x: replay.launch(kernel, (1,), x.clone(), 7, BLOCK=16),
-        lambda x: x.add_(1),
+        lambda x: replay.launch(kernel, (1,), x * 2, 7, BLOCK=16),
+        lambda x: x.mul_(2),
+        lambda x: x.copy_(foreign),
+        lambda x: foreign.copy_(x),
+        lambda x: foreign.clone(),
+        lambda x: x[1:].copy_(x[:1]),
+        lambda x: x.add_(x, alpha=2),
+        lambda x: x.add_(torch.ones(2)),
         lambda x: x.sum(),
         lambda x: x.sum().item(),
         lambda x: replay.launch(kernel, (1,), foreign, 7, BLOCK=16),
@@ -204,6 +210,69 @@ def test_what_torch_computes_is_no_plan() -> None:
     # not what it was asked for as, and not its own
     assert recorder.plan((view,)) is None
     assert recorder.plan((x,)) is None
+    assert recorder.plan((), (x.view(2, 1),)) is None
+    plan = recorder.plan((), (view,))
+    assert plan is not None
+    assert plan(x)[0].shape == (2, 2)
+
+
+def _apart(t: Tensor) -> Tensor:
+    return t.new_empty_strided(t.shape, (1, t.shape[0])).copy_(t)
+
+
+COPIED: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda x, out: x.clone(),
+    lambda x, out: x.t().contiguous(),
+    lambda x, out: x.to(torch.float64),
+    lambda x, out: x.view(2, 6).to(torch.bfloat16),
+    lambda x, out: x.view(torch.int32).clone(),
+    lambda x, out: _apart(x),
+    lambda x, out: _apart(x.t()).clone(memory_format=torch.contiguous_format),
+    lambda x, out: torch.empty(1).expand(4, 3).clone().copy_(x).add_(x),
+    lambda x, out: x.clone().add_(1),
+    lambda x, out: torch.add(x, x, out=torch.empty(4, 3)),
+    lambda x, out: out.copy_(x.view(-1)).view(4, 3).clone(),
+    lambda x, out: out.view(3, 4).add_(x.view(3, 4)).clone(),
+    lambda x, out: out.view(torch.int32).copy_(x.view(12)).clone(),
+]
+
+
+@pytest.mark.parametrize("run", COPIED)
+def test_copies_are_made_again(run: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """From what lies as it did, and into what lies as it did; of other values."""
+    from truenorm._triton import replay
+
+    first, room = torch.randn(4, 3), torch.zeros(12)
+    with replay.Recorder(first.device, (first, room)) as recorder:
+        made = run(first, room)
+    plan = recorder.plan((made,))
+    assert plan is not None
+    for leaf in (False, True):
+        x, out, alone = torch.randn(4, 3, requires_grad=leaf), torch.zeros(12), torch.zeros(12)
+        with torch.no_grad():
+            wanted = run(x, alone)
+        (found,) = plan(x, out)
+        assert torch.equal(found, wanted)
+        assert (found.dtype, found.stride()) == (wanted.dtype, wanted.stride())
+        # some of it is no number as a float
+        assert torch.equal(out.view(torch.int32), alone.view(torch.int32))
+        assert not found.requires_grad
+        assert not found._is_view()
+
+
+def test_a_kernel_is_given_the_dtype_it_was_given() -> None:
+    from truenorm._triton import replay
+
+    kernel, mask = _Kernel(None), torch.tensor([[True, False]])
+    with replay.Recorder(mask.device, (mask,)) as recorder:
+        replay.launch(kernel, (1,), mask.view(-1).view(torch.uint8), 7, BLOCK=16)
+        y = torch.empty(3)
+    plan = recorder.plan((y,))
+    assert plan is not None
+    plan(torch.tensor([[False, True]]))
+    given = kernel.calls[1][1][0]
+    assert given.dtype == torch.uint8
+    assert given.tolist() == [0, 1]
 
 
 def test_triton_launches_the_same() -> None:

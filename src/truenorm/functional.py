@@ -90,9 +90,9 @@ def batch_norm(
     if isinstance(input, Tensor) and input.dim() < 2 and not input.numel() and not more:
         checks.check_floating(input)
         return input.clone()  # as torch, which looks for channels only where there are values
-    if not more:
-        form = eager.BATCH if training else CONSTANT
-        y = _shortly(input, weight, bias, form, eps, running_mean, running_var, momentum)
+    if not _masks(more):
+        form, after = eager.BATCH if training else CONSTANT, _after(scale, shift)
+        y = _shortly(input, weight, bias, form, eps, after, running_mean, running_var, momentum)
         if y is not None:
             return y
     running = _running(running_mean, running_var, momentum)
@@ -223,9 +223,9 @@ def instance_norm(
             eps=eps,
             **more,
         )
-    if not more:
-        form = eager.INSTANCE if use_input_stats else CONSTANT
-        y = _shortly(input, weight, bias, form, eps, running_mean, running_var, momentum)
+    if not _masks(more):
+        form, after = eager.INSTANCE if use_input_stats else CONSTANT, _after(scale, shift)
+        y = _shortly(input, weight, bias, form, eps, after, running_mean, running_var, momentum)
         if y is not None:
             return y
     running = _running(running_mean, running_var, momentum)
@@ -303,8 +303,8 @@ def group_norm(
             eps=eps,
             **more,
         )
-    if not more and type(num_groups) is int and num_groups > 0:
-        y = _shortly(input, weight, bias, eager.group(num_groups), eps)
+    if not _masks(more) and type(num_groups) is int and num_groups > 0:
+        y = _shortly(input, weight, bias, eager.group(num_groups), eps, _after(scale, shift))
         if y is not None:
             return y
     call = group_call(input, num_groups, weight, bias, eps, one_value=_masks(more))
@@ -350,9 +350,13 @@ def _masks(more: dict[str, Any]) -> bool:
     return bool(more) and (more["mask"] is not None or more["lengths"] is not None)
 
 
+def _after(scale: Any, shift: Any) -> eager.After | None:
+    return None if scale is None and shift is None else (None, 0, 0.0, scale, shift)
+
+
 def _shortly(
-    input: Any, weight: Any, bias: Any, form: int, eps: Any, mean: Any = None, var: Any = None,
-    momentum: Any = None,
+    input: Any, weight: Any, bias: Any, form: int, eps: Any, after: eager.After | None,
+    mean: Any = None, var: Any = None, momentum: Any = None,
 ) -> Tensor | None:  # fmt: skip
     """The short way; None where it is not for this call, whose errors the long way words."""
     if not (type(input) is Tensor and type(eps) is float and eps > 0.0):
@@ -361,16 +365,17 @@ def _shortly(
         return None
     if form & CONSTANT:
         given = mean, var
-        return eager.call(eager.GIVEN, input, weight, bias, form, eps, given, None)
+        return eager.call(eager.GIVEN, input, weight, bias, form, eps, given, after)
     if mean is None or eager.graph_task() != -1:
-        return eager.call(eager.OWN, input, weight, bias, form, eps, (), None)
+        return eager.call(eager.OWN, input, weight, bias, form, eps, (), after)
     running = mean, var, None, momentum
-    return eager.call(eager.MOVING, input, weight, bias, form, eps, running, None)
+    return eager.call(eager.MOVING, input, weight, bias, form, eps, running, after)
 
 
 def _rows_shortly(
-    input: Any, normalized_shape: Any, weight: Any, bias: Any, flags: int, eps: Any
-) -> Tensor | None:
+    input: Any, normalized_shape: Any, weight: Any, bias: Any, flags: int, eps: Any,
+    after: eager.After | None,
+) -> Tensor | None:  # fmt: skip
     """The same over trailing dimensions."""
     if type(input) is not Tensor or type(normalized_shape) not in (tuple, list, torch.Size):
         return None
@@ -379,7 +384,7 @@ def _rows_shortly(
         return None
     if not all(type(size) is int for size in sizes):
         return None
-    return _shortly(input, weight, bias, eager.layer(len(sizes)) | flags, eps)
+    return _shortly(input, weight, bias, eager.layer(len(sizes)) | flags, eps, after)
 
 
 def _running(mean: Tensor | None, var: Tensor | None, momentum: float) -> Running | None:
@@ -443,10 +448,9 @@ def layer_norm(
             eps=eps,
             **_given(scale, shift),
         )
-    if scale is None and shift is None:
-        y = _rows_shortly(input, normalized_shape, weight, bias, 0, eps)
-        if y is not None:
-            return y
+    y = _rows_shortly(input, normalized_shape, weight, bias, 0, eps, _after(scale, shift))
+    if y is not None:
+        return y
     call = layer_call(input, normalized_shape, weight, bias, eps)
     return normalize(modulated(call, scale, shift))
 
@@ -503,11 +507,11 @@ def rms_norm(
             eps=eps,
             **_given(scale, shift),
         )
-    plain = scale is None and shift is None
     # channels_last stays, which no kernel for trailing sizes writes
-    if plain and type(input) is Tensor and (input.dim() < 4 or input.is_contiguous()):
+    if type(input) is Tensor and (input.dim() < 4 or input.is_contiguous()):
         short = RMS_EPS.get(input.dtype) if eps is None else eps
-        y = _rows_shortly(input, normalized_shape, weight, None, UNCENTRED, short)
+        after = _after(scale, shift)
+        y = _rows_shortly(input, normalized_shape, weight, None, UNCENTRED, short, after)
         if y is not None:
             return y
     call = modulated(rms_call(input, normalized_shape, weight, eps), scale, shift)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from . import eager, library, operators, route
+from . import by_plan, eager, library, operators, route
 from .call import KEEP, NEEDS_BIAS, NEEDS_INPUT, NEEDS_WEIGHT, Call
 
 # bytes of a tensor on a CPU from which on passes over memory take longer than calls
@@ -64,7 +64,11 @@ def by_bits(
     try:
         if on_gpu:
             bits |= KEEP * bool(bits & NEEDS_INPUT)
-            made = operators.add_norm._op(x, other, weight, bias, bits, eps)
+            tensors = x, other, weight, bias
+            made = by_plan.operator("add_norm", tensors, (bits, eps), 2)
+            if made is None:
+                # what adds in place is not for autograd to see
+                made = operators.run(operators.add_norm, *tensors, bits, eps)
         else:
             made = operators.eager_add_norm._op(x, other, weight, bias, bits, eps)
     except RuntimeError:  # what is merely unusual
@@ -92,7 +96,8 @@ class AddNorm(Function):
             return grad_h, grad_h, None, None, None
         h, weight = ctx.saved_tensors
         plain = type(grad) is Tensor and not (is_compiling() or torch.is_grad_enabled())
-        if plain and type(grad_h) is Tensor and eager.is_plain(grad, grad_h):
+        both = type(grad_h) is Tensor or (grad_h is None and ctx.kept[0].dim() == 2)
+        if plain and both and eager.is_plain(grad, grad_h):
             of_x, of_weight, of_bias = _backward(grad, grad_h, h, weight, ctx.kept)
         else:
             of_x, of_weight, of_bias, _ = eager.pull_back(ctx.kept, grad, h, weight)
@@ -100,11 +105,14 @@ class AddNorm(Function):
         return of_x, of_x, of_weight, of_bias, None
 
 
-def _backward(grad: Tensor, grad_h: Tensor, h: Tensor, weight: Any, kept: Any) -> Any:
+def _backward(grad: Tensor, grad_h: Tensor | None, h: Tensor, weight: Any, kept: Any) -> Any:
     """The gradients of x, weight and bias; None, or of anything, where it is not wanted."""
     record, bits, eps, _ = kept
     if record.dim() == 1:  # of a CPU's operator
         return operators.eager_add_norm_backward._op(grad, grad_h, h, record, weight)
-    made = operators.add_norm_backward._op(grad, grad_h, h, record, weight, bits, eps)
+    tensors = grad, grad_h, h, record, weight
+    made = by_plan.operator("add_norm_backward", tensors, (bits, eps), 3)
+    if made is None:
+        made = operators.add_norm_backward._op(*tensors, bits, eps)
     wanted = NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS
     return [g if bits & flag else None for g, flag in zip(made, wanted, strict=True)]

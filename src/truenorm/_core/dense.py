@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.compiler import is_exporting
 
 from . import (
+    by_plan,
     checks,
     exchange,
     fallback,
+    geometry,
     gradients,
     operators,
     plain,
@@ -72,15 +74,17 @@ def _made(call: Call, way: int, *, keep: bool) -> tuple[Tensor, Tensor]:
         return y, kept[0]
     # what is exported without gradients may be trained all the same
     keep = keep or (way == route.GRAPH and (is_exporting() or _wants_gradient(call)))
-    bits, eps, parameter = form.numbers(x, KEEP if keep else 0)
-    args = weight, bias, mask, residual, mean, var, bits, eps, parameter, form.padding
+    numbers = *form.numbers(x, KEEP if keep else 0), form.padding
+    tensors = x, weight, bias, mask, residual, mean, var
     if way == route.KERNEL and call.inplace and x is call.x:
-        record = operators.run(operators.norm_, x, *args)
+        record = operators.run(operators.norm_, *tensors, *numbers)
         # what has saved it for a backward pass is to notice
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)
         return x, record
-    return cast(tuple[Tensor, Tensor], operators.run(operators.norm, x, *args))
+    if way == route.KERNEL:
+        return cast(tuple[Tensor, Tensor], by_plan.run(operators.norm, tensors, numbers, 1))
+    return cast(tuple[Tensor, Tensor], operators.run(operators.norm, *tensors, *numbers))
 
 
 def _wants_gradient(call: Call) -> bool:
@@ -111,12 +115,9 @@ def _in_order(call: Call) -> Call:
     x, features = call.x, call.form.axes.feature_dims
     first, last = (0, x.dim() - features) if features else (2, x.dim())
     asked = call.mask is not None or (features and call.by_part())
-    if not asked or last - first < 2:
+    if not asked or last - first < 2 or geometry.are_in_order(x, first, last):
         return call
-    sizes = zip(x.stride()[first:last], x.shape[first:last], strict=True)
-    steps = [stride for stride, size in sizes if size != 1]
-    in_order = all(steps[d] >= steps[d + 1] for d in range(len(steps) - 1))
-    return call if in_order else call._replace(x=x.contiguous())
+    return call._replace(x=x.contiguous())
 
 
 def _move(call: Call, record: Tensor) -> None:

@@ -185,7 +185,7 @@ def _modulated(
         or not residual.is_cpu
     ):
         return None
-    narrow = x.itemsize < 4 and not large
+    narrow = x.itemsize < 4 and not large and x.is_floating_point()
     y = call(op, x.float() if narrow else x, weight, bias, form, eps, statistics, None)
     if y is None:
         return None

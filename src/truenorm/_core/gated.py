@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from .. import _triton
-from . import eager, library, operators
+from . import by_plan, eager, library, operators
 from .call import KEEP, NEEDS_INPUT, NEEDS_WEIGHT, UNCENTRED
 
 Composed = Callable[[Tensor, Tensor, Any], Tensor]
@@ -75,10 +75,15 @@ def _by_launch(
     x: Tensor, gate: Tensor, weight: Tensor | None, form: int, *numbers: Any
 ) -> tuple[Tensor, Any]:
     """The same, of rows."""
-    rows = (t.detach().reshape(-1, x.shape[-1]) for t in (x, gate))
+    tensors = *(_rows(t.detach()) for t in (x, gate)), weight
     form |= UNCENTRED | KEEP * bool(form & (NEEDS_INPUT | NEEDS_WEIGHT))
-    y, record = operators.gated_norm._op(*rows, weight, form, *numbers)
-    return y.view(x.shape), (record, form, *numbers)
+    made = by_plan.operator("gated_norm", tensors, (form, *numbers), 1)
+    y, record = operators.gated_norm._op(*tensors, form, *numbers) if made is None else made
+    return y if x.dim() == 2 else y.view(x.shape), (record, form, *numbers)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
 class GatedNorm(Function):
@@ -100,10 +105,13 @@ class GatedNorm(Function):
         if not numbers:
             made = operators.eager_gated_norm_backward._op(grad, x, gate, record, weight)
             return *made, None
-        rows = (t.reshape(-1, x.shape[-1]) for t in (grad, x, gate))
-        found = operators.gated_norm_backward._op(*rows, record, weight, *numbers)
-        of_x, of_gate, of_weight = (g if g.numel() else None for g in found)
-        if of_x is not None and of_gate is not None:
+        tensors = *(_rows(t) for t in (grad, x, gate)), record, weight
+        found = by_plan.operator("gated_norm_backward", tensors, tuple(numbers), 3)
+        if found is None:
+            made = operators.gated_norm_backward._op(*tensors, *numbers)
+            found = [g if g.numel() else None for g in made]
+        of_x, of_gate, of_weight = found
+        if of_x is not None and of_gate is not None and x.dim() != 2:
             of_x, of_gate = of_x.view(x.shape), of_gate.view(x.shape)
         return of_x, of_gate, of_weight, None
 

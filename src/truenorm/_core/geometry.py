@@ -118,6 +118,13 @@ def _is_inside(one: int, other: int, sizes: Sequence[int], strides: Sequence[int
     return sizes[one] < sizes[other]
 
 
+def are_in_order(x: Tensor, first: int, last: int) -> bool:
+    """Whether these dimensions lie in memory as they follow one another."""
+    sizes = zip(x.stride()[first:last], x.shape[first:last], strict=True)
+    steps = [stride for stride, size in sizes if size != 1]
+    return all(steps[d] >= steps[d + 1] for d in range(len(steps) - 1))
+
+
 def laid_out(t: Tensor, strides: Sequence[int]) -> Tensor:
     """The same values, in the order of dense memory with these strides."""
     if t.stride() == strides:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import operators, plain, recomputed, spanning
+from . import by_plan, operators, plain, recomputed, spanning
 from .activation import LEAKY_RELU, RELU, RELU6
 from .call import (
     BY_OUTPUT,
@@ -31,7 +31,6 @@ from .route import transformed
 
 Grads = tuple[Tensor | None, ...]
 _is_compiling = torch.compiler.is_compiling
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 _NEEDS = NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_RESIDUAL
 
 
@@ -230,9 +229,8 @@ def _forward_alone(
     mask: Any, mean: Any, var: Any,
 ) -> Tensor:  # fmt: skip
     bits, eps, parameter = form.numbers(x, KEEP)
-    with _below_autograd():
-        args = weight, bias, mask, residual, mean, var, bits, eps, parameter, form.padding
-        y, record = operators.norm._op(x, *args)
+    tensors, numbers = (x, weight, bias, mask, residual, mean, var), (bits, eps, parameter)
+    y, record = by_plan.run(operators.norm, tensors, (*numbers, form.padding), 1)
     keep.append(record)
     by_output = form.act > 0 and saves_output(form.act, form.parameter, residual)
     ctx.save_for_backward(*_saved(form, by_output, x, weight, bias, residual, mask, y))
@@ -255,11 +253,9 @@ def _backward_alone(ctx: Any, grad: Tensor, saved: Any, wanted: Any) -> Any:
         | BY_OUTPUT * by_output
     )
     numbers = form.numbers(x, needs)
-    with _below_autograd():
-        tensors = x, ctx.record, weight, bias, mask, residual, None
-        of_x, of_weight, of_bias, of_residual = operators.norm_backward._op(
-            grad, *tensors, *numbers
-        )
+    tensors = grad, x, ctx.record, weight, bias, mask, residual, None
+    found = by_plan.run(operators.norm_backward, tensors, numbers, 4)
+    of_x, of_weight, of_bias, of_residual = found
     dtype = ctx.bias_dtypes[0]
     return (
         None,

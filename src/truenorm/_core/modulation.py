@@ -74,6 +74,19 @@ class Parameters(NamedTuple):
     one_plus: bool
 
 
+def parameters_of(
+    x: Tensor, features: int, weight: Tensor | None, bias: Tensor | None, pair: Pair
+) -> Parameters | None:
+    """`parameters` of a scale and shift that fit, as they are given."""
+    if weight is None and bias is None and features == 1:
+        # without a view for autograd to know of
+        found = _of_samples(x, *pair)
+        if found is not None:
+            return found
+    scale, shift = (shaped(t, x, features) for t in pair)
+    return parameters(x, features, weight, bias, (scale, shift))
+
+
 def parameters(
     x: Tensor, features: int, weight: Tensor | None, bias: Tensor | None, pair: Pair
 ) -> Parameters | None:
@@ -128,7 +141,9 @@ def _of_samples(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Parame
         return None
     if samples > _FEW and x.numel() < _LONG * samples:
         return None
-    return Parameters(scale.reshape(samples, size), shift.reshape(samples, size), True)
+    if scale.dim() != 2:
+        scale, shift = scale.reshape(samples, size), shift.reshape(samples, size)
+    return Parameters(scale, shift, True)
 
 
 def by_part(call: Call) -> Call | None:

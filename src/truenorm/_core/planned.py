@@ -12,7 +12,7 @@ The conditions are those of eager.py, which has asked them where `call` is calle
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from math import nan
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from torch.autograd import Function, forward_ad
 
 from .. import _triton
 from .._triton.config import CALLS
-from . import gradients, operators
+from . import geometry, gradients, modulation
+from .by_plan import NEW, PLAIN, REFUSED, apart, keep, kernel, kind, recorder
 from .call import (
     ACT,
     BY_OUTPUT,
@@ -33,6 +34,7 @@ from .call import (
     NEEDS_INPUT,
     NEEDS_RESIDUAL,
     NEEDS_WEIGHT,
+    ONE_PLUS,
     PER_CHANNEL,
     form_of,
 )
@@ -42,43 +44,20 @@ _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-_REFUSED = (RuntimeError, TypeError, AttributeError)
-_PLAIN = Tensor, torch.nn.Parameter
 _NEEDS = NEEDS_INPUT | NEEDS_WEIGHT | NEEDS_BIAS | NEEDS_RESIDUAL
-# kinds of calls: far more than a network has, and little memory
-_MOST = 1024
-_NEW = object()
-
-_kernels: dict[str, Callable[..., Any]] = {}
-
-
-def _kernel(name: str) -> Callable[..., Any]:
-    """An operator's kernel behind its checks; those of Triton are imported at the first call."""
-    if name not in _kernels:
-        from .._triton import host
-
-        _kernels[name] = operators.defined.checked(name, host.KERNELS[name])
-    return _kernels[name]
-
-
-def _kind(t: Any) -> Any:
-    """All of a tensor that decides what is compiled and launched, and whether it is in order."""
-    if t is None:
-        return None
-    # the dispatcher makes others of these before a kernel sees them
-    if type(t) not in _PLAIN or t.is_neg():
-        raise TypeError
-    at = t.data_ptr()
-    # freed memory is at 0
-    return t.shape, t.stride(), t.dtype, t.device, at % 16 if at else -1
 
 
 def call(
     x: Tensor, weight: Any, bias: Any, form: int, eps: float, statistics: tuple[Any, ...],
-    after: tuple[Any, ...] | None,
+    after: tuple[Any, ...] | None, parts: bool = False,
 ) -> Tensor | None:  # fmt: skip
-    """What `eager.call` is asked for; None where this is not for it, or not in order."""
+    """What `eager.call` is asked for; None where this is not for it, or not in order.
+
+    parts: whether weight and bias have a row for each part of the samples.
+    """
     residual, parameter, momentum, passes_on = None, 0.0, None, False
+    if after is not None and len(after) == 5:
+        return modulated(x, weight, bias, form, eps, statistics, after)
     try:
         grad = _is_grad_enabled()
         if grad:
@@ -88,14 +67,15 @@ def call(
                 form |= NEEDS_WEIGHT
             if bias is not None and bias.requires_grad:
                 form |= NEEDS_BIAS
-        kinds = _kind(x), _kind(weight), _kind(bias)
+        kinds: Any = kind(x), kind(weight), kind(bias)
+        if parts:
+            # elsewhere such a weight is an error
+            kinds = *kinds, parts
         if after is None and not statistics:
             given: tuple[Any, ...] = x, weight, bias
             key: Any = form, eps, kinds
         else:
             if after is not None:
-                if len(after) == 5:
-                    return None
                 residual, act, parameter = after
                 form |= act << ACT
                 if grad and residual is not None and residual.requires_grad:
@@ -104,26 +84,28 @@ def call(
                 if act and form & _NEEDS and gradients.saves_output(act, parameter, residual):
                     form |= BY_OUTPUT
             if len(statistics) == 4:
-                momentum = statistics[-1]
-                statistics = statistics[:-1]
-                # an average, or a layer's to word
-                if not 0.0 <= momentum <= 1.0:
+                momentum, statistics = statistics[-1], statistics[:-1]
+                if momentum != momentum and statistics[2] is not None:
+                    # one object: no other is equal to it in a key
+                    momentum = nan
+                elif not 0.0 <= momentum <= 1.0:
+                    # a layer's to word
                     return None
             given = x, weight, bias, residual, *statistics
             # 0.0 and -0.0 are alike to a dictionary
-            rest = float(parameter).hex(), momentum, _kind(residual)
-            key = form, eps, kinds, rest, *map(_kind, statistics)
-        plan = CALLS.get(key, _NEW)
+            rest = float(parameter).hex(), momentum, kind(residual)
+            key = form, eps, kinds, rest, *map(kind, statistics)
+        plan = CALLS.get(key, NEW)
         if plan is None:
             return None
-        if plan is _NEW:
-            first = _forward(key, given, form, eps, parameter, momentum)
+        if plan is NEW:
+            first = _forward(key, given, form, eps, parameter, momentum, parts)
             if first is None:
                 return None
             y, record = first
         else:
             y, record = plan(*given)
-    except _REFUSED:
+    except REFUSED:
         return None
     if form & _NEEDS or passes_on:
         made = y, record, form, eps, parameter, passes_on
@@ -131,13 +113,52 @@ def call(
     return y
 
 
-def _fits(given: tuple[Any, ...], form: int, eps: Any) -> bool:
+def modulated(
+    x: Tensor, weight: Any, bias: Any, form: int, eps: float, statistics: tuple[Any, ...],
+    after: tuple[Any, ...],
+) -> Tensor | None:  # fmt: skip
+    """With scale and shift where the long way has them: in weight and bias, or after the norm."""
+    residual, act, parameter, *pair = after
+    features, large = form >> FEATURES & 0xFF, False
+    try:
+        for t in pair:
+            if t is None:
+                continue
+            if type(t) not in PLAIN or t.device != x.device or not t.is_floating_point():
+                return None
+            if not modulation.fits(t, x, features):
+                return None
+            large = large or 2 * t.numel() > x.numel()
+        beside = None if residual is None and not act else (residual, act, parameter)
+        found = modulation.parameters_of(x, features, weight, bias, (pair[0], pair[1]))
+        if found is not None:
+            if features and not geometry.are_in_order(x, 0, x.dim() - features):
+                x = x.contiguous()
+            form |= ONE_PLUS * found.one_plus
+            return call(x, found.weight, found.bias, form, eps, statistics, beside, True)
+        # before a running statistic moves
+        if residual is not None and (
+            kind(residual)[2:4] != (x.dtype, x.device) or residual.shape != x.shape
+        ):
+            return None
+        narrow = x.itemsize < 4 and not large and x.is_floating_point()
+        y = call(x.float() if narrow else x, weight, bias, form, eps, statistics, None)
+        if y is None:
+            return None
+        scale, shift = (modulation.shaped(t, x, features) for t in pair)
+        y = modulation.applied(y, scale, shift, residual, act, parameter)
+        return y.to(x.dtype) if narrow else y
+    except REFUSED:
+        return None
+
+
+def _fits(given: tuple[Any, ...], form: int, eps: Any, parts: bool) -> bool:
     """Whether this is for the operators as it is; the rest is a layer's to word."""
     x, *parameters = given[:3]
     features = form >> FEATURES & 0xFF
     if type(eps) is not float or (form & CONSTANT and any(s is None for s in given[4:])):
         return False
-    if any(p is not None and p.dim() != max(features, 1) for p in parameters):
+    if any(p is not None and p.dim() != max(features, 1) + parts for p in parameters):
         return False
     if not features and x.dim() < 2:
         return False
@@ -152,48 +173,28 @@ def _fits(given: tuple[Any, ...], form: int, eps: Any) -> bool:
 
 
 def _forward(
-    key: Any, given: tuple[Any, ...], form: int, eps: float, parameter: float, momentum: Any
-) -> tuple[Tensor, Any] | None:
+    key: Any, given: tuple[Any, ...], form: int, eps: float, parameter: float, momentum: Any,
+    parts: bool,
+) -> tuple[Tensor, Any] | None:  # fmt: skip
     """(y, the record if it is wanted) of a first call; None where this is not for the kernels."""
-    if _triton.why_plain(given[0].device.index or 0) or not _fits(given, form, eps):
+    if _triton.why_plain(given[0].device.index or 0) or not _fits(given, form, eps, parts):
         return None
-    given = _apart(given)
+    given = apart(given)
     x, weight, bias, *others = given
     residual, statistics = (others[0], others[1:]) if others else (None, [])
     moving = momentum is not None
     mean, var = (None, None) if moving or not statistics else statistics
     keeps = form & _NEEDS
     bits = form & ~(_NEEDS | BY_OUTPUT) | KEEP * bool(keeps or moving)
-    norm, move = _kernel("norm"), _kernel("move_")
-    with _below_autograd(), _recorder(given) as recorder:
+    norm, move = kernel("norm"), kernel("move_")
+    with _below_autograd(), recorder(given) as recording:
         args = weight, bias, None, residual, mean, var, bits, eps, parameter, 0.0
         y, record = norm(x, *args)
         if moving:
-            move(*statistics, record, momentum, False)
+            move(*statistics, record, None if momentum is nan else momentum, False)
     wanted = record if keeps else None
-    _keep(key, recorder.plan((y, wanted)))
+    keep(key, recording.plan((y,), (wanted,)))
     return y, wanted
-
-
-def _apart(given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same, each an object of its own, by which a recorder knows it: x may be the residual."""
-    apart: list[Any] = []
-    for t in given:
-        known = t is not None and any(t is other for other in apart)
-        apart.append(t.detach() if known else t)
-    return tuple(apart)
-
-
-def _recorder(given: tuple[Any, ...]) -> Any:
-    from .._triton import replay
-
-    return replay.Recorder(given[0].device, given)
-
-
-def _keep(key: Any, plan: Any) -> None:
-    if len(CALLS) >= _MOST:
-        CALLS.clear()
-    CALLS[key] = plan
 
 
 class Norm(Function):
@@ -244,30 +245,30 @@ def _backward(
     given = grad, x, record, weight, *others
     try:
         # a record is the forward plan's, whose size and place are known
-        key: Any = "backward", form, eps, _kind(grad), _kind(x), _kind(weight)
+        key: Any = "backward", form, eps, kind(grad), kind(x), kind(weight)
         if others:
-            key = *key, float(parameter).hex(), *map(_kind, others)
-        plan: Any = CALLS.get(key, _NEW)
+            key = *key, float(parameter).hex(), *map(kind, others)
+        plan: Any = CALLS.get(key, NEW)
         if plan is None:
             return None
-        if plan is not _NEW:
+        if plan is not NEW:
             return plan(*given)
-        given = _apart(given)
+        given = apart(given)
         grad, x, record, weight = given[:4]
         bias, residual = given[4:] or (None, None)
-        kernel = _kernel("norm_backward")
-        with _below_autograd(), _recorder(given) as recorder:
+        run = kernel("norm_backward")
+        with _below_autograd(), recorder(given) as recording:
             numbers = form, eps, parameter
-            made = kernel(grad, x, record, weight, bias, None, residual, None, *numbers)
+            made = run(grad, x, record, weight, bias, None, residual, None, *numbers)
         wanted = [
             g if form & flag else None
             for g, flag in zip(
                 made, (NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_RESIDUAL), strict=True
             )
         ]
-        _keep(key, recorder.plan(wanted))
+        keep(key, recording.plan(wanted))
         return wanted
-    except _REFUSED:
+    except REFUSED:
         return None
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import checks, operators, plain, route
+from . import by_plan, checks, operators, plain, route
 from .call import Running
 
 
@@ -21,5 +23,13 @@ def move(running: Running, record: Tensor) -> None:
             running.gathered.add(record, running.mean.numel(), running.skip_nonfinite)
     elif torch.compiler.is_compiling():
         operators.move_in_graph(*moving)
-    else:
+    elif not _by_plan(moving):
         operators.move_once(*moving)
+
+
+def _by_plan(moving: tuple[Any, ...]) -> bool:
+    """Whether a plan has moved them."""
+    record = moving[3]
+    if not by_plan.serves(record) or operators.within_backward() or route.transformed():
+        return False
+    return by_plan.operator("move_", moving[:4], moving[4:], 0) is not None

@@ -20,7 +20,7 @@ from .._core.call import (
     ROUNDS_X_HAT,
     SWISH,
 )
-from . import config, sums, view
+from . import config, replay, sums, view
 from . import gated as kernels
 from .config import Launch
 
@@ -106,7 +106,8 @@ def gated_norm(
         y, keep = call.new(), bool(bits & KEEP)
         shape = (3, call.statistics) if keep else (0,)
         record = torch.empty(shape, dtype=torch.float64, device=x.device)
-        kernels.gated[(call.blocks(launch) * call.groups,)](
+        replay.launch(
+            kernels.gated, (call.blocks(launch) * call.groups,),
             call.x, call.gate, call.weight, y, record, *call.numbers,
             **call.tile(launch), **call.constants, KEEP=keep,
             # of wider types these round nothing
@@ -139,7 +140,8 @@ def gated_norm_backward(
         )
         if params:
             parts = torch.empty((programs, x.shape[1]), dtype=call.kept, device=x.device)
-        kernels.gated_backward[(programs * call.groups,)](
+        replay.launch(
+            kernels.gated_backward, (programs * call.groups,),
             grad, call.x, call.gate, view.flat(record), call.weight, of_x, of_gate, parts,
             *call.numbers, blocks,
             **call.tile(launch), **call.constants, NEEDS_INPUT=inputs, NEEDS_WEIGHT=params,
@@ -155,7 +157,8 @@ def _add_up(parts: Tensor, total: Tensor) -> None:
     """The columns of `parts`. There is no bias: its place is given weight's sums once more."""
     programs, c = parts.shape
     merge = config.merge(programs, neighbours=True)
-    sums.merge_sums[(-(-c // merge.units),)](
+    replay.launch(
+        sums.merge_sums, (-(-c // merge.units),),
         parts, parts, None, None, None, total, total,
         c, c, 1, c, 0, 0, programs, 1, 1, c, 0, 0,
         STATISTICS=False, PARAMETERS=True, PARTED=False, HAS_WEIGHT=0, HAS_MASK=False,
