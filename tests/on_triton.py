@@ -61,7 +61,7 @@ def _round_to_nearest() -> None:
 
 
 def _round_once() -> None:
-    """Triton's interpreter rounds a fused operation's product too, where a GPU rounds the sum alone."""
+    """Triton's interpreter rounds a fused operation's product too, a GPU the sum alone."""
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

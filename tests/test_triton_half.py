@@ -67,7 +67,9 @@ def test_channels_where_weight_and_bias_cancel(
 @pytest.mark.parametrize("kind", ["rows", "channels"])
 def test_a_residual_that_cancels_too(dtype: torch.dtype, kind: str, cut: str) -> None:
     """The negative of the rounded norm: what is left is what rounding lost."""
-    layer: Any = truenorm.LayerNorm(96) if kind == "rows" else truenorm.InstanceNorm2d(5, affine=True)
+    layer: Any = (
+        truenorm.LayerNorm(96) if kind == "rows" else truenorm.InstanceNorm2d(5, affine=True)
+    )
     for p in layer.parameters():
         p.data.normal_()
     x = torch.randn((33, 96) if kind == "rows" else (3, 5, 9, 7)).to(dtype)
@@ -116,9 +118,7 @@ def test_equal_values_leave_exactly_the_bias(dtype: torch.dtype, cut: str) -> No
 @HALVES
 @BY_CUT
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_mean_that_sums_of_squares_do_not_see(
-    dtype: torch.dtype, masked: bool, cut: str
-) -> None:
+def test_a_mean_that_sums_of_squares_do_not_see(dtype: torch.dtype, masked: bool, cut: str) -> None:
     """One value of 1,024 is the next number after all others: a mean of 2^12 deviations, of float16
     2^15.
     """

@@ -404,6 +404,28 @@ def test_programs_of_a_layer_norm() -> None:
     assert config.programs(2**20, 8, 132) == 2**20 // config.LIMITS.blocks_per_program
 
 
+@needs_triton
+def test_what_is_summed_exactly_fuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A residual in half precision: a fused product would be counted twice."""
+    from truenorm._triton import host, host_forward
+
+    fuses: list[bool] = []
+
+    def note(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
+        fuses.append(options["enable_fp_fusion"])
+
+    monkeypatch.setattr(host_forward, "launch", note)
+    form = Form(geometry.layer(1), 1e-5)
+    given = Form(geometry.BATCH, 1e-5)
+    mean = torch.empty(4, device="meta")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.empty(6, 4, dtype=dtype, device="meta")
+        for residual in (None, x):
+            host.norm(x, mean, mean, None, residual, None, None, *form.numbers(x), 0.0)
+            host.norm(x, mean, mean, None, residual, mean, mean, *given.numbers(x), 0.0)
+    assert fuses == [True] * 4 + [True, True, False, False] * 2
+
+
 def resources(tmp_path: Path, *args: str) -> str:
     """For an H100, ahead of time: a GPU is not needed, but what the interpreter does not see is."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

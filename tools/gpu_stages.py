@@ -167,8 +167,10 @@ def compiling(setup: Setup, found: dict[str, Any]) -> None:
 
 def correctness(setup: Setup, found: dict[str, Any]) -> None:
     """The suite's tests of the kernels."""
-    gated = "gated", "gated_calls"
-    kinds = "layers", "calls", "parts", "added", *gated, "turned", "promises", "cuda", "tune"
+    kinds = (
+        "layers", "calls", "parts", "added", "gated", "gated_calls", "turned", "promises", "half",
+        "cuda", "tune",
+    )  # fmt: skip
     files = [f"tests/test_triton_{name}.py" for name in kinds]
     args = ["-m", "pytest", "-o", "addopts=-q", "-p", "no:cacheprovider", *files]
     if importlib.util.find_spec("xdist") is not None:

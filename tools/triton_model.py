@@ -60,6 +60,15 @@ LATENCY = {
 }  # fmt: skip
 OTHERS = 5
 _WIDE = ("DADD", "DMUL", "DFMA", "DSETP")
+_CONVERSIONS = "F2F.F64", "F2F.BF16.F64", "F2F.F32.F64", "I2F.F64", "MUFU"
+# by how their names begin
+KINDS: dict[str, tuple[str, ...]] = {
+    "all": ("",),
+    "float64": _WIDE,
+    "conversions": _CONVERSIONS,
+    "barriers": ("BAR",),
+    "loads": ("LDG",),
+}
 # a region of so few instructions is not worth a branch, and counts as met
 _SMALL = 12
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
@@ -107,6 +116,11 @@ class Walk:
     counts: dict[str, int] = field(default_factory=dict)
     in_loop: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def met(self) -> dict[str, int]:
+        """Instructions for a tile, by kind."""
+        return self.in_loop if self.loop else self.counts
+
 
 def _met(code: list[Instruction]) -> tuple[list[Instruction], tuple[int, int] | None]:
     """(the instructions on the way, first and last of the loop that loads)."""
@@ -149,13 +163,10 @@ def walk(sass: str, ahead: int = 1) -> Walk:
     way, loop = _met(instructions(sass))
     found = Walk()
     inside = [s for s in way if loop and loop[0] <= s.at <= loop[1]]
-    for name, steps in (("counts", way), ("in_loop", inside)):
-        counts: dict[str, int] = {"all": len(steps)}
-        for kind, begins in (("float64", _WIDE), ("conversions", ("F2F.F64", "F2F.BF16.F64",
-                             "F2F.F32.F64", "I2F.F64", "MUFU")), ("barriers", ("BAR",)),
-                             ("loads", ("LDG",)), ("shuffles", ("SHFL",))):  # fmt: skip
-            counts[kind] = sum(s.name.startswith(begins) for s in steps)
-        setattr(found, name, counts)
+    found.counts, found.in_loop = (
+        {kind: sum(s.name.startswith(begins) for s in steps) for kind, begins in KINDS.items()}
+        for steps in (way, inside)
+    )
     if inside:
         before = [s for s in way if s.at < inside[0].at]
         found.loop = _cycles(before + inside * 2) - _cycles(before + inside)
@@ -228,12 +239,12 @@ def turns_of(launch: Launch) -> int:
     return -(-given.get("blocks", 1) // launch.grid[0])
 
 
-def bound(launch: Launch, compiled: Compiled, gpu: Gpu, moved: int, values: int) -> Bound:
-    """moved: bytes that a program moves each time it comes to the tile's end; values: of a tile."""
+def bound(launch: Launch, compiled: Compiled, gpu: Gpu, moved: int) -> Bound:
+    """moved: bytes that a program moves for a tile."""
     found = walk(compiled.sass, launch.arguments.get("STAGES", 1) - 1 or 1)
     programs = resident(launch, compiled, gpu)
     threads = 32 * launch.options.get("num_warps", 4)
-    counts = found.in_loop if found.loop else found.counts
+    counts = found.met
     cycles = found.cycles + BEGIN
     if found.loop:
         turns = turns_of(launch)
@@ -255,37 +266,49 @@ MOVES = {
     "forward": 2, "normalize": 2, "moments": 1, "backward": 3, "backward_sums": 2,
     "backward_apply": 3,
 }  # fmt: skip
+HEAD = (
+    f"{'':<34}{'':<16}{'tile':>9}{'w':>3}{'reg':>5}{'smem':>7}{'progs':>6}{'KiB':>6}{'cycles':>8}"
+    f"{'bar':>4}{'insn/value':>11}{'f64':>5}{'conv':>5}{'waits':>7}{'issue':>6}{'f64':>6}"
+    f"{'conv':>6}{'share':>6}"
+)
+
+
+def filled(given: dict[str, Any]) -> int:
+    """Values of a tile that there are."""
+    runs = given["R"] if given.get("RUNS") else 1
+    units = given["units"] if given.get("GROUPED") else given["BU"]
+    return int(units * min(given["BK"], given["K"] * runs))
+
+
+def line(what: str, launch: Launch, gpu: Gpu, itemsize: int) -> str:
+    """By warps, registers, shared memory, programs of a multiprocessor, their KiB, cycles of a tile,
+    barriers, what a value takes of instructions, and the bounds.
+    """
+    compiled = compile_for(launch, gpu.capability)
+    given, name = launch.arguments, launch.kernel.__name__
+    values, warps = filled(given), launch.options.get("num_warps", 4)
+    b = bound(launch, compiled, gpu, values * itemsize * MOVES[name])
+    counts = b.found.met
+    each, conversions, wide = (
+        counts[kind] * 32 * warps / values for kind in ("all", "conversions", "float64")
+    )
+    tile = f"{given['BU']}x{given['BK']}"
+    return (
+        f"{what:<34.33}{name:<16}{tile:>9}{warps:>3}{compiled.registers:>5}{compiled.shared:>7}"
+        f"{b.programs:>6}{b.in_flight:>6.0f}{b.cycles:>8.0f}{counts['barriers']:>4}{each:>11.1f}"
+        f"{wide:>5.1f}{conversions:>5.1f}{b.waits:>7.2f}{b.issue:>6.2f}{b.float64:>6.1f}"
+        f"{b.conversions:>6.1f}{b.share:>6.2f}"
+    )
 
 
 def report(gpu: Gpu, dtype: torch.dtype, only: str) -> None:
-    print(f"{'':<34}{'':<16}{'tile':>9}{'w':>3}{'reg':>5}{'smem':>7}{'progs':>6}{'KiB':>6}"
-          f"{'cycles':>8}{'bar':>4}{'insn/value':>11}{'f64':>5}{'conv':>5}"
-          f"{'waits':>7}{'issue':>6}{'f64':>6}{'conv':>6}{'share':>6}")  # fmt: skip
+    print(HEAD)
     for what, axes, shape, lay, _ in cases.CASES:
         if not re.search(only, what):
             continue
         for launch in cases._launches(axes, shape, dtype, lay):
-            name = launch.kernel.__name__
-            if name not in MOVES:
-                continue
-            compiled = compile_for(launch, gpu.capability)
-            tall, wide = launch.arguments["BU"], launch.arguments["BK"]
-            filled = min(wide, launch.arguments["K"] * (launch.arguments["R"] if launch.arguments.get(
-                "RUNS") else 1)) / wide  # fmt: skip
-            if launch.arguments.get("GROUPED"):
-                filled *= launch.arguments["units"] / tall
-            values = int(tall * wide * filled)
-            moved = values * dtype.itemsize * MOVES[name]
-            b = bound(launch, compiled, gpu, moved, values)
-            counts = b.found.in_loop if b.found.loop else b.found.counts
-            per = 32 * launch.options.get("num_warps", 4) / values
-            print(f"{what + ' ' + str(shape):<34.33}{name:<16}{f'{tall}x{wide}':>9}"
-                  f"{launch.options.get('num_warps', 4):>3}{compiled.registers:>5}{compiled.shared:>7}"
-                  f"{b.programs:>6}{b.in_flight:>6.0f}"
-                  f"{b.cycles:>8.0f}{counts['barriers']:>4}"
-                  f"{counts['all'] * per:>11.1f}{counts['float64'] * per:>5.1f}"
-                  f"{counts['conversions'] * per:>5.1f}{b.waits:>7.2f}{b.issue:>6.2f}"
-                  f"{b.float64:>6.1f}{b.conversions:>6.1f}{b.share:>6.2f}", flush=True)  # fmt: skip
+            if launch.kernel.__name__ in MOVES:
+                print(line(f"{what} {shape}", launch, gpu, dtype.itemsize), flush=True)
 
 
 def main() -> int:

@@ -89,10 +89,9 @@ def _forward(
                 weight = optional(p_weight, place, in_value, HAS_WEIGHT, 1.0, ACC)[None, :]
                 bias = optional(p_bias, place, in_value, HAS_BIAS, 0.0, ACC)[None, :]
             if TWICE:
-                of = twice.of_rows(mean, rstd, TYPE)
                 y = twice.rows(
-                    x, of[0][:, None], of[1][:, None], of[2][:, None], of[3][:, None],
-                    of[4][:, None], weight, bias, p_residual, offsets, there, HAS_RESIDUAL, True,
+                    x, mean, rstd, weight, bias, p_residual, offsets, there, HAS_RESIDUAL, True,
+                    TYPE,
                 )  # fmt: skip
             else:
                 y = affine_tile(d * rstd.to(ACC)[:, None], weight, bias, TYPE, ROUNDS)
@@ -101,10 +100,9 @@ def _forward(
             of_weight = optional(p_weight, place, in_unit, HAS_WEIGHT, 1.0, tl.float64)
             if TWICE:
                 of_bias = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, tl.float64)
-                of = twice.of_units(mean, rstd, of_weight, of_bias, TYPE)
                 y = twice.units(
-                    x, of[0][:, None], of[1][:, None], of[2][:, None], of[3][:, None],
-                    of[4][:, None], p_residual, offsets, there, HAS_RESIDUAL, True,
+                    x, mean, rstd, of_weight, of_bias, p_residual, offsets, there, HAS_RESIDUAL,
+                    True, TYPE,
                 )  # fmt: skip
             else:
                 of_bias = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, ACC)
@@ -135,9 +133,9 @@ def forward(
 ):  # fmt: skip
     """y and the record, x read once: a tile holds every value of its statistics.
 
-    S: how many statistics there are. TURNS: between the `blocks` tiles programs go turn by turn, what
-    comes next being on its way by then. HAS_OTHER: of h = x + other, which is stored too. PLACED:
-    how x lies, where that is not as all else does.
+    S: how many statistics there are. TURNS: programs go turn by turn between the `blocks` tiles,
+    what comes next being on its way by then. HAS_OTHER: of h = x + other, which is stored too.
+    PLACED: how x lies, where that is not as all else does.
     """
     at = tl.arange(0, BK)
     if RUNS:
@@ -158,8 +156,8 @@ def forward(
                 U, C, K, R, run_stride, units, part, inner, innermost, step_0, step_1, step_2,
                 n, S, eps_bits, parameter_bits, padding_bits,
                 BU, COLUMNS, GROUPED, PARTED, BY_VALUE, HAS_WEIGHT, HAS_BIAS, CENTRED, MASK,
-                HAS_RESIDUAL, ACT, ROUNDS, PLACED, HAS_OTHER, NEEDS_Y, KEEP, WIDE, TWICE, TURNS, ACC,
-                INDEX,
+                HAS_RESIDUAL, ACT, ROUNDS, PLACED, HAS_OTHER, NEEDS_Y, KEEP, WIDE, TWICE, TURNS,
+                ACC, INDEX,
             )  # fmt: skip
     else:
         _forward(
@@ -168,8 +166,8 @@ def forward(
             U, C, K, R, run_stride, units, part, inner, innermost, step_0, step_1, step_2,
             n, S, eps_bits, parameter_bits, padding_bits,
             BU, COLUMNS, GROUPED, PARTED, BY_VALUE, HAS_WEIGHT, HAS_BIAS, CENTRED, MASK,
-            HAS_RESIDUAL, ACT, ROUNDS, PLACED, HAS_OTHER, NEEDS_Y, KEEP, WIDE, TWICE, TURNS, ACC,
-            INDEX,
+            HAS_RESIDUAL, ACT, ROUNDS, PLACED, HAS_OTHER, NEEDS_Y, KEEP, WIDE, TWICE, TURNS,
+            ACC, INDEX,
         )  # fmt: skip
 
 
@@ -218,15 +216,13 @@ def normalize(
     if BY_VALUE:
         scale = rstd.to(ACC)
         shift = tl.zeros((BU,), ACC)
-        if TWICE:
-            of = twice.of_rows(mean, rstd, TYPE)
     else:
         place = parameters_of_units(c, sample, C, part, PARTED)
         weight = optional(p_weight, place, in_unit, HAS_WEIGHT, 1.0, tl.float64)
         scale = (rstd * weight).to(ACC)
         shift = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, ACC)
         if TWICE:
-            of = twice.of_units(mean, rstd, weight, shift.to(tl.float64), TYPE)
+            of_bias = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, tl.float64)
     r, start, steps = r0, k0, (r1 - r0) * ((k1 - k0 + BK - 1) // BK)
     for _ in tl.range(0, steps, num_stages=STAGES):
         k = start + tl.arange(0, BK)
@@ -241,16 +237,16 @@ def normalize(
             bias = optional(p_bias, place, k < k1, HAS_BIAS, 0.0, ACC)[None, :]
             if TWICE:
                 y = twice.rows(
-                    x, of[0][:, None], of[1][:, None], of[2][:, None], of[3][:, None],
-                    of[4][:, None], weight, bias, p_residual, offsets, there, HAS_RESIDUAL, False,
+                    x, mean, rstd, weight, bias, p_residual, offsets, there, HAS_RESIDUAL, False,
+                    TYPE,
                 )  # fmt: skip
             else:
                 x_hat = ((x - high[:, None]) - low[:, None]) * scale[:, None]
                 y = affine_tile(x_hat, weight, bias, TYPE, ROUNDS)
         elif TWICE:
             y = twice.units(
-                x, of[0][:, None], of[1][:, None], of[2][:, None], of[3][:, None],
-                of[4][:, None], p_residual, offsets, there, HAS_RESIDUAL, False,
+                x, mean, rstd, weight, of_bias, p_residual, offsets, there, HAS_RESIDUAL,
+                False, TYPE,
             )  # fmt: skip
         else:
             y = ((x - high[:, None]) - low[:, None]) * scale[:, None] + shift[:, None]

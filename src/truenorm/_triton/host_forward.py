@@ -58,7 +58,7 @@ def _normalize(
 ) -> None:
     """mean and var: one record, or what was given, which goes into `record`."""
     own, x, units = mean is var, call.x, call.units
-    acc, width = view.compute(x)
+    acc, width = view.compute(x, wide=not call.half)
     plan = Streamed(units, width.itemsize)
     launch(
         kernels.normalize, plan.grid,
@@ -83,8 +83,8 @@ def _whole(
     """
     x, centred = call.x, call.form.axes.centred
     units = call.units_of_statistics if y is None else call.units
-    acc, width = view.compute(x)
-    half = view.is_half(x)
+    half = call.half
+    acc, width = view.compute(x, wide=not half)
     # half precision's sums are float64's
     crowded = call.crowded(backward=False) or (half and centred)
     tile = units.whole(width.itemsize, backward=False, half=half, crowded=crowded)
@@ -104,8 +104,8 @@ def _whole(
         units.U, units.C, units.K, units.R, units.run_stride, per_program, units.part,
         *call.placed.sizes, *call.placed.steps, units.values, blocks, units.statistics,
         view.bits(eps), call.parameter, padding,
-        **units.tiles(tile) | call.fusion, **call.constants(units), RUNS=units.R > 1, GROUPED=grouped,
-        BY_VALUE=units.by_value, HAS_WEIGHT=call.has_weight, HAS_BIAS=call.bias is not None,
+        **units.tiles(tile) | call.fusion, **call.constants(units), RUNS=units.R > 1,
+        GROUPED=grouped, BY_VALUE=units.by_value, HAS_WEIGHT=call.has_weight, HAS_BIAS=call.bias is not None,
         CENTRED=centred, HAS_RESIDUAL=call.residual is not None, PLACED=call.placed.kind,
         HAS_OTHER=h is not None, NEEDS_Y=y is not None, KEEP=keep,
         WIDE=centred and half, TWICE=call.twice,

@@ -210,12 +210,18 @@ class Inputs:
         return self.units.columns and (masked or act > 0 or self.residual is not None)
 
     @property
+    def half(self) -> bool:
+        """Whether this is half precision, whose parameters are no wider than float32."""
+        wide = any(p is not None and p.dtype == torch.float64 for p in (self.weight, self.bias))
+        return view.is_half(self.x) and not wide
+
+    @property
     def twice(self) -> bool:
         """Whether an output can be a small difference of large numbers, in half precision: a unit
         in its last place is then less than float32's error.
         """
         cancels = self.bias is not None or self.residual is not None
-        return view.is_half(self.x) and cancels and not self.form.rounds
+        return self.half and cancels and not self.form.rounds
 
     @property
     def fusion(self) -> dict[str, bool]:

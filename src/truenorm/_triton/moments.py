@@ -25,7 +25,6 @@ from .tiles import (
     value_offsets,
 )
 
-
 # of a sum of squares in float64: the mean is 2^13 standard deviations from zero
 LOST = tl.constexpr(2.0**-26)
 

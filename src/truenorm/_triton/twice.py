@@ -38,27 +38,6 @@ def exact_base(mean, rstd, TYPE: tl.constexpr):
 
 
 @triton.jit
-def of_units(mean, rstd, weight, bias, TYPE: tl.constexpr):
-    """(base, scale, shift, their rests) of y = (x − base) · scale + shift; weight and bias float64."""
-    base = exact_base(mean, rstd, TYPE)
-    slope = rstd * weight
-    scale, scale_rest = two_floats(slope, tl.float32)
-    offset = bias - (mean - base.to(tl.float64)) * slope
-    shift, shift_rest = two_floats(offset, tl.float32)
-    return base, scale, shift, scale_rest, shift_rest
-
-
-@triton.jit
-def of_rows(mean, rstd, TYPE: tl.constexpr):
-    """(base, scale, offset, their rests) of x̂ = (x − base) · scale + offset, the offset on a grid."""
-    base = exact_base(mean, rstd, TYPE)
-    scale, scale_rest = two_floats(rstd, tl.float32)
-    whole = (base.to(tl.float64) - mean) * rstd
-    offset = on_grid(whole.to(tl.float32))
-    return base, scale, offset, scale_rest, (whole - offset.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
 def on_grid(value):
     """The number nearest to a float32 on a grid, from which the difference is exact as long as the
     value is less than 2^10.
@@ -68,7 +47,8 @@ def on_grid(value):
 
 @triton.jit
 def _sum_exactly(d, scale, shift, residual, low):
-    """d · scale + shift + residual + low; every rounding's error is added at the end. Compiled
+    """d · scale + shift + residual + low as two floats. What rounding loses before the residual is
+    added counts where that cancels; of the last sum it does not, being exact there. Compiled
     without fused operations but for those that are written.
     """
     product = d * scale
@@ -76,10 +56,7 @@ def _sum_exactly(d, scale, shift, residual, low):
     first = product + shift
     part = first - product
     of_first = (product - (first - part)) + (shift - part)
-    total = first + residual
-    part = total - first
-    of_total = (first - (total - part)) + (residual - part)
-    return total, (of_first + of_total) + (of_product + low)
+    return first + residual, of_first + (of_product + low)
 
 
 @triton.jit
@@ -102,23 +79,41 @@ def _affine(
 
 @triton.jit
 def units(
-    x, base, scale, shift, scale_rest, shift_rest, p_residual, offsets, there,
-    HAS_RESIDUAL: tl.constexpr, OWN: tl.constexpr,
+    x, mean, rstd, weight, bias, p_residual, offsets, there, HAS_RESIDUAL: tl.constexpr,
+    OWN: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """y of units, by of_units(). OWN: by statistics of x's own, which an infinite value spoils."""
-    d = x - base
-    low = tl.fma(d, scale_rest, shift_rest)
-    return _affine(d, scale, shift, low, p_residual, offsets, there, HAS_RESIDUAL, OWN)
+    """y of units, as (x − base) · scale + shift, by weight and bias in float64, all of a unit each.
+
+    OWN: by statistics of x's own, which an infinite value spoils.
+    """
+    base = exact_base(mean, rstd, TYPE)
+    slope = rstd * weight
+    scale, scale_rest = two_floats(slope, tl.float32)
+    shift, shift_rest = two_floats(bias - (mean - base.to(tl.float64)) * slope, tl.float32)
+    d = x - base[:, None]
+    low = tl.fma(d, scale_rest[:, None], shift_rest[:, None])
+    return _affine(
+        d, scale[:, None], shift[:, None], low, p_residual, offsets, there, HAS_RESIDUAL, OWN
+    )  # fmt: skip
 
 
 @triton.jit
 def rows(
-    x, base, scale, offset, scale_rest, offset_rest, weight, bias, p_residual, offsets, there,
-    HAS_RESIDUAL: tl.constexpr, OWN: tl.constexpr,
+    x, mean, rstd, weight, bias, p_residual, offsets, there, HAS_RESIDUAL: tl.constexpr,
+    OWN: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """y of rows, by of_rows(): x̂ is two floats, the one nearest on a grid, and the rest."""
-    d = x - base
-    near = on_grid(tl.fma(d, scale, offset))
-    rest = tl.fma(d, scale, offset - near) + tl.fma(d, scale_rest, offset_rest)
-    low = weight * rest
-    return _affine(near, weight, bias, low, p_residual, offsets, there, HAS_RESIDUAL, OWN)
+    """y of rows, weight and bias being of a value each: x̂ = (x − base) · scale + offset is two
+    floats, the one nearest on a grid, and the rest.
+    """
+    base = exact_base(mean, rstd, TYPE)
+    scale, scale_rest = two_floats(rstd, tl.float32)
+    whole = (base.to(tl.float64) - mean) * rstd
+    offset = on_grid(whole.to(tl.float32))
+    offset_rest = (whole - offset.to(tl.float64)).to(tl.float32)
+    d = x - base[:, None]
+    near = on_grid(tl.fma(d, scale[:, None], offset[:, None]))
+    rest = tl.fma(d, scale[:, None], offset[:, None] - near)
+    rest += tl.fma(d, scale_rest[:, None], offset_rest[:, None])
+    return _affine(
+        near, weight, bias, weight * rest, p_residual, offsets, there, HAS_RESIDUAL, OWN
+    )  # fmt: skip
