@@ -6,8 +6,8 @@ Each launch is compiled (triton_compile.py), and its machine code walked once as
 in order, branches to rare code left out: an instruction waits for the registers that it reads, by
 the latencies below. That gives how long a tile takes; registers, threads and shared memory give how
 many programs a multiprocessor holds, and so how many bytes it moves a cycle while it waits. Beside
-that stand the instructions that each value takes of what a multiprocessor issues. The least of these
-over the bytes that a copy moves is the share of the copy's speed that a kernel could reach at most.
+that stand the instructions that each value takes of what a multiprocessor issues. The least of
+these over the bytes that a copy moves is the share of its speed that a kernel could reach at most.
 
 Latencies and rates are those that vendors' guides and published microbenchmarks give for the
 architecture, the loaded memory's being a guess: what is compared are kernels with one another.
@@ -281,8 +281,8 @@ def filled(given: dict[str, Any]) -> int:
 
 
 def line(what: str, launch: Launch, gpu: Gpu, itemsize: int) -> str:
-    """By warps, registers, shared memory, programs of a multiprocessor, their KiB, cycles of a tile,
-    barriers, what a value takes of instructions, and the bounds.
+    """By warps, registers, shared memory, programs of a multiprocessor, their KiB, cycles of a
+    tile, barriers, what a value takes of instructions, and the bounds.
     """
     compiled = compile_for(launch, gpu.capability)
     given, name = launch.arguments, launch.kernel.__name__

@@ -105,11 +105,11 @@ def _whole(
         *call.placed.sizes, *call.placed.steps, units.values, blocks, units.statistics,
         view.bits(eps), call.parameter, padding,
         **units.tiles(tile) | call.fusion, **call.constants(units), RUNS=units.R > 1,
-        GROUPED=grouped, BY_VALUE=units.by_value, HAS_WEIGHT=call.has_weight, HAS_BIAS=call.bias is not None,
-        CENTRED=centred, HAS_RESIDUAL=call.residual is not None, PLACED=call.placed.kind,
-        HAS_OTHER=h is not None, NEEDS_Y=y is not None, KEEP=keep,
-        WIDE=centred and half, TWICE=call.twice,
-        TURNS=turns, STAGES=config.STAGES, ACC=acc, INDEX=view.index(x),
+        GROUPED=grouped, BY_VALUE=units.by_value, HAS_WEIGHT=call.has_weight,
+        HAS_BIAS=call.bias is not None, CENTRED=centred, HAS_RESIDUAL=call.residual is not None,
+        PLACED=call.placed.kind, HAS_OTHER=h is not None, NEEDS_Y=y is not None, KEEP=keep,
+        WIDE=centred and half, TWICE=call.twice, TURNS=turns, STAGES=config.STAGES, ACC=acc,
+        INDEX=view.index(x),
     )  # fmt: skip
     return True, record
 
