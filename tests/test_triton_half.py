@@ -111,12 +111,12 @@ def test_an_infinite_value_stays_infinite_in_evaluation(
 @HALVES
 @BY_CUT
 def test_equal_values_leave_exactly_the_bias(dtype: torch.dtype, cut: str) -> None:
-    """Of 49 values too, whose sum times 1 / 49 is not the value that they all have."""
+    """Of 117 values too, whose sum times 1 / 117 is not the value that they all have."""
     x, weight, bias = on_device(*same_values(dtype))
     # the smallest float beside it would be seen
     bias[2] = 0.0
-    for size in (5, 7):
-        more = x[..., :1, :].expand(3, 4, size, 7).contiguous()
+    for size in ((5, 7), (9, 13)):
+        more = x[..., :1, :1].expand(3, 4, *size).contiguous()
         with CUTS[cut](), triton_kernels():
             y = functional.instance_norm(more, weight=weight, bias=bias)
         assert torch.equal(y, bias.to(dtype).view(1, 4, 1, 1).expand_as(more))
@@ -125,13 +125,13 @@ def test_equal_values_leave_exactly_the_bias(dtype: torch.dtype, cut: str) -> No
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("cut", ["whole", "chunks"])
 def test_a_mean_that_sums_of_squares_do_not_see(masked: bool, cut: str) -> None:
-    """One value of 4,096 is the next number after all others: a mean of 2^16 deviations, whose
+    """One value of 4,095 is the next number after all others: a mean of 2^16 deviations, whose
     squares leave no more than 2^-20 of the variance in float64.
     """
-    x = torch.full((2, 3, 64, 64), 1000.0).half()
+    x = torch.full((2, 3, 63, 65), 1000.0).half()
     x[0, 1, 5, 7] = 1000.5
-    x[1, 2] = torch.randn(64, 64)
-    mask = torch.rand(2, 64, 64) < (0.9 if masked else 2.0)
+    x[1, 2] = torch.randn(63, 65)
+    mask = torch.rand(2, 63, 65) < (0.9 if masked else 2.0)
     mask[0, 5, 7] = True
     wide, valid = x.double(), mask[:, None]
     count = valid.sum((2, 3), keepdim=True)
@@ -142,5 +142,10 @@ def test_a_mean_that_sums_of_squares_do_not_see(masked: bool, cut: str) -> None:
     with small_tiles(forward=0) if cut == "chunks" else nullcontext(), triton_kernels():
         form = Form(geometry.instance(3), 0.0).bits(x)
         found = torch.ops.truenorm.statistics(x.to(DEVICE), given, form).cpu()
+        ones = torch.ones(3, device=DEVICE)
+        y = functional.instance_norm(
+            x.to(DEVICE), weight=ones, bias=0 * ones, eps=1e-9, mask=given
+        ).cpu()
     for i, exact in enumerate((mean, var, count.expand(2, 3, 1, 1))):
         assert torch.allclose(found[i], exact.double().flatten(), rtol=1e-12, atol=0.0)
+    assert_output(y, (wide - mean) / (var + 1e-9).sqrt() * valid)
