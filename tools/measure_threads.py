@@ -2,9 +2,9 @@
 
     python tools/measure_threads.py [--threads 1 2 4 8 16] [--seconds 60] [--json FILE]
 
-Each case is timed forward with the backward, truenorm and torch in turn in one process, medians, on
-as many threads as --threads says; rounds go on until the time is spent. Exit status: 1 where a case's ratio
-on the most threads is a tenth and more below that on two.
+Each case is timed forward with the backward, truenorm and torch in turn in one process, medians,
+on as many threads as --threads says; rounds go on until the time is spent. Exit status: 1 where a
+case's ratio on the most threads is a tenth and more below that on two.
 """
 
 from __future__ import annotations
