@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_triton import DEVICE, needs_triton, small_tiles, triton_kernels
+from on_triton import DEVICE, HAS_TRITON, launches, needs_triton, small_tiles, triton_kernels
 from promises import cancelling_channels, cancelling_rows, same_values
 from tolerances import assert_output
 from torch import Tensor
@@ -20,6 +20,18 @@ from truenorm._core import geometry
 from truenorm._core.call import Form
 
 pytestmark = needs_triton
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from truenorm._triton.twice import exact_base
+
+    @triton.jit
+    def bases(p_mean, p_rstd, o, N: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+        at = tl.arange(0, N)
+        tl.store(o + at, exact_base(tl.load(p_mean + at), tl.load(p_rstd + at), TYPE))
+
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 CUTS: dict[str, Any] = {"whole": nullcontext, "chunks": small_tiles}
@@ -152,13 +164,24 @@ def test_a_mean_that_sums_of_squares_do_not_see(masked: bool, cut: str) -> None:
     assert_output(y, (wide - mean) / (var + 1e-9).sqrt() * valid)
 
 
-def test_a_mean_that_two_floats_do_not_hold() -> None:
-    """Of 2^18 values all but one are the same: their x̂ is 2^-29 of the mean's."""
-    x = torch.full((1, 1, 512, 513), 1000.0).half()
-    x[0, 0, 300, 7] = 1000.5
-    layer = truenorm.InstanceNorm2d(1, eps=1e-12, affine=True)
-    wide = x.double()
-    exact = (wide - wide.mean()) / (wide.var(correction=0) + 1e-12).sqrt()
-    with triton_kernels(), torch.no_grad():
-        y = layer.to(DEVICE)(x.to(DEVICE)).cpu()
-    assert_output(y, exact)
+@HALVES
+def test_what_is_subtracted_first(dtype: torch.dtype) -> None:
+    """Nothing where the mean goes into a coefficient, the mean itself where it is of x's type, and
+    else so much of it that no bit of an x of its size is lost.
+    """
+    own = torch.tensor(1.37).to(dtype).double().item()
+    mean = torch.tensor([1.7, -1.7, own, 1e3 + 1 / 3, -500 / 7, 0.0, float("nan"), 33.3]).double()
+    rstd = torch.tensor([10.0, 18.0, 1.0, 1.0, 1.0, 1e9, 1.0, 0.5]).double()
+    found = torch.empty(8, device=DEVICE)
+    with launches():
+        kind = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+        bases[(1,)](*on_device(mean, rstd), found, 8, kind)
+    taken = found.cpu().double()
+    assert taken[[0, 1, 5, 7]].tolist() == [0.0] * 4
+    assert taken[2] == own
+    for i in (3, 4):
+        # as many bits as x has
+        assert taken[i].to(dtype).double() == taken[i]
+        near = mean[i].to(dtype).double()
+        assert abs(taken[i] - mean[i]) <= 2 * torch.finfo(dtype).eps * abs(mean[i])
+        assert (near.float() - taken[i].float()).double() == near - taken[i]
