@@ -165,6 +165,20 @@ def test_a_mean_that_sums_of_squares_do_not_see(masked: bool, cut: str) -> None:
 
 
 @HALVES
+@BY_CUT
+def test_the_mean_of_an_infinite_value_is_infinite(dtype: torch.dtype, cut: str) -> None:
+    """As running statistics take it, from float32 too."""
+    x = torch.randn(3, 70).to(dtype)
+    x[1, 5], x[2, 69] = torch.inf, -torch.inf
+    with CUTS[cut](), triton_kernels():
+        form = Form(geometry.layer(1), 0.0).bits(x)
+        mean, var, _ = torch.ops.truenorm.statistics(x.to(DEVICE), None, form).cpu()
+    assert torch.isfinite(mean[0])
+    assert mean[1:].tolist() == [torch.inf, -torch.inf]
+    assert not torch.isfinite(var[1:]).any()
+
+
+@HALVES
 def test_what_is_subtracted_first(dtype: torch.dtype) -> None:
     """Nothing where the mean goes into a coefficient, the mean itself where it is of x's type, and
     else so much of it that no bit of an x of its size is lost.
