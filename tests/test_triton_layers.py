@@ -97,6 +97,15 @@ def test_more_than_one_tile(case: Case, cut: str) -> None:
             check_layer(layer, place(case.input(dtype, offset=3.0), layout))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["float32", "bfloat16"])
+def test_several_runs_to_a_chunk(dtype: torch.dtype) -> None:
+    """Of two tiles each, and fewer in the last chunk."""
+    layer = Case("BatchNorm2d", (3,), {}, (7, 3, 5, 7)).build().to(DEVICE, dtype)
+    x = torch.randn(7, 3, 5, 7).to(DEVICE, dtype)
+    with small_tiles(forward=0, backward=0, tile=512, steps=6), triton_kernels():
+        check_layer(layer, x, torch.randn(x.shape).to(x))
+
+
 def test_more_blocks_of_rows_than_programs() -> None:
     """A program then adds up the parameters' gradients over several blocks."""
     for case in (Case("LayerNorm", ((20,),), {}, (37, 20)), Case("RMSNorm", ((9,),), {}, (70, 9))):
