@@ -95,7 +95,7 @@ def _whole(
     per_program = units.D if grouped else tile.units
     blocks = grid = units.blocks(per_program)
     # weights that all rows have are kept over several of them
-    turns = units.by_value and not units.part and call.weight is not None
+    turns = units.by_value and not units.part
     if turns:
         grid = config.resident(blocks, tile, view.processors(x.device))
     launch(
