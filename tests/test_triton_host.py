@@ -454,6 +454,31 @@ def test_every_kernel_compiles_without_spilling(tmp_path: Path) -> None:
 
 
 @needs_triton
+def test_what_is_read_ahead_fits_smaller_gpus(tmp_path: Path) -> None:
+    """Of compute capability 8.6: 99 KiB of shared memory to a program; rows as long as they come."""
+    code = """
+import torch, triton_compile, triton_resources as r
+float32, launches = torch.float32, []
+for shape in ((64, 16384), (64, 8192)):
+    launches += r._launches(r.LAYER, shape, float32, False, r.Extra(2, residual=True))
+    launches += r._sum(shape, float32) + r._launches(r.RMS, shape, float32, False)
+staged = set()
+for launch in launches:
+    found = triton_compile.compile_for(launch, 86)
+    assert found.shared <= 99 * 1024, (launch.kernel, found.shared)
+    staged.add((launch.kernel.__name__, launch.arguments.get("STAGES", 1)))
+assert {("forward", 1), ("forward", 2), ("backward", 1), ("backward", 2)} <= staged, staged
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(ROOT / "tools"), environment.get("PYTHONPATH", "")]
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_triton
 def test_masks_and_activations_spill_nothing(tmp_path: Path) -> None:
     """Those that take the most: a tile under a mask, with a residual and an activation."""
     code = """

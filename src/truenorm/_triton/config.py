@@ -32,6 +32,7 @@ class Limits:
     steps, few_steps: most tiles that a program walks over where a statistic is cut into chunks, and
         most where a sample has few. No sum in float32 is longer, and a chunk of moments that starts
         far from its mean loses no more digits.
+    ahead: most bytes of tiles that are read ahead; compute capability 8.6 has 99 KiB a program.
     programs: so many that a sample is better cut into than not, four for each multiprocessor.
     blocks_per_program: blocks of rows of a layer norm that a program adds up at most.
     """
@@ -43,6 +44,7 @@ class Limits:
     columns: int = 8
     steps: int = 16
     few_steps: int = 4
+    ahead: int = 65536
     programs: int = 512
     blocks_per_program: int = 64
 
@@ -194,6 +196,12 @@ def merge(parts: int, *, neighbours: bool) -> Launch:
     """A tile of results by their parts. neighbours: results stand beside one another in memory."""
     wide = min(power_of_two(parts), 32 if neighbours else 256)
     return Launch(max(1, 1024 // wide), wide, 4)
+
+
+def stages(launch: Launch, bytes_of_value: int) -> int:
+    """Of a pipeline of such tiles, of all tensors that are read."""
+    ahead = (STAGES - 1) * launch.units * launch.values * bytes_of_value
+    return STAGES if ahead <= LIMITS.ahead else 1
 
 
 def resident(blocks: int, launch: Launch, multiprocessors: int) -> int:

@@ -184,6 +184,10 @@ class _Backward(Inputs):
         if self.needs_parameters and (units.by_value or sums_of > 1):
             parts = grid * units.K if units.by_value else units.U
             of_weight, of_bias = view.pair(parts, self.kept, self.x.device)
+        read = 2 + (self.residual is not None) + (self.grad_h is not None)
+        # where channels are inside, addresses take the registers that a pipeline would
+        turns = units.by_value and not units.columns
+        stages = config.stages(tile, read * self.x.element_size()) if turns else 1
         launch(
             kernels.backward, (grid,),
             self.grad, self.grad_h, self.x, self.of, self.weight, self.bias, self.mask,
@@ -196,7 +200,7 @@ class _Backward(Inputs):
             CENTRED=self.form.axes.centred, FIXED=self.form.constant, NEEDS_X=self.needs_x,
             NEEDS_PARAMETERS=self.needs_parameters, NEEDS_RESIDUAL=self.needs_residual,
             HAS_GRAD_H=self.grad_h is not None, PLACED=self.placed.kind,
-            STAGES=config.STAGES if units.by_value and not units.columns else 1,
+            STAGES=stages,
         )  # fmt: skip
         if of_weight is not self.grad_weight:
             self._merge(of_weight, of_bias, sums_of, 1, parameters=True)

@@ -98,6 +98,8 @@ def _whole(
     turns = units.by_value and not units.part
     if turns:
         grid = config.resident(blocks, tile, view.processors(x.device))
+    read = 1 + (call.residual is not None) + (other is not None)
+    stages = config.stages(tile, read * x.element_size())
     launch(
         kernels.forward, (grid,),
         x, other, call.weight, call.bias, call.mask, call.residual, h, y, record,
@@ -108,7 +110,7 @@ def _whole(
         GROUPED=grouped, BY_VALUE=units.by_value, HAS_WEIGHT=call.has_weight,
         HAS_BIAS=call.bias is not None, CENTRED=centred, HAS_RESIDUAL=call.residual is not None,
         PLACED=call.placed.kind, HAS_OTHER=h is not None, NEEDS_Y=y is not None, KEEP=keep,
-        WIDE=centred and half, TWICE=call.twice, TURNS=turns, STAGES=config.STAGES, ACC=acc,
+        WIDE=centred and half, TWICE=call.twice, TURNS=turns, STAGES=stages, ACC=acc,
         INDEX=view.index(x),
     )  # fmt: skip
     return True, record
