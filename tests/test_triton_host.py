@@ -455,7 +455,7 @@ def test_every_kernel_compiles_without_spilling(tmp_path: Path) -> None:
 
 @needs_triton
 def test_what_is_read_ahead_fits_smaller_gpus(tmp_path: Path) -> None:
-    """Of compute capability 8.6: 99 KiB of shared memory to a program; rows as long as they come."""
+    """Of compute capability 8.6: 99 KiB of shared memory to a program; the longest rows."""
     code = """
 import torch, triton_compile, triton_resources as r
 float32, launches = torch.float32, []
