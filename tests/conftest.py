@@ -33,7 +33,7 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
 # on_triton.py
 PRETENDS = os.environ.get("TRUENORM_TESTS_PRETEND") == "1" and not torch.cuda.is_available()
 # before anything imports Triton: without a GPU its kernels run in the interpreter (on_triton.py)
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and not os.environ.get("TRUENORM_TESTS_PTX"):
     os.environ["TRITON_INTERPRET"] = "1"
 
 with warnings.catch_warnings():

@@ -1,9 +1,10 @@
 """Layers on the Triton kernels: on the GPU where there is one, else in Triton's interpreter.
 
 `DEVICE` is where tensors must be; with TRUENORM_TESTS_PRETEND=1 a GPU that is pretended, which
-shows what in these tests would fail on a real one. `triton_kernels()` routes truenorm's operators
-to the kernels while it is open, on a CPU, whose own kernels would otherwise serve them.
-`small_tiles()` cuts small cases into as many tiles, chunks and programs as large ones.
+shows what in these tests would fail on a real one. With TRUENORM_TESTS_PTX=90 kernels are compiled
+for that compute capability, and what came out is run (on_ptx.py). `triton_kernels()` routes
+truenorm's operators to the kernels while it is open, on a CPU, whose own kernels would otherwise
+serve them. `small_tiles()` cuts small cases into as many tiles, chunks and programs as large ones.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from truenorm._triton import config
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 PRETENDS = os.environ.get("TRUENORM_TESTS_PRETEND") == "1" and not HAS_CUDA
+COMPILES = 0 if HAS_CUDA else int(os.environ.get("TRUENORM_TESTS_PTX", "0"))
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 if PRETENDS:
     from pretended import DEVICE, held
@@ -74,7 +76,7 @@ def _round_once() -> None:
     InterpreterBuilder.create_fma = fma
 
 
-if HAS_TRITON and not HAS_CUDA:
+if HAS_TRITON and not HAS_CUDA and not COMPILES:
     _round_to_nearest()
     _round_once()
 
@@ -101,6 +103,12 @@ def launches() -> Iterator[None]:
     """
     if HAS_CUDA:
         yield
+        return
+    if COMPILES:
+        from on_ptx import compiled
+
+        with compiled(COMPILES):
+            yield
         return
     import numpy as np
     from triton.runtime.interpreter import GridExecutor

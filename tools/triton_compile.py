@@ -43,14 +43,20 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
+def launch_of(kernel: Any, grid: Any, args: Any, kwargs: dict[str, Any]) -> Launch:
+    """What Triton's `kernel[grid](*args, **kwargs)` asks for."""
+    options = {name: kwargs[name] for name in _OPTIONS if name in kwargs}
+    rest = {name: value for name, value in kwargs.items() if name not in options}
+    arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **rest}
+    return Launch(kernel, grid, arguments, options)
+
+
 def record(run: Callable[[], object]) -> list[Launch]:
     """The launches that `run` would make."""
     launches: list[Launch] = []
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
-        arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        launches.append(Launch(self, grid, arguments, options))
+        launches.append(launch_of(self, grid, args, kwargs))
 
     original = JITFunction.run
     JITFunction.run = note  # type: ignore[method-assign]
@@ -62,7 +68,10 @@ def record(run: Callable[[], object]) -> list[Launch]:
 
 
 def source(launch: Launch) -> ASTSource:
-    """What Triton would specialize the kernel on: alignment, and sizes of one."""
+    """What Triton would specialize the kernel on: alignment, and sizes of one.
+
+    A tensor without memory is as aligned as torch's allocator makes them.
+    """
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[Any]] = {}
@@ -71,7 +80,8 @@ def source(launch: Launch) -> ASTSource:
         specialized = not parameter.do_not_specialize
         if isinstance(value, Tensor):
             signature[parameter.name] = TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if value.is_meta or value.data_ptr() % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
         elif parameter.is_constexpr or value is None or (value == 1 and specialized):
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
@@ -80,6 +90,12 @@ def source(launch: Launch) -> ASTSource:
             if specialized and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def given(launch: Launch) -> list[Any]:
+    """What the compiled kernel is given: the arguments that it is not specialized on."""
+    names = [name for name, kind in source(launch).signature.items() if kind != "constexpr"]
+    return [launch.arguments[name] for name in names]
 
 
 class Compiled(NamedTuple):

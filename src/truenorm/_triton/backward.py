@@ -30,6 +30,7 @@ from .tiles import (
     split_program,
     statistic_of,
     statistics,
+    summed,
     tile_units,
     two_floats,
     valid_tile,
@@ -114,12 +115,12 @@ def backward(
             tl.store(o_residual + offsets, narrow(g, o_residual.dtype.element_ty), mask=there)
         if BY_VALUE:
             if NEEDS_PARAMETERS:
-                of_weight += tl.sum(g * x_hat, 0)
-                of_bias += tl.sum(g, 0)
+                of_weight += summed(g * x_hat, 0)
+                of_bias += summed(g, 0)
         elif NEEDS_PARAMETERS:
-            sums = tl.sum(g * x_hat, 1)
+            sums = summed(g * x_hat, 1)
             tl.store(o_weight + u, narrow(sums, o_weight.dtype.element_ty), mask=in_unit)
-            sums = tl.sum(g, 1)
+            sums = summed(g, 1)
             tl.store(o_bias + u, narrow(sums, o_bias.dtype.element_ty), mask=in_unit)
         wg = g * weight
         if NEEDS_X:

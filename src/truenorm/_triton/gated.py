@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .activation import exp
 from .moments import tile_moments
-from .tiles import narrow, one_over_std, optional, rounded
+from .tiles import narrow, one_over_std, optional, rounded, summed
 
 
 @triton.jit
@@ -116,9 +116,9 @@ def gated_backward(
         else:
             x_hat, g, by = x * rstd, grad * act, grad * slope * weight
         if NEEDS_WEIGHT:
-            of_weight += tl.sum(g * x_hat, 0)
+            of_weight += summed(g * x_hat, 0)
         if NEEDS_INPUT:
-            mean = tl.sum(g * weight * x_hat, 1) / tl.full((), K, ACC)
+            mean = summed(g * weight * x_hat, 1) / tl.full((), K, ACC)
             of_x = (g * weight - x_hat * mean[:, None]) * rstd
             if BEFORE:
                 of_gate = of_x * by

@@ -19,6 +19,7 @@ from .tiles import (
     next_tile,
     per_statistic,
     split_program,
+    squares,
     tile_units,
     two_floats,
     valid_tile,
@@ -55,16 +56,16 @@ def _both(sum_a, squares_a, sum_b, squares_b):
 def _wide_moments(x, valid, n, GROUPED: tl.constexpr):
     """The same of half precision, whose few bits float64 adds up at once with their squares."""
     wide = x.to(tl.float64)
-    sums, squares = tl.reduce((wide, wide * wide), 1, _both)
+    s1, s2 = tl.reduce((wide, squares(wide, 1)), 1, _both)
     if GROUPED:
-        of_all, of_squares = tl.reduce((sums, squares), 0, _both)
-        sums, squares = of_all + tl.zeros_like(sums), of_squares + tl.zeros_like(squares)
-    mean = quotient(sums, n)
-    m2 = squares - sums * mean
-    lost = m2 < squares * LOST
+        of_all, of_squares = tl.reduce((s1, s2), 0, _both)
+        s1, s2 = of_all + tl.zeros_like(s1), of_squares + tl.zeros_like(s2)
+    mean = quotient(s1, n)
+    m2 = s2 - s1 * mean
+    lost = m2 < s2 * LOST
     if tl.max(lost.to(tl.int32), 0) > 0:
         d = tl.where(valid, wide - mean[:, None], 0.0)
-        m2 = tl.where(lost, per_statistic(d * d, GROUPED), m2)
+        m2 = tl.where(lost, per_statistic(squares(d, 1), GROUPED), m2)
     return mean, quotient(m2, n)
 
 
@@ -88,7 +89,7 @@ def tile_moments(
     else:
         d = x
         mean = tl.zeros_like(per_statistic(x, GROUPED)).to(tl.float64)
-    m2 = per_statistic(d * d, GROUPED)
+    m2 = per_statistic(squares(d, 1), GROUPED)
     var = (m2 / n).to(tl.float64)
     if ACC == tl.float32:
         lost = (m2 < 1e-24) | (m2 > 1e24) | (m2 != m2)
@@ -100,7 +101,7 @@ def tile_moments(
             largest = tl.where(largest > 0.0, largest, 1.0)
             part = d / largest[:, None]
             wide = largest.to(tl.float64)
-            again = (per_statistic(part * part, GROUPED) / n).to(tl.float64) * wide * wide
+            again = (per_statistic(squares(part, 1), GROUPED) / n).to(tl.float64) * wide * wide
             var = tl.where(lost, again, var)
     return mean, var, d
 

@@ -307,9 +307,29 @@ def two_floats(value, TYPE: tl.constexpr):
 
 
 @triton.jit
+def summed(values, AXIS: tl.constexpr):
+    """Sums of a tile along an axis, the same for all lanes that share one.
+
+    Where a lane has one value of a sum, a compiler fuses the product that this may be into the sum
+    with another lane's, which fuses its own: two results of one sum. It does not fuse twice.
+    """
+    if values.shape[AXIS] <= 128:
+        values += 0.0
+    return tl.sum(values, AXIS)
+
+
+@triton.jit
+def squares(values, AXIS: tl.constexpr):
+    """To be summed along an axis; of a square a compiler knows that adding zero changes nothing."""
+    if values.shape[AXIS] <= 128:
+        return tl.fma(values, values, tl.zeros_like(values))
+    return values * values
+
+
+@triton.jit
 def per_statistic(values, GROUPED: tl.constexpr):
     """Sums of a tile by statistic, one for each unit; grouped, the units share theirs."""
-    sums = tl.sum(values, 1)
+    sums = summed(values, 1)
     if GROUPED:
-        sums = tl.sum(sums, 0) + tl.zeros_like(sums)
+        sums = summed(sums, 0) + tl.zeros_like(sums)
     return sums

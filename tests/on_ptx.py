@@ -1,0 +1,54 @@
+"""Triton kernels compiled for a GPU, and run without one: by tools/ptx.
+
+`compiled(capability)` has every launch compiled as it would be on that GPU, for its tensors as they
+are, and its PTX carried out on their memory, which is the CPU's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+import ptx
+import triton_compile
+
+# by source, options and capability: (program, bytes of shared memory)
+_programs: dict[Any, tuple[ptx.Program, int]] = {}
+
+
+def program_of(launch: triton_compile.Launch, capability: int) -> tuple[ptx.Program, int]:
+    """The launch's kernel, and the bytes of shared memory that it asks for."""
+    source = triton_compile.source(launch)
+    # a kernel of a test's own may leave the choice to Triton
+    options = {"enable_fp_fusion": True, **launch.options}
+    key = source.hash(), tuple(sorted(options.items())), capability
+    if key not in _programs:
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        # an assembler that is told not to does not fuse either
+        contract = options["enable_fp_fusion"]
+        parsed = ptx.Program(made.asm["ptx"], launch.kernel.__name__, contract=contract)
+        _programs[key] = parsed, made.metadata.shared
+    return _programs[key]
+
+
+@contextmanager
+def compiled(capability: int) -> Iterator[None]:
+    def launched(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch = triton_compile.launch_of(self, grid, args, kwargs)
+        made, shared = program_of(launch, capability)
+        made.run(grid[0], shared, triton_compile.given(launch))
+
+    original = JITFunction.run
+    JITFunction.run = launched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        JITFunction.run = original  # type: ignore[method-assign]
