@@ -327,7 +327,7 @@ def test_what_is_right_is_not_told() -> None:
 @pytest.mark.parametrize("reads", [False, True])
 def test_programs_share_no_memory_that_one_writes(reads: bool) -> None:
     access = "ld.global.b32 { %r4 }, [ %rd1 + 0 ];" if reads else ""
-    with pytest.raises(ptx.PtxError, match="another program|different values"):
+    with pytest.raises(ptx.PtxError, match=r"another program|different values"):
         run(
             f"""{SHARED}
             {access}
