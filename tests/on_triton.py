@@ -2,7 +2,7 @@
 
 `DEVICE` is where tensors must be; with TRUENORM_TESTS_PRETEND=1 a GPU that is pretended, which
 shows what in these tests would fail on a real one. With TRUENORM_TESTS_PTX=90 kernels are compiled
-for that compute capability, and what came out is run (on_ptx.py). `triton_kernels()` routes
+for that compute capability, and what came out is run (tools/on_ptx.py). `triton_kernels()` routes
 truenorm's operators to the kernels while it is open, on a CPU, whose own kernels would otherwise
 serve them. `small_tiles()` cuts small cases into as many tiles, chunks and programs as large ones.
 """
@@ -12,8 +12,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,6 +107,7 @@ def launches() -> Iterator[None]:
         yield
         return
     if COMPILES:
+        sys.path.append(str(Path(__file__).parent.parent / "tools"))
         from on_ptx import compiled
 
         with compiled(COMPILES):
@@ -201,7 +204,7 @@ def plans() -> Iterator[list[int]]:
 def small_tiles(**limits: int) -> Iterator[None]:
     """No statistic fits on chip, and a chunk is two small tiles; or what `limits` say."""
     before = config.LIMITS
-    small = {"forward": 0, "backward": 0, "tile": 256, "steps": 2, "columns": 2, "per_thread": 8}
+    small = {"forward": 0, "backward": 0, "tile": 256, "steps": 2, "sector": 8, "per_thread": 8}
     config.LIMITS = dataclasses.replace(before, **(limits or small))
     config.CALLS.clear()
     try:

@@ -1,4 +1,4 @@
-"""The Triton kernels as they are compiled for a GPU, on a machine without one: see on_ptx.py.
+"""The Triton kernels as they are compiled for a GPU, on a machine without one: see tools/on_ptx.py.
 
 Triton's interpreter knows no threads: this is where a barrier that lacks, a value in the wrong lane
 or a product that was fused would be seen. Some of the other files' tests run in a process of their

@@ -203,7 +203,8 @@ def test_in_place_and_given() -> None:
         y, record = call.norm()
         for flags in (0, AS_GIVEN):
             placed = call._replace(x=lay(call.x), bits=call.bits | flags)
-            torch.testing.assert_close(placed.statistics(), record)
+            # float32 sums, which may have another order
+            torch.testing.assert_close(placed.statistics().float(), record.float())
             given = placed._replace(given=(record[0], record[1]))
             torch.testing.assert_close(given.norm()[0], y)
             placed.norm("norm_")

@@ -119,20 +119,25 @@ EXTRAS = [
 ]  # fmt: skip
 
 
-def _launches(
+def passes(
     axes: geometry.Axes,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     lay: bool | str,
     extra: Extra = PLAIN,
-) -> list[Launch]:
+    device: str = "meta",
+) -> Callable[[], None]:
+    """A forward and its backward; of a batch norm, those of evaluation too."""
     features = shape[-1] if axes.feature_dims else shape[1]
-    x = LAYS[lay](torch.empty(shape, dtype=dtype, device="meta"))
-    weight = torch.empty(((shape[0],) if extra.parts else ()) + (features,), device="meta")
+    x = LAYS[lay](torch.empty(shape, dtype=dtype, device=device))
+    weight = torch.empty(((shape[0],) if extra.parts else ()) + (features,), device=device)
+    if device != "meta":
+        x.normal_()
+        weight.uniform_(0.5, 1.5)
     bias = weight if axes.centred else None
     mask = residual = None
     if extra.mask:
-        mask = torch.empty((*shape[:1], *shape[2:]), dtype=torch.bool, device="meta")
+        mask = torch.empty((*shape[:1], *shape[2:]), dtype=torch.bool, device=device)
         if axes.feature_dims:
             mask = mask.new_empty(shape[:-1])
     if extra.residual:
@@ -144,14 +149,18 @@ def _launches(
         y, kept = host.norm(x, *tensors, None, None, bits | form.KEEP, 1e-5, 0.1, 0.0)
         host.norm_backward(y, x, kept, *tensors, None, bits | needs, 1e-5, 0.1)
         if axes == BATCH:
-            given = torch.empty(features, device="meta")
+            given = torch.empty(features, device=device)
             if extra == PLAIN:
                 host.move(given, given, None, kept, 0.1, False)
             host.norm(x, *tensors, given, given, bits, 1e-5, 0.1, 0.0)
             constant = bits | form.CONSTANT | needs
             host.norm_backward(y, x, kept, *tensors, None, constant, 1e-5, 0.1)
 
-    return record(run)
+    return run
+
+
+def _launches(*case: Any) -> list[Launch]:
+    return record(passes(*case))
 
 
 def _sum(shape: tuple[int, ...], dtype: torch.dtype) -> list[Launch]:

@@ -21,6 +21,7 @@ NVIDIA, Parallel Thread Execution ISA.
 from __future__ import annotations
 
 from .program import Program
+from .traffic import Traffic
 from .values import PtxError
 
-__all__ = ["Program", "PtxError"]
+__all__ = ["Program", "PtxError", "Traffic"]

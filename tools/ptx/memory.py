@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .traffic import Traffic
 from .values import PtxError
 
 WARP = 32
@@ -22,8 +24,9 @@ class Room:
         storage = tensor.untyped_storage()
         self.held = storage
         self.start, self.size = storage.data_ptr(), storage.nbytes()
-        whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-        self.bytes = whole.numpy()
+        # not by torch: a storage that numpy has seen cannot be resized any more
+        memory = (ctypes.c_uint8 * self.size).from_address(self.start)
+        self.bytes = np.frombuffer(memory, np.uint8)
         self.writer = np.full(self.size, _NOBODY, np.int32)
         self.reader = np.full(self.size, _NOBODY, np.int32)
 
@@ -48,6 +51,11 @@ class Memory:
             if number < 0 or (at < 0).any() or (at + size > room.size).any():
                 raise PtxError(f"{what}: outside of all memory that the kernel was given")
             yield room, which, at[:, None] + np.arange(size)
+
+    def sizes(self, addresses: Any) -> Any:
+        """Bytes of the tensors that addresses are in."""
+        found = np.searchsorted(self.starts, addresses, side="right").astype(np.int64) - 1
+        return np.array([room.size for room in self.rooms])[np.maximum(found, 0)]
 
     def load(self, addresses: Any, size: int, programs: Any, what: str) -> Any:
         """Rows of bytes."""
@@ -170,6 +178,7 @@ class State:
     parameters: dict[str, Any]
     memory: Memory
     shared: Shared
+    traffic: Traffic | None = None
     copies: list[Copy] = field(default_factory=list)
 
     def __post_init__(self) -> None:

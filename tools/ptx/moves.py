@@ -35,6 +35,7 @@ class Moves(Operands):
         def load(s: State, mask: Any) -> None:
             lanes = s.where(mask)
             at, programs = address(s)[lanes], s.program[lanes]
+            _count(s, "shared" if is_shared else "read", lanes, at, size)
             if is_shared:
                 rows = s.shared.load(at, size, programs, s.warp[lanes], line.text)
             else:
@@ -59,6 +60,7 @@ class Moves(Operands):
             at, programs = address(s)[lanes], s.program[lanes]
             parts = [np.broadcast_to(get(s), s.lanes)[lanes].astype(kind) for get in gets]
             rows = np.stack(parts, axis=1).view(np.uint8)
+            _count(s, "shared" if is_shared else "written", lanes, at, rows.shape[1])
             if is_shared:
                 s.shared.store(at, rows, programs, s.warp[lanes], line.text)
             else:
@@ -93,9 +95,11 @@ class Moves(Operands):
                 if count:
                     which = np.flatnonzero(some == count)
                     at = source(s)[lanes][which]
+                    _count(s, "read", lanes[which], at, int(count))
                     rows[which, :count] = s.memory.load(
                         at, int(count), programs[which] + s.first, line.text
                     )
+            _count(s, "shared", lanes, to(s)[lanes], size)
             places = s.shared.expect(to(s)[lanes], size, programs, warps, line.text)
             s.copies.append(Copy(lanes, places, rows, s.groups[lanes].copy()))
 
@@ -225,6 +229,19 @@ def _whole_warps(s: State, mask: Any, line: Line) -> Any:
         if (warps.any(axis=1) != warps.all(axis=1)).any():
             raise PtxError(f"{line.text}: not all lanes of a warp are there")
     return s.where(mask)
+
+
+def _count(s: State, what: str, lanes: Any, addresses: Any, size: int) -> None:
+    if s.traffic is None:
+        return
+    if what == "shared":
+        s.traffic.shared.add(lanes, addresses, size)
+        return
+    there = s.memory.sizes(addresses) >= s.traffic.least
+    if there.any():
+        lanes = lanes[there]
+        access = s.traffic.read if what == "read" else s.traffic.written
+        access.add(lanes, s.program[lanes] + s.first, addresses[there], size)
 
 
 def _wait(s: State, mask: Any, left: int) -> None:

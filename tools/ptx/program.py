@@ -13,6 +13,7 @@ import torch
 from .instructions import Decoder
 from .lines import contracted, read
 from .memory import Memory, Shared, State
+from .traffic import Traffic
 from .values import PtxError
 
 LANES = 16384
@@ -53,9 +54,11 @@ class Program:
         }
         self.registers = len(decoder.numbers)
 
-    def run(self, programs: int, shared: int, arguments: Sequence[Any]) -> None:
+    def run(
+        self, programs: int, shared: int, arguments: Sequence[Any], traffic: Traffic | None = None
+    ) -> Memory:
         """arguments: tensors and integers, in the order of the kernel's parameters; what it lacks
-        at the end (room that Triton may ask for) is zero.
+        at the end (room that Triton may ask for) is zero. traffic: counts what is moved.
         """
         memory = Memory([a for a in arguments if isinstance(a, torch.Tensor)])
         given = [_argument(a) for a in arguments]
@@ -67,8 +70,9 @@ class Program:
                 count = min(at_once, programs - first)
                 state = State(count * self.threads, self.threads, first, programs,
                               [None] * self.registers, parameters, memory,
-                              Shared(count, shared))  # fmt: skip
+                              Shared(count, shared), traffic)  # fmt: skip
                 self._run(state)
+        return memory
 
     def _run(self, s: State) -> None:
         end = len(self.steps)

@@ -117,7 +117,7 @@ def constant(text: str, bits: int) -> Any:
         return np.uint64(int(text[2:], 16))
     if text == "global_smem":
         return UNSIGNED[bits](0)
-    return UNSIGNED[bits](int(text, 0) & (2**bits - 1))
+    return UNSIGNED[bits](int(text.rstrip("U"), 0) & (2**bits - 1))
 
 
 def _unordered(a: Any, b: Any) -> Any:

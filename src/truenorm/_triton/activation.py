@@ -68,6 +68,13 @@ def _expm1(v):
 
 
 @triton.jit
+def reciprocal(v):
+    """1 / v, of a v that is finite and not zero. Rounded once: in float32 a division is not."""
+    r = 1.0 / v
+    return tl.fma(r, tl.fma(-v, r, 1.0 + tl.zeros_like(v)), r)
+
+
+@triton.jit
 def _normal_integral(z):
     """(Φ(z), φ(z)) of the normal distribution, by erfc(t) = e^(−t²) p(w) / (1 + 2 t),
     w = (t − 4) / (t + 4) (Shepherd and Laframboise 1981).
@@ -129,7 +136,8 @@ def _sigmoid(z, ACT: tl.constexpr):
         slope = tl.full(z.shape, 1.0, z.dtype)
     # of −|u|, where nothing overflows
     e = exp(tl.where(u < 0, u, -u))
-    near, far = 1.0 / (1.0 + e), e / (1.0 + e)
+    near = reciprocal(1.0 + e)
+    far = e * near
     return tl.where(u < 0, far, near), tl.where(u < 0, near, far), slope
 
 

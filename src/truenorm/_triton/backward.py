@@ -13,9 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .moments import at_least_one
+from .moments import at_least_one, quotient
 from .tiles import (
     OF_ROWS,
+    TURNED,
     affine_tile,
     chunk_bounds,
     gradient_tile,
@@ -31,6 +32,7 @@ from .tiles import (
     statistic_of,
     statistics,
     summed,
+    tile_offsets,
     tile_units,
     two_floats,
     valid_tile,
@@ -64,6 +66,8 @@ def backward(
     statistics there are. blocks: of tiles, or of those of one part, between which programs go turn
     by turn. HAS_GRAD_H: x is a sum, which has a gradient of its own beside the norm's.
     """
+    HALF: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 16
+    NEIGHBOURS: tl.constexpr = 4 if COLUMNS and PLACED != TURNED and HALF else 0
     at = tl.arange(0, BK)
     if RUNS:
         k, r = (at % K).to(INDEX), (at // K).to(INDEX)
@@ -88,7 +92,7 @@ def backward(
         u, in_unit, c, sample, begin = tile_units(
             before + block, U, C, K, R, run_stride, units, part, BU, COLUMNS, GROUPED, PARTED, INDEX
         )  # fmt: skip
-        offsets = begin[:, None] + inside[None, :]
+        offsets = tile_offsets(begin, inside, NEIGHBOURS)
         x_offsets, offsets = placed(
             offsets, u, k, K, inner, innermost, step_0, step_1, step_2, PLACED
         )  # fmt: skip
@@ -122,7 +126,8 @@ def backward(
             tl.store(o_weight + u, narrow(sums, o_weight.dtype.element_ty), mask=in_unit)
             sums = summed(g, 1)
             tl.store(o_bias + u, narrow(sums, o_bias.dtype.element_ty), mask=in_unit)
-        wg = g * weight
+        # no product that is fused into the difference below: of one value that is exactly nothing
+        wg = tl.fma(g, weight, tl.zeros_like(g))
         if NEEDS_X:
             if not FIXED:
                 if MASK:
@@ -130,9 +135,9 @@ def backward(
                     values = at_least_one(count).to(ACC)
                 else:
                     values = tl.full((), n, ACC)
-                slope = per_statistic(wg * x_hat, GROUPED) / values
+                slope = quotient(per_statistic(wg * x_hat, GROUPED), values)
                 if CENTRED:
-                    shift = per_statistic(wg, GROUPED) / values
+                    shift = quotient(per_statistic(wg, GROUPED), values)
                     wg -= shift[:, None]
                 wg -= x_hat * slope[:, None]
             y = wg * rstd[:, None]

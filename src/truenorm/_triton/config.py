@@ -28,7 +28,8 @@ class Limits:
     forward, backward: most bytes, in the type computed in, of a tile that holds whole statistics.
     tile: bytes of a tile otherwise.
     per_thread: bytes of a tile that one thread holds of each tensor.
-    columns: least neighbouring channels of a tile where channels are inside: 32 bytes of float32.
+    sector: bytes that memory moves at once, which neighbouring channels of a tile fill, where
+        channels are inside.
     steps, few_steps: most tiles that a program walks over where a statistic is cut into chunks, and
         most where a sample has few. No sum in float32 is longer, and a chunk of moments that starts
         far from its mean loses no more digits.
@@ -41,7 +42,7 @@ class Limits:
     backward: int = 32768
     tile: int = 8192
     per_thread: int = 64
-    columns: int = 8
+    sector: int = 32
     steps: int = 16
     few_steps: int = 4
     ahead: int = 65536
@@ -134,6 +135,9 @@ def whole(
     registers that a large one does not leave.
     """
     wide = power_of_two(values)
+    limit = LIMITS.backward if backward else LIMITS.forward
+    if crowded:
+        limit //= 2
     if grouped:
         tall = power_of_two(units)
     else:
@@ -141,10 +145,10 @@ def whole(
         size = LIMITS.tile // 4 if turns else LIMITS.tile
         tall = max(1, size // (wide * width))
         if columns:
-            tall = min(max(tall, LIMITS.columns), power_of_two(units))
-    limit = LIMITS.backward if backward else LIMITS.forward
-    if crowded:
-        limit //= 2
+            least = LIMITS.sector // (width // 2 if half else width)
+            while least > 8 and least * wide * width > limit:
+                least //= 2
+            tall = min(max(tall, least), power_of_two(units))
     if tall * wide * width > limit:
         return None
     key = Key(True, values, units, columns, grouped, width, backward)

@@ -27,6 +27,7 @@ from .tiles import (
     split_program,
     statistic_of,
     statistics,
+    tile_offsets,
     tile_units,
     two_floats,
     valid_tile,
@@ -52,7 +53,7 @@ def _forward(
     u, in_unit, c, sample, begin = tile_units(
         block, U, C, K, R, run_stride, units, part, BU, COLUMNS, GROUPED, PARTED, INDEX
     )  # fmt: skip
-    offsets = begin[:, None] + inside[None, :]
+    offsets = tile_offsets(begin, inside, 2 if COLUMNS and TYPE.primitive_bitwidth == 16 else 0)
     x_offsets, offsets = placed(
         offsets, u, k, K, inner, innermost, step_0, step_1, step_2, PLACED
     )  # fmt: skip

@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import exp
-from .moments import tile_moments
+from .activation import exp, reciprocal
+from .moments import quotient, tile_moments
 from .tiles import narrow, one_over_std, optional, rounded, summed
 
 
@@ -25,7 +25,7 @@ def _opened(gate, SWISH: tl.constexpr):
     """(act(gate), act'(gate))"""
     # of −|gate|, where nothing overflows
     e = exp(tl.where(gate < 0, gate, -gate))
-    near = 1.0 / (1.0 + e)
+    near = reciprocal(1.0 + e)
     far = e * near
     sigma, slope = tl.where(gate < 0, far, near), near * far
     if SWISH:
@@ -118,7 +118,7 @@ def gated_backward(
         if NEEDS_WEIGHT:
             of_weight += summed(g * x_hat, 0)
         if NEEDS_INPUT:
-            mean = summed(g * weight * x_hat, 1) / tl.full((), K, ACC)
+            mean = quotient(summed(g * weight * x_hat, 1), tl.full((), K, ACC))
             of_x = (g * weight - x_hat * mean[:, None]) * rstd
             if BEFORE:
                 of_gate = of_x * by

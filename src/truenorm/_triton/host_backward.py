@@ -159,9 +159,12 @@ class _Backward(Inputs):
         room = torch.empty((2, self.units.statistics), dtype=self.kept, device=self.x.device)
         return room, self.units.statistics
 
-    def _after(self, units: Units) -> dict[str, Any]:
+    def _after(self, units: Units, tiles: dict[str, Any]) -> dict[str, Any]:
         return {
+            **tiles,
             **self.constants(units),
+            # what the activation took is made again as it was
+            "enable_fp_fusion": not self.rounds_sums,
             "HAS_BIAS": self.bias is not None,
             "HAS_RESIDUAL": self.residual is not None,
             "BY_OUTPUT": self.form.by_output and self.residual is not None,
@@ -195,7 +198,7 @@ class _Backward(Inputs):
             units.U, units.C, units.K, units.R, units.run_stride, per_program, units.part,
             *self.placed.sizes, *self.placed.steps, units.values, blocks, units.statistics,
             self.eps, self.parameter,
-            **units.tiles(tile), **self._after(units), RUNS=units.R > 1, GROUPED=grouped,
+            **self._after(units, units.tiles(tile)), RUNS=units.R > 1, GROUPED=grouped,
             BY_VALUE=units.by_value, HAS_WEIGHT=self.has_weight,
             CENTRED=self.form.axes.centred, FIXED=self.form.constant, NEEDS_X=self.needs_x,
             NEEDS_PARAMETERS=self.needs_parameters, NEEDS_RESIDUAL=self.needs_residual,
@@ -242,13 +245,12 @@ class _Backward(Inputs):
         gx, g = view.pair(plan.units.U * plan.count, self.kept, self.x.device)
         # x̂ · weight + bias is what the activation took
         has_weight = self.has_weight if weighted or self.form.act > 0 else 0
-        after = self._after(plan.units)
         launch(
             sums.backward_sums, plan.grid,
             self.grad, self.x, self.of, self.weight, self.bias, self.mask, self.residual, gx, g,
             *plan.sizes, plan.units.D, plan.units.part, plan.unit_blocks, plan.count, *plan.cuts,
             self.units.statistics, self.eps, self.parameter,
-            **plan.constants, **after, STATISTIC_BY_VALUE=across,
+            **self._after(plan.units, plan.constants), STATISTIC_BY_VALUE=across,
             BY_VALUE=plan.units.by_value, WEIGHTED=weighted, HAS_WEIGHT=has_weight,
         )  # fmt: skip
         return gx, g
@@ -261,7 +263,7 @@ class _Backward(Inputs):
             self.grad_x, self.grad_residual,
             *plan.sizes, plan.units.D, plan.units.part, plan.unit_blocks, plan.count, *plan.cuts,
             self.units.statistics, at, self.eps, self.parameter,
-            **plan.constants, **self._after(plan.units), BY_VALUE=plan.units.by_value,
+            **self._after(plan.units, plan.constants), BY_VALUE=plan.units.by_value,
             HAS_WEIGHT=self.has_weight, CENTRED=self.form.axes.centred,
             FIXED=self.form.constant, NEEDS_X=self.needs_x, NEEDS_RESIDUAL=self.needs_residual,
         )  # fmt: skip

@@ -117,7 +117,8 @@ class Inputs:
                 "it for trailing dimensions"
             )
         self.placed, self.units = cut.placed, cut.units
-        self.x = x if self.placed.kind else view.dense(x, self.strides)
+        # what is not aligned has the order of sums that it has elsewhere, too
+        self.x = view.dense(x, x.stride() if self.placed.kind else self.strides)
         # of a parameter's gradient
         self.of_weight = None if weight is None else (weight.shape, weight.dtype)
         self.has_weight = 0 if weight is None else _ONE_PLUS if self.form.one_plus else 1
@@ -224,11 +225,22 @@ class Inputs:
         return self.half and cancels and not self.form.rounds
 
     @property
+    def _rounds(self) -> bool:
+        return self.form.rounds and self.x.element_size() == 2
+
+    @property
+    def rounds_sums(self) -> bool:
+        """Whether a product is rounded before a sum takes it: in half precision, too, a compiler
+        would fuse them.
+        """
+        return self._rounds and (self.bias is not None or self.residual is not None)
+
+    @property
     def fusion(self) -> dict[str, bool]:
         """Whether a product and a sum may be rounded once."""
-        return {"enable_fp_fusion": not (self.twice and self.residual is not None)}
+        fuses = not self.rounds_sums and not (self.twice and self.residual is not None)
+        return {"enable_fp_fusion": fuses}
 
     def constants(self, units: Units) -> dict[str, Any]:
-        rounds = self.form.rounds and self.x.element_size() == 2
         mask, acts = self.mask_kind(units), self.form.act
-        return {"MASK": mask, "ACT": acts, "ROUNDS": rounds, "PARTED": units.parted}
+        return {"MASK": mask, "ACT": acts, "ROUNDS": self._rounds, "PARTED": units.parted}

@@ -37,9 +37,10 @@ def at_least_one(count):
 
 @triton.jit
 def quotient(value, n):
-    """value / n, rounded once; in float64, where a division is a call, with one for all values."""
-    if value.dtype != tl.float64:
-        return value / n
+    """value / n, rounded once, with one division for all values.
+
+    That is a call in float64, and in float32 an approximation.
+    """
     part = 1.0 / n + tl.zeros_like(value)
     q = value * part
     rest = tl.fma(-q, n + tl.zeros_like(value), value)
@@ -80,17 +81,17 @@ def tile_moments(
         high, low = two_floats(mean, ACC)
         return mean, var, (x - high[:, None]) - low[:, None]
     if CENTRED:
-        first = per_statistic(x, GROUPED) / n
+        first = quotient(per_statistic(x, GROUPED), n)
         d = tl.where(valid, x - first[:, None], 0.0)
         # what rounding has left of the mean, and what is lost at a large offset
-        rest = per_statistic(d, GROUPED) / n
+        rest = quotient(per_statistic(d, GROUPED), n)
         d = tl.where(valid, d - rest[:, None], 0.0)
         mean = first.to(tl.float64) + rest.to(tl.float64)
     else:
         d = x
         mean = tl.zeros_like(per_statistic(x, GROUPED)).to(tl.float64)
     m2 = per_statistic(squares(d, 1), GROUPED)
-    var = (m2 / n).to(tl.float64)
+    var = quotient(m2, n).to(tl.float64)
     if ACC == tl.float32:
         lost = (m2 < 1e-24) | (m2 > 1e24) | (m2 != m2)
         if tl.max(lost.to(tl.int32), 0) > 0:
@@ -101,8 +102,8 @@ def tile_moments(
             largest = tl.where(largest > 0.0, largest, 1.0)
             part = d / largest[:, None]
             wide = largest.to(tl.float64)
-            again = (per_statistic(squares(part, 1), GROUPED) / n).to(tl.float64) * wide * wide
-            var = tl.where(lost, again, var)
+            again = quotient(per_statistic(squares(part, 1), GROUPED), n).to(tl.float64)
+            var = tl.where(lost, again * wide * wide, var)
     return mean, var, d
 
 

@@ -64,8 +64,8 @@ def _strided(x: Tensor, feature_dims: int) -> Placement:
 
 def of(x: Tensor, feature_dims: int, strides: tuple[int, ...], *, parted: bool) -> Placement:
     """How a kernel reads an x whose results have these strides, or that it is to be copied."""
-    if x.stride() == strides or not view.aligned(x):
+    if x.stride() == strides:
         return Placement()
     if (positions := turned(x, feature_dims)) and not parted:
         return Placement(TURNED, positions)
-    return _strided(x, feature_dims)
+    return _strided(x, feature_dims) if view.aligned(x) else Placement()

@@ -106,6 +106,19 @@ def tile_units(
 
 
 @triton.jit
+def tile_offsets(begin, inside, NEIGHBOURS: tl.constexpr):
+    """Where the values of a tile's units lie.
+
+    NEIGHBOURS: how many units that follow one another in memory a thread takes at most, where not
+    all that it can load at once: it works out the statistics of each, as do others that share them.
+    """
+    offsets = begin[:, None] + inside[None, :]
+    if NEIGHBOURS > 0 and begin.shape[0] > NEIGHBOURS:
+        offsets = tl.max_contiguous(offsets, [NEIGHBOURS, 1])
+    return offsets
+
+
+@triton.jit
 def parameters_of_units(c, sample, C, part, PARTED: tl.constexpr):
     """Where the parameters of units are."""
     # one return: Triton wants a single type of all that it meets

@@ -1,4 +1,4 @@
-"""Triton kernels compiled for a GPU, and run without one: by tools/ptx.
+"""Triton kernels compiled for a GPU, and run without one: on the machine of tools/ptx.
 
 `compiled(capability)` has every launch compiled as it would be on that GPU, for its tensors as they
 are, and its PTX carried out on their memory, which is the CPU's.
@@ -6,19 +6,15 @@ are, and its PTX carried out on their memory, which is the CPU's.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import ptx
 import triton
+import triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-
-sys.path.append(str(Path(__file__).parent.parent / "tools"))
-import ptx
-import triton_compile
 
 # by source, options and capability: (program, bytes of shared memory)
 PROGRAMS: dict[Any, tuple[ptx.Program, int]] = {}
@@ -42,12 +38,21 @@ def program_of(launch: triton_compile.Launch, capability: int) -> tuple[ptx.Prog
 
 
 @contextmanager
-def compiled(capability: int) -> Iterator[None]:
+def compiled(
+    capability: int, look: Callable[..., None] | None = None, least: int = 0
+) -> Iterator[None]:
+    """look: is told of each launch, and what it moved (launch, memory, traffic).
+    least: bytes of a tensor whose accesses count in that.
+    """
+
     def launched(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launch = triton_compile.launch_of(self, grid, args, kwargs)
         made, shared = program_of(launch, capability)
         made = INSTEAD.get(made.ptx, made)
-        made.run(grid[0], shared, triton_compile.given(launch))
+        traffic = ptx.Traffic(least) if look else None
+        memory = made.run(grid[0], shared, triton_compile.given(launch), traffic)
+        if look:
+            look(launch, memory, traffic)
 
     original = JITFunction.run
     JITFunction.run = launched  # type: ignore[method-assign]
