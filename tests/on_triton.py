@@ -42,6 +42,9 @@ if os.environ.get("FAIL_WITHOUT_CUDA") == "1" and not HAS_CUDA:
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 needs_gpu = pytest.mark.skipif(not (HAS_CUDA or PRETENDS), reason="needs a GPU, or one pretended")
+in_the_interpreter = pytest.mark.skipif(
+    not HAS_TRITON or HAS_CUDA or PRETENDS or bool(COMPILES), reason="runs in Triton's interpreter"
+)
 needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")
 
 

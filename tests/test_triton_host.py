@@ -17,6 +17,7 @@ from on_triton import (
     DEVICE,
     HAS_CUDA,
     PRETENDS,
+    in_the_interpreter,
     launches,
     needs_triton,
     small_tiles,
@@ -233,7 +234,7 @@ LAUNCHES = [
 
 
 @needs_triton
-@pytest.mark.skipif(HAS_CUDA or PRETENDS, reason="counts launches in the interpreter")
+@in_the_interpreter
 @pytest.mark.parametrize("case", LAUNCHES, ids=lambda case: case[0][0])
 def test_launches(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (name, args), shape, whole, chunks = case
@@ -282,7 +283,7 @@ LAUNCHES_MORE = [
 
 
 @needs_triton
-@pytest.mark.skipif(HAS_CUDA or PRETENDS, reason="counts launches in the interpreter")
+@in_the_interpreter
 @pytest.mark.parametrize("case", LAUNCHES_MORE, ids=lambda case: case[0].__name__)
 def test_launches_of_what_is_one_pass(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     call, layer, shape, whole, chunks = case
@@ -293,7 +294,7 @@ def test_launches_of_what_is_one_pass(case: Any, monkeypatch: pytest.MonkeyPatch
 
 
 @needs_triton
-@pytest.mark.skipif(HAS_CUDA or PRETENDS, reason="counts launches in the interpreter")
+@in_the_interpreter
 def test_launches_of_a_sum_and_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     from truenorm._triton import host
 
@@ -313,7 +314,7 @@ def test_launches_of_a_sum_and_its_norm(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs_triton
-@pytest.mark.skipif(HAS_CUDA or PRETENDS, reason="counts launches in the interpreter")
+@in_the_interpreter
 @pytest.mark.parametrize("weight", [None, torch.randn(40)], ids=["bare", "weight"])
 def test_launches_of_a_norm_beside_a_gate(weight: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum of parts for a weight's gradient alone."""

@@ -20,16 +20,14 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES
-from on_triton import HAS_CUDA, HAS_TRITON, PRETENDS, triton_kernels
+from on_triton import in_the_interpreter, triton_kernels
 from torch import Tensor
 
 import truenorm
 from truenorm._core import by_plan, eager, planned
 from truenorm._triton import config
 
-pytestmark = pytest.mark.skipif(
-    not HAS_TRITON or HAS_CUDA or PRETENDS, reason="runs in Triton's interpreter"
-)
+pytestmark = in_the_interpreter
 BATCH = CASES[2]
 
 

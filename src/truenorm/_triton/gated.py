@@ -16,16 +16,19 @@ import triton
 import triton.language as tl
 
 from .activation import exp, reciprocal
-from .moments import quotient, tile_moments
+from .moments import tile_moments
 from .tiles import narrow, one_over_std, optional, rounded, summed
 
 
 @triton.jit
-def _opened(gate, SWISH: tl.constexpr):
-    """(act(gate), act'(gate))"""
+def _opened(gate, SWISH: tl.constexpr, TYPE: tl.constexpr):
+    """(act(gate), act'(gate)), to be rounded to TYPE."""
     # of −|gate|, where nothing overflows
     e = exp(tl.where(gate < 0, gate, -gate))
-    near = reciprocal(1.0 + e)
+    if TYPE.primitive_bitwidth == 16:
+        near = 1.0 / (1.0 + e)
+    else:
+        near = reciprocal(1.0 + e)
     far = e * near
     sigma, slope = tl.where(gate < 0, far, near), near * far
     if SWISH:
@@ -61,7 +64,7 @@ def gated(
     first, C = group * K, G * K
     x = tl.load(p_x + _at(row, first, at, C, x_step, INDEX), mask=there, other=0).to(ACC)
     gate = tl.load(p_gate + _at(row, first, at, C, gate_step, INDEX), mask=there, other=0)
-    act, _ = _opened(gate.to(ACC), SWISH)
+    act, _ = _opened(gate.to(ACC), SWISH, p_gate.dtype.element_ty)
     if BEFORE:
         x *= act
     mean, var, h = tile_moments(x, there, tl.full((), K, ACC), False, False, False, ACC)
@@ -108,7 +111,7 @@ def gated_backward(
         gate = tl.load(p_gate + _at(row, first, at, C, gate_step, INDEX), mask=there, other=0)
         offsets = _at(row, first, at, C, None, INDEX)
         grad = tl.load(p_grad + offsets, mask=there, other=0).to(ACC)
-        act, slope = _opened(gate.to(ACC), SWISH)
+        act, slope = _opened(gate.to(ACC), SWISH, p_gate.dtype.element_ty)
         x = tl.load(p_x + _at(row, first, at, C, x_step, INDEX), mask=there, other=0).to(ACC)
         # by: what of_gate is a product with
         if BEFORE:
@@ -118,7 +121,7 @@ def gated_backward(
         if NEEDS_WEIGHT:
             of_weight += summed(g * x_hat, 0)
         if NEEDS_INPUT:
-            mean = quotient(summed(g * weight * x_hat, 1), tl.full((), K, ACC))
+            mean = summed(g * weight * x_hat, 1) / tl.full((), K, ACC)
             of_x = (g * weight - x_hat * mean[:, None]) * rstd
             if BEFORE:
                 of_gate = of_x * by

@@ -326,7 +326,7 @@ def summed(values, AXIS: tl.constexpr):
     Where a lane has one value of a sum, a compiler fuses the product that this may be into the sum
     with another lane's, which fuses its own: two results of one sum. It does not fuse twice.
     """
-    if values.shape[AXIS] <= 128:
+    if values.shape[AXIS] > 1 and values.shape[AXIS] <= 128:
         values += 0.0
     return tl.sum(values, AXIS)
 
