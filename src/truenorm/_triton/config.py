@@ -166,8 +166,8 @@ def streamed(values: int, units: int, *, columns: bool, width: int) -> Launch:
         tall = min(64, power_of_two(units))
     else:
         if values % 16:
-            # loaded value by value, which takes a register and an address each
-            size //= 2
+            # loaded value by value, which takes a register and an address each: four to a thread
+            size = size * width // 16
         tall = max(1, size // (power_of_two(values) * width))
     wide = min(power_of_two(values), max(1, size // (tall * width)))
     key = Key(False, values, units, columns, False, width, False)
