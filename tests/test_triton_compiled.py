@@ -58,6 +58,27 @@ def test_on_the_machine(capability: str) -> None:
     assert int(passed.group(1)) > 20
 
 
+@compiles
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["InstanceNorm, channels_last small", "LayerNorm of an image"])
+def test_sectors_are_whole(case: str, dtype: torch.dtype) -> None:
+    """Each byte of x is read and written once, in sectors that its program asks for whole."""
+    import triton_resources
+    import triton_traffic
+
+    axes, shape, lay = next(each[1:] for each in triton_traffic.CASES if each[0] == case)
+    run = triton_resources.passes(axes, shape, dtype, lay, device="cpu")
+    size = dtype.itemsize * torch.Size(shape).numel()
+    forward, backward = triton_traffic.moved(run, size, COMPILES)[:2]
+    assert (forward.kernel, backward.kernel) == ("forward", "backward")
+    assert forward.read == pytest.approx(1, abs=0.3)
+    assert backward.read == pytest.approx(2, abs=0.3)
+    for each in (forward, backward):
+        assert each.written == pytest.approx(1, abs=0.3)
+        assert each.by_programs == (1.0, 1.0)
+        assert each.passes < 1.3
+
+
 def _without(ptx: str, instruction: str) -> list[str]:
     """The kernel without each of these instructions in turn."""
     found = [*re.finditer(rf"(?m)^\s*{re.escape(instruction)}\b[^;]*;", ptx)]

@@ -1,6 +1,10 @@
 # Other platforms and processors than this machine's. Each target says what it needs and cannot have;
 # that is no failure.
-.PHONY: neon processors check-macos check-windows wheel-aarch64 test-aarch64
+.PHONY: ptx neon processors check-macos check-windows wheel-aarch64 test-aarch64
+
+PTX ?= 90
+ptx: $(VENV)/dev  ## the tests of the Triton kernels on what is compiled for a GPU, without one (PTX=80: for another)
+	@TRUENORM_TESTS_PTX=$(PTX) $(PYTEST) tests/test_triton_*.py tests/test_rounding.py
 
 # the kernels alone: no torch is needed for that, and none for aarch64 is at hand
 DIGEST_FLAGS := -std=c++20 -O3 -DNDEBUG -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi -Werror

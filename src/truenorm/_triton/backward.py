@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .moments import at_least_one, quotient
+from .moments import at_least_one
 from .tiles import (
     OF_ROWS,
     TURNED,
@@ -126,18 +126,20 @@ def backward(
             tl.store(o_weight + u, narrow(sums, o_weight.dtype.element_ty), mask=in_unit)
             sums = summed(g, 1)
             tl.store(o_bias + u, narrow(sums, o_bias.dtype.element_ty), mask=in_unit)
-        # no product that is fused into the difference below: of one value that is exactly nothing
-        wg = tl.fma(g, weight, tl.zeros_like(g))
+        wg = g * weight
         if NEEDS_X:
             if not FIXED:
+                if CENTRED and BK == 1 and not GROUPED:
+                    # of one value: a product that is fused into the difference would leave something
+                    wg = tl.zeros_like(g)
                 if MASK:
                     count = tl.load(p_record + 2 * S + statistic, mask=in_unit, other=1)
                     values = at_least_one(count).to(ACC)
                 else:
                     values = tl.full((), n, ACC)
-                slope = quotient(per_statistic(wg * x_hat, GROUPED), values)
+                slope = per_statistic(wg * x_hat, GROUPED) / values
                 if CENTRED:
-                    shift = quotient(per_statistic(wg, GROUPED), values)
+                    shift = per_statistic(wg, GROUPED) / values
                     wg -= shift[:, None]
                 wg -= x_hat * slope[:, None]
             y = wg * rstd[:, None]
