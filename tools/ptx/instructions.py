@@ -30,6 +30,8 @@ from .values import (
 
 
 class Decoder(Moves):
+    """Turns lines into steps: the method `_name` those of the instruction `name`."""
+
     def step(self, line: Line) -> Step:
         head, *modifiers = line.name.split(".")
         make = getattr(self, f"_{head}", None)

@@ -22,8 +22,6 @@ class Operands:
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
 
-    # operands
-
     def number(self, register: str) -> int:
         return self.numbers.setdefault(register, len(self.numbers))
 
@@ -64,23 +62,18 @@ class Operands:
 
     def address(self, operand: str) -> Callable[[State], Any]:
         """[%rd8 + 16], [global_smem + 8], [%r3]."""
-        inner = operand.strip("[] ")
-        base, _, offset = (part.strip() for part in inner.partition("+"))
+        base, _, offset = (part.strip() for part in operand.strip("[] ").partition("+"))
+        more = int(offset or 0)
         if not base.startswith("%"):
-            base, offset = "0", offset or "0"
-            if inner.isdigit():
-                offset = inner
-            value = np.uint32(int(offset))
+            value = np.uint32(int(constant(base, 32)) + more)
             return lambda s: np.full(s.lanes, value)
-        place, more = self.number(base), int(offset or 0)
+        place = self.number(base)
 
         def address(s: State) -> Any:
             held = s.registers[place]
-            return held + held.dtype.type(more) if more >= 0 else held - held.dtype.type(-more)
+            return held + held.dtype.type(more & np.iinfo(held.dtype).max)
 
         return address
 
     def several(self, operand: str) -> list[str]:
         return [part.strip() for part in operand.strip("{} ").split(",")]
-
-    # steps
