@@ -146,7 +146,8 @@ def whole(
         tall = max(1, size // (wide * width))
         if columns:
             least = LIMITS.sector // (width // 2 if half else width)
-            while least > 8 and least * wide * width > limit:
+            if half and least * wide * width > limit:
+                # half a sector, rather than chunks
                 least //= 2
             tall = min(max(tall, least), power_of_two(units))
     if tall * wide * width > limit:
