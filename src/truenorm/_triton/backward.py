@@ -130,7 +130,7 @@ def backward(
         if NEEDS_X:
             if not FIXED:
                 if CENTRED and BK == 1 and not GROUPED:
-                    # of one value: a product that is fused into the difference would leave something
+                    # of one value, where a product fused into the difference would leave some
                     wg = tl.zeros_like(g)
                 if MASK:
                     count = tl.load(p_record + 2 * S + statistic, mask=in_unit, other=1)
