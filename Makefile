@@ -134,10 +134,11 @@ define pip_install
 		echo "The whole log: $(INSTALL_LOG)"; exit 1; } >&2
 endef
 
-# what another torch brings along is its own matter: Triton, and CUDA's libraries
+# What another torch brings along is its own matter: Triton, and CUDA's libraries. The interpreter
+# of Triton 3.6, which torch 2.11 brings, takes arrays of one value for numbers: NumPy 2.4 refuses.
 $(VENV)/constraints.txt: constraints.txt
 	@mkdir -p $(VENV)
-	@{ grep -vE '^(torch|triton)==' $<; echo 'torch==$(TORCH)'; } > $@
+	@{ grep -vE '^(torch|triton|numpy)==' $<; echo 'torch==$(TORCH)'; echo 'numpy==2.3.5'; } > $@
 
 $(VENV)/tools: $(CONSTRAINTS)
 	@echo "Setting up $(VENV) (a minute or two the first time) ..."

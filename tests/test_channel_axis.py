@@ -47,7 +47,8 @@ def test_as_the_moved_channels(
 def test_nothing_is_copied(make: Any) -> None:
     x = torch.randn(8, 64, 128)
     layer = make(128, channel_axis=-1)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    # without acc_events torch 2.11 warns
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         layer(x)
     names = {event.name for event in profile.events() or []}
     assert not names & {"aten::copy_", "aten::clone", "aten::contiguous"}

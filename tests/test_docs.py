@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 from browser import browser, wait_for
+from versions import older_than
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -26,6 +27,7 @@ _BLOCK = re.compile(
     r"^```python[^\n]*\n(.*?)^```[ \t]*$(?:\s*^```output\n(.*?)^```[ \t]*$)?",
     re.MULTILINE | re.DOTALL,
 )
+_BIAS = re.compile(r"(?<=affine=True), bias=True")
 _LOOSELY = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -63,8 +65,10 @@ def run(page: str, reading: list[Block]) -> None:
         with contextlib.redirect_stdout(printed):
             exec(compiled, namespace)
         if block.shown:
-            same = doctest.OutputChecker().check_output(block.shown, printed.getvalue(), _LOOSELY)
-            assert same, f"{page}:{block.line} prints\n{printed.getvalue()}and shows\n{block.shown}"
+            # torch 2.11's norms print no bias
+            shown = _BIAS.sub("", block.shown) if older_than(2, 13) else block.shown
+            same = doctest.OutputChecker().check_output(shown, printed.getvalue(), _LOOSELY)
+            assert same, f"{page}:{block.line} prints\n{printed.getvalue()}and shows\n{shown}"
 
 
 READINGS = [
@@ -82,6 +86,8 @@ READINGS = [
 def test_blocks_run(
     page: Path, reading: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if older_than(2, 13) and any("torchao" in block.code for block in reading):
+        pytest.skip("torchao 0.18 folds no BatchNorm with torch 2.11, nor one of torch's")
     monkeypatch.chdir(tmp_path)
     run(str(page), reading)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import operator
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -485,10 +487,27 @@ def test_a_pass_of_the_users_goes_on() -> None:
 def test_a_graph_on_disk_is_of_these_options() -> None:
     from torch._inductor import config
 
+    def keys() -> tuple[Any, bytes]:
+        # torch 2.11 pickles what later ones ask for its uuid
+        return config.pre_grad_custom_pass.uuid(), pickle.dumps(config.pre_grad_custom_pass)
+
     options.install()
-    first = config.pre_grad_custom_pass.uuid()
+    first = keys()
+    assert first == keys()
     truenorm.compile_options(own=7)
-    assert first != config.pre_grad_custom_pass.uuid()
+    assert all(one != other for one, other in zip(first, keys(), strict=True))
+
+
+def test_a_graph_is_found_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    layer, x = truenorm.BatchNorm2d(4), torch.randn(3, 4, 5, 6)
+    for found in (0, 1):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        torch.compile(layer, fullgraph=True)(x)
+        counted = torch._dynamo.utils.counters["inductor"]
+        assert counted["fxgraph_cache_bypass"] == 0
+        assert counted["fxgraph_cache_hit"] == found
 
 
 def test_functions_that_write_are_known() -> None:

@@ -13,6 +13,7 @@ from test_compile import _fresh_compiler  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.nn.utils import parametrize
+from versions import older_than
 
 import truenorm
 
@@ -56,7 +57,7 @@ def guards(layers: list[nn.Module], shape: tuple[int, ...]) -> int:
 
 
 @pytest.mark.skipif(
-    torch.torch_version.TorchVersion(torch.__version__) < (2, 13),
+    older_than(2, 13),
     reason="older compilers guard more of what a function looks up",
 )
 @MODES

@@ -13,6 +13,7 @@ from cases import randomize
 from tolerances import FLOAT32_BETWEEN, relative
 from torch import nn
 from torch.nn import Module
+from versions import older_than
 
 import truenorm
 
@@ -131,7 +132,8 @@ def test_torchao_folds_what_was_exported() -> None:
         move_exported_model_to_eval(prepared)
         converted = flow.convert_pt2e(prepared)
         targets = [str(n.target) for n in converted.graph.nodes if n.op == "call_function"]
-        assert not [t for t in targets if "norm" in t]
+        # with torch 2.11 torchao leaves torch's own BatchNorm where it is, too
+        assert older_than(2, 13) or not [t for t in targets if "norm" in t]
         found.append((trained, converted(x), targets))
     (trained, y, targets), (our_trained, our_y, our_targets) = found
     assert relative(our_trained, trained) < FLOAT32_BETWEEN

@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ._core import added as _added
-from ._core import checks, eager, geometry, masks, modulation
+from ._core import checks, eager, geometry, imports, masks, modulation
 from ._core.call import CONSTANT, UNCENTRED, Call, Form, Running
 from ._core.geometry import RMS_EPS
 from ._core.normalize import local_response_norm as _response
@@ -604,6 +604,21 @@ def _sum(input: Tensor, other: Tensor) -> Tensor:
     return input + other
 
 
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+# torch 2.11 cannot compile the question
+imports.after_import(
+    "torch._dynamo",
+    "which devices have autocast",
+    lambda dynamo: dynamo.assume_constant_result(_has_autocast),
+)
+
+
 def local_response_norm(
     input: Tensor,
     size: int,
@@ -637,7 +652,7 @@ def local_response_norm(
     checks.check_floating(input)
     # as under torch's autocast, which widens the power, and on CPU the pooling of 4D and 5D
     device = input.device.type
-    widened = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    widened = _any_autocast() and _has_autocast(device) and torch.is_autocast_enabled(device)
     if widened and (input.dim() > 3 or device != "cpu"):
         input = input.to(torch.promote_types(input.dtype, torch.float32))
     return _response(input, size, alpha, beta, k)

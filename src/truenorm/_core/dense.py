@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.compiler import is_exporting
 
 from . import (
     by_plan,
@@ -30,6 +29,7 @@ from . import (
 )
 from . import spanning as _spanning
 from .call import KEEP, Call, Form
+from .exporting import is_exporting
 from .geometry import BATCH
 
 

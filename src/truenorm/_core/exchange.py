@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from . import checks, imports
+from . import checks
 from .merging import add_pairs
 
 # as `process_group`: every process, found out when the layer is called
@@ -82,20 +82,11 @@ def _key(group: Any) -> tuple[str, int]:
     return group.group_name, id(group)
 
 
-# runs once, while the graph is made
-def _take_to_agree(layer: Any) -> bool:
+def take_to_agree(layer: Any) -> None:
+    """Take the layer to have as many statistics on all ranks of its group, however many."""
     group = layer._statistics_group()
     if group is not None:
         _AGREED[layer] = _key(group), {_ANY}
-    return True
-
-
-def _mark_constant(compiler: Any) -> None:
-    compiler.assume_constant_result(_take_to_agree)
-
-
-# to mark it imports the compiler, which takes longer than all else of an import of torch
-imports.after_import("torch._dynamo", "torch.compile", _mark_constant)
 
 
 def agree(layer: Any, statistics: int, device: torch.device, group: Any) -> None:
@@ -105,7 +96,7 @@ def agree(layer: Any, statistics: int, device: torch.device, group: Any) -> None
     where a rank later goes on without its graph.
     """
     if torch.compiler.is_compiling():
-        _take_to_agree(layer)
+        layer._is_taken_to_agree(id(layer))
         return
     key = _key(group)
     known, numbers = _AGREED.get(layer, (None, set()))

@@ -10,8 +10,23 @@ import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.jit._trace import TracerWarning
 
+from . import imports
+
 _asked = False
-_is_exporting = torch.compiler.is_exporting  # looked up once: every call asks
+_compiler = torch.compiler
+
+
+def is_exporting() -> bool:
+    """torch.compiler.is_exporting, which torch 2.11 takes for True in whatever it compiles."""
+    return _compiler._is_exporting_flag
+
+
+# asked of torch while it compiles, not read by the compiler, which would guard what it reads
+imports.after_import(
+    "torch._dynamo",
+    "whether a graph is exported",
+    lambda dynamo: dynamo.assume_constant_result(is_exporting),
+)
 
 
 @contextmanager
@@ -33,7 +48,7 @@ def standard_ops() -> Iterator[None]:
 
 def wanted() -> bool:
     """Whether the call is exported to such a file."""
-    if _is_exporting():
+    if is_exporting():
         return _asked or torch.onnx.is_in_onnx_export()
     return _asked and not torch.compiler.is_compiling() and get_proxy_mode() is not None
 

@@ -19,11 +19,11 @@ from torch.nn import Parameter
 
 from . import library
 from .call import ACT, KEEP
+from .exporting import is_exporting
 from .operators import move_in_graph, norm
 from .route import has_kernel
 
 # by a name of their own: a name within a module is guarded twice
-_is_exporting = torch.compiler.is_exporting
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _STRIDED = torch.strided
@@ -45,7 +45,7 @@ def call(
     if (
         forward_ad._current_level >= 0
         or _transforms_active()
-        or _is_exporting()
+        or is_exporting()
         or x.layout is not _STRIDED
         or x.is_nested
         or not x.is_floating_point()

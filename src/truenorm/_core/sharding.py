@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from . import checks, geometry, imports
 from .geometry import Axes
@@ -93,7 +95,7 @@ class Plan(NamedTuple):
         checks.check_same_mesh(t.device_mesh, self.mesh)
         if tuple(t.placements) != tuple(placements):
             t = t.redistribute(self.mesh, placements)
-        return t.to_local(grad_placements=gradients)
+        return _as_held(t.to_local(grad_placements=gradients), t)
 
     def joined(self, part: Tensor, like: Tensor, axes: Axes) -> Tensor:
         """The DTensor, in x's place, of which `part` is this process's."""
@@ -108,6 +110,36 @@ class Plan(NamedTuple):
         return _TENSOR.DTensor.from_local(
             part, self.mesh, placements, run_check=False, shape=shape, stride=stride
         )
+
+
+class _AsHeld(Function):
+    """The same values in these strides, and their gradient too."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, strides: tuple[int, ...]) -> Tensor:
+        ctx.strides = strides
+        return part.as_strided(part.shape, strides)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        # other ones have the part's strides, as every kernel gives them
+        return grad if grad.numel() else grad.as_strided(grad.shape, ctx.strides), None
+
+
+def _as_held(part: Tensor, whole: Any) -> Tensor:
+    """A DTensor's part, in the strides of the tensor that the DTensor holds.
+
+    to_local() makes up the stride of a dimension of size 1, and a formula those of an empty part's
+    gradient. torch takes a whole gradient's strides from its part's, so they would be others in
+    this process than where parts are larger. A leaf's gradient that has not the leaf's strides is
+    gathered by torch 2.11, which the other processes then know nothing of.
+    """
+    held = whole._local_tensor.stride()
+    if not part.requires_grad or torch.compiler.is_compiling():
+        return part
+    if part.numel() and part.stride() == held:
+        return part
+    return cast(Tensor, _AsHeld.apply(part, held))  # type: ignore[no-untyped-call]
 
 
 def _role(x: Any, dim: int, parts: int, axes: Axes, fixed: bool) -> Role:

@@ -235,6 +235,9 @@ def put(module: Module, kind: Kind) -> None:
     forward = vars(module).get("forward")
     wraps = "forward" not in methods and _wraps_a_method(module, forward, methods)
     module.__class__ = kind
+    # torch 2.11 goes on with a compiled graph as long as no dictionary has changed
+    vars(module)["_truenorm_put"] = kind
+    del vars(module)["_truenorm_put"]
     for name, method in methods.items():
         vars(module)[name] = types.MethodType(getattr(type(module), method), module)
     if wraps:

@@ -84,7 +84,8 @@ class Activated(Direct):
         number, parameter = self._act() if act is None else act
         form = call.form._replace(act=number, parameter=parameter, padding=padding_value)
         call = call._replace(form=form, mask=at.mask, residual=residual, inplace=inplace)
-        if modulation != (None, None):
+        # compared with one, a tuple compares what it holds: of a tensor that makes another tensor
+        if modulation[0] is not None or modulation[1] is not None:
             call = _modulated(call, at, modulation)
         return call, at
 

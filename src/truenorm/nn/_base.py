@@ -12,7 +12,7 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from .._core import checks, exchange
+from .._core import checks, exchange, imports
 from .._core.call import Call
 from .._core.eager import After
 from .._core.normalize import normalize
@@ -242,6 +242,23 @@ class Spanning(Configurable):
         """The group that this call's statistics span, or None."""
         group = self._truenorm_options.process_group
         return None if group is None else exchange.active_group(group)
+
+    def _is_taken_to_agree(self, identity: int) -> bool:
+        """By a compiler, which calls this once, while it makes the graph.
+
+        A method, because torch 2.11 takes a layer for such a call as nothing but `self`. It guards
+        no `self`, but an identity that it is asked for.
+        """
+        exchange.take_to_agree(self)
+        return True
+
+
+def _mark_constant(compiler: Any) -> None:
+    compiler.assume_constant_result(Spanning._is_taken_to_agree)
+
+
+# to mark it imports the compiler, which takes longer than all else of an import of torch
+imports.after_import("torch._dynamo", "torch.compile", _mark_constant)
 
 
 class LazyFeatures(torch.nn.Module):

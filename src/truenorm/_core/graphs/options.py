@@ -106,11 +106,17 @@ def install() -> None:
                 each(graph)
             change(graph)
 
+        def _own(self) -> Any:
+            return get_hash_for_files(files, str(_options))
+
         def uuid(self) -> Any:
             others = [each.uuid() if hasattr(each, "uuid") else None for each in earlier]
             # None: what an earlier one does is not known, and no graph is kept on disk
-            own = get_hash_for_files(files, str(_options))
-            return None if None in others else (own, *others) if others else own
+            return None if None in others else (self._own(), *others) if others else self._own()
+
+        def __reduce__(self) -> Any:
+            # torch 2.11 does not ask for uuid(): its key to a graph on disk has every pass pickled
+            return tuple, ((self._own(), *earlier),)
 
     config.pre_grad_custom_pass = Change()
     _call_below_autograd()
