@@ -37,16 +37,7 @@ CHOSEN = {
 def test_on_the_machine(capability: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-n0",
-            "-p",
-            "no:cacheprovider",
-            *CHOSEN[capability],
-        ],
+        [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", *CHOSEN[capability]],
         env=environment | {"TRUENORM_TESTS_PTX": capability},
         cwd=ROOT,
         capture_output=True,

@@ -12,7 +12,7 @@ between; a copy that is read before it was waited for; memory that one program w
 reads or writes; lanes that read a lane that is not there. What is approximate errs by what the PTX
 manual allows, up or down as its bits have it. What nobody wrote is NaN.
 
-    Program(ptx, name).run(grid, threads, shared, arguments)
+    Program(ptx, name).run(programs, shared, arguments)
 
 The instructions are those that kernels of truenorm use; another one is an error that names it. See
 NVIDIA, Parallel Thread Execution ISA.
