@@ -46,7 +46,7 @@ def test_on_the_machine(capability: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed.group(1)) > 20
+    assert int(passed.group(1)) >= 20
 
 
 @compiles
