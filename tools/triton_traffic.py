@@ -67,8 +67,7 @@ def moved(run: Callable[[], object], size: int, capability: int) -> list[Moved]:
 
     def look(launch: Launch, memory: Any, traffic: Traffic) -> None:
         read, written = (
-            sum(int((getattr(room, by) != -1).sum()) for room in memory.rooms) / size
-            for by in ("reader", "writer")
+            sum(each) / size for each in zip(*(r.touched for r in memory.rooms), strict=True)
         )
         both = traffic.read, traffic.written
         warps, programs = (

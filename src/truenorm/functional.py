@@ -612,11 +612,7 @@ def _has_autocast(device: str) -> bool:
 
 
 # torch 2.11 cannot compile the question
-imports.after_import(
-    "torch._dynamo",
-    "which devices have autocast",
-    lambda dynamo: dynamo.assume_constant_result(_has_autocast),
-)
+imports.constant_in_graphs("which devices have autocast", _has_autocast)
 
 
 def local_response_norm(

@@ -9,8 +9,9 @@ that is behind first, and join again.
 It is stricter than a GPU, on which these give wrong results now and then: memory that no tensor has
 and addresses that are not aligned; shared memory read or written by two warps with no barrier
 between; a copy that is read before it was waited for; memory that one program writes and another
-reads or writes; lanes that read a lane that is not there. What is approximate errs by what the PTX
-manual allows, up or down as its bits have it. What nobody wrote is NaN.
+reads or writes; lanes that read a lane that is not there. To write what stands there already is let
+be. What is approximate errs by what the PTX manual allows, up or down as its bits have it. Shared
+memory that nobody wrote is NaN.
 
     Program(ptx, name).run(programs, shared, arguments)
 

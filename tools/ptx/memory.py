@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from .traffic import Traffic
-from .values import PtxError
+from .values import WARP, PtxError
 
-WARP = 32
 _SEVERAL, _NOBODY = -2, -1
 
 
@@ -29,6 +28,11 @@ class Room:
         self.bytes = np.frombuffer(memory, np.uint8)
         self.writer = np.full(self.size, _NOBODY, np.int32)
         self.reader = np.full(self.size, _NOBODY, np.int32)
+
+    @property
+    def touched(self) -> tuple[int, int]:
+        """Bytes that some program has read, and that some has written."""
+        return int((self.reader != _NOBODY).sum()), int((self.writer != _NOBODY).sum())
 
 
 class Memory:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from .lines import Line
-from .memory import WARP, Copy, State
+from .memory import Copy, State
 from .operands import Operands, Step
-from .values import UNSIGNED, PtxError, as_bits, as_number, numpy_type, width
+from .values import UNSIGNED, WARP, PtxError, as_bits, as_number, numpy_type, width
 
 
 class Moves(Operands):

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from .values import WARP
+
 SECTOR, BANKS, WORD = 32, 32, 4
-_WARP = 32
 
 
 class Access:
@@ -25,7 +26,7 @@ class Access:
         self._sectors: list[Any] = []
 
     def add(self, lanes: Any, programs: Any, addresses: Any, size: int) -> None:
-        warps = lanes.astype(np.uint64) // np.uint64(_WARP) << np.uint64(48)
+        warps = lanes.astype(np.uint64) // np.uint64(WARP) << np.uint64(48)
         at = addresses.astype(np.uint64) & np.uint64(2**48 - 1)
         sectors = at // np.uint64(SECTOR)
         self.asked += len(np.unique(warps | at)) * size
@@ -50,7 +51,7 @@ class Passes:
     def add(self, lanes: Any, addresses: Any, size: int) -> None:
         words = max(size // WORD, 1)
         # wide accesses go by halves and quarters of a warp
-        together = _WARP // words
+        together = WARP // words
         groups = np.repeat(lanes // together, words)
         at = (addresses.astype(np.int64) // WORD)[:, None] + np.arange(words)
         found = np.unique(np.stack([groups, at.ravel()]), axis=1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+WARP = 32
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 _FLOATS = {16: np.float16, 32: np.float32, 64: np.float64}
@@ -62,7 +63,7 @@ def _two_sum(a: Any, b: Any) -> tuple[Any, Any]:
 
 
 def fused(a: Any, b: Any, c: Any) -> Any:
-    """a b + c, rounded once."""
+    """a b + c, rounded once; in float64 but for what decides a tie."""
     if a.dtype == np.float32 or b.dtype == np.float32:
         product = a.astype(np.float64) * b.astype(np.float64)
         total, rest = _two_sum(product, c.astype(np.float64))

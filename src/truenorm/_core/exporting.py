@@ -22,11 +22,7 @@ def is_exporting() -> bool:
 
 
 # asked of torch while it compiles, not read by the compiler, which would guard what it reads
-imports.after_import(
-    "torch._dynamo",
-    "whether a graph is exported",
-    lambda dynamo: dynamo.assume_constant_result(is_exporting),
-)
+imports.constant_in_graphs("whether a graph is exported", is_exporting)
 
 
 @contextmanager

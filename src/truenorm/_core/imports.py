@@ -40,6 +40,14 @@ def after_import(module: str, what: str, action: Action) -> None:
         sys.meta_path.insert(0, _FINDER)
 
 
+def constant_in_graphs(what: str, function: Callable[..., Any]) -> None:
+    """Let torch's compiler call `function` while it makes a graph, and look no further into it.
+
+    To mark it imports the compiler, which takes longer than all else of an import of torch.
+    """
+    after_import("torch._dynamo", what, lambda dynamo: dynamo.assume_constant_result(function))
+
+
 def retry() -> None:
     """Run what waits for modules that are there by now."""
     for module in [m for m in _UNTOLD if _is_there(m)]:

@@ -70,11 +70,7 @@ def lacks_kernel(x: Tensor) -> bool:
 
 
 # what a device is does not change under a compiler, which need not look into the question
-imports.after_import(
-    "torch._dynamo",
-    "which devices have kernels",
-    lambda dynamo: dynamo.assume_constant_result(_triton.why_plain),
-)
+imports.constant_in_graphs("which devices have kernels", _triton.why_plain)
 
 
 def way_of(x: Tensor, *others: Tensor | None) -> int:

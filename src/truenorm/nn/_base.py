@@ -253,12 +253,7 @@ class Spanning(Configurable):
         return True
 
 
-def _mark_constant(compiler: Any) -> None:
-    compiler.assume_constant_result(Spanning._is_taken_to_agree)
-
-
-# to mark it imports the compiler, which takes longer than all else of an import of torch
-imports.after_import("torch._dynamo", "torch.compile", _mark_constant)
+imports.constant_in_graphs("statistics over processes", Spanning._is_taken_to_agree)
 
 
 class LazyFeatures(torch.nn.Module):

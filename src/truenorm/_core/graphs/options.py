@@ -51,11 +51,7 @@ def joins() -> bool:
     return _options.join
 
 
-imports.after_import(
-    "torch._dynamo",
-    "whether graphs join norms",
-    lambda dynamo: dynamo.assume_constant_result(joins),
-)
+imports.constant_in_graphs("whether graphs join norms", joins)
 
 
 def _is_own(norm: Node) -> bool:
