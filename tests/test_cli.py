@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -31,6 +32,17 @@ def test_version_and_help(capsys) -> None:
     assert status == 0
     for name in ("explain", "verify", "bench", "demo", "info"):
         assert name in out
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "truenorm", "bench", "--family", "none"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("truenorm: argument --family: invalid choice: 'none'")
+    assert done.stderr.endswith("(see truenorm bench --help)\n")
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def stage(docs: Path, to: Path) -> None:
 
 def measure(to: Path, *options: str) -> None:
     """Have `truenorm verify` write its numbers, over those of the last build."""
-    command = [sys.executable, "-m", "truenorm._tools.cli", "verify", "--quick", *options]
+    command = [sys.executable, "-m", "truenorm", "verify", "--quick", *options]
     command += ["--json", str(to), "--force"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
