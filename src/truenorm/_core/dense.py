@@ -174,21 +174,6 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    """Divide each value of x (N, C, *) by a power of its neighbouring channels' energy."""
-    window = size, alpha, beta, k
-    way = route.way_of(x)
-    if way in (route.KERNEL, route.GRAPH) and route.lacks_kernel(x):
-        return fallback.local_response_norm(x, *window)
-    if way == route.STANDARD:
-        return torch.nn.functional.local_response_norm(x, *window)
-    if way == route.PLAIN:
-        return plain.response(x, *window)
-    if way == route.GRAPH:
-        return cast(Tensor, operators.response(x, *window))
-    return cast(Tensor, gradients.Response.apply(window, x))  # type: ignore[no-untyped-call]
-
-
 def statistics(call: Call) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of a call's own, over all processes of its group; constants."""
     x, mask, form = call.x.detach(), call.mask, call.form

@@ -26,7 +26,7 @@ from .call import (
     Form,
     form_of,
 )
-from .operators import run, run_masked
+from .operators import run_masked
 from .route import transformed
 
 Grads = tuple[Tensor | None, ...]
@@ -301,11 +301,11 @@ class NormBackward(Function):
 
         asked = tuple(g if w else None for g, w in zip(incoming, _flat(ctx.wanted), strict=True))
         leaves = tuple(_flat(k[:5] for k in kept))
-        again = _differentiate(gradients, leaves, asked)
+        again = differentiate(gradients, leaves, asked)
         return None, None, *_flat((*five, None, None) for five in _cut(again, 5))
 
 
-def _differentiate(
+def differentiate(
     gradients: Callable[..., Sequence[Tensor]], inputs: Grads, incoming: Grads
 ) -> Grads:
     """Pull `incoming` back through gradients(*inputs), in a way that is itself differentiable."""
@@ -332,57 +332,11 @@ def _differentiate(
     return tuple(next(remaining) if v is not None and v.requires_grad else None for v in views)
 
 
-class ResponseBackward(Function):
-    """The gradient of `Response`, differentiable."""
-
-    @staticmethod
-    def forward(ctx: Any, window: Any, grad: Tensor, x: Tensor) -> Any:
-        ctx.save_for_backward(grad, x)
-        ctx.window = window
-        return run(operators.response_backward, grad, x, *window)
-
-    @staticmethod
-    def backward(ctx: Any, incoming: Any) -> Any:
-        return None, *_response_backward_again(ctx, incoming)
-
-
-def _response_backward_again(ctx: Any, incoming: Tensor) -> Grads:
-    def gradients(grad: Tensor, x: Tensor) -> Sequence[Tensor]:
-        return (plain.response_backward(grad, x, *ctx.window),)
-
-    return _differentiate(gradients, ctx.saved_tensors, (incoming,))
-
-
-def _response_pull_back(ctx: Any, grad: Tensor) -> Any:
-    (x,) = ctx.saved_tensors
-    if torch.compiler.is_compiling():
-        return operators.response_backward(grad, x, *ctx.window)
-    if transformed(grad, x):
-        return plain.response_backward(grad, x, *ctx.window)
-    if torch.is_grad_enabled():
-        return ResponseBackward.apply(ctx.window, grad, x)  # type: ignore[no-untyped-call]
-    return run(operators.response_backward, grad, x, *ctx.window)
-
-
-class Response(Function):
-    """x by the energy of its neighbouring channels; window is (size, alpha, beta, k)."""
-
-    @staticmethod
-    def forward(ctx: Any, window: Any, x: Tensor) -> Any:
-        ctx.save_for_backward(x)
-        ctx.window = window
-        return run(operators.response, x, *window)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        return None, _response_pull_back(ctx, grad)
-
-
 # ---------------------------------------------------------------- the operators themselves
 # The same formulas, for calls of torch.ops.truenorm, as the compiler makes them.
 
 
-def _register(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+def register(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
     torch.library.register_autograd(f"truenorm::{name}", backward, setup_context=setup)
 
 
@@ -434,25 +388,5 @@ def _norm_backward_backward(ctx: Any, *incoming: Any) -> Any:
     return grad, x, None, weight, bias, None, residual, *[None] * 4
 
 
-def _setup_response(ctx: Any, inputs: Any, output: Any) -> None:
-    x, *ctx.window = inputs
-    ctx.save_for_backward(x)
-
-
-def _response_backward(ctx: Any, grad: Any) -> Any:
-    return _response_pull_back(ctx, grad), *[None] * 4
-
-
-def _setup_response_backward(ctx: Any, inputs: Any, output: Any) -> None:
-    grad, x, *ctx.window = inputs
-    ctx.save_for_backward(grad, x)
-
-
-def _response_backward_backward(ctx: Any, incoming: Any) -> Any:
-    return *_response_backward_again(ctx, incoming), *[None] * 4
-
-
-_register("norm", _setup_norm, _norm_backward)
-_register("norm_backward", _setup_norm_backward, _norm_backward_backward)
-_register("response", _setup_response, _response_backward)
-_register("response_backward", _setup_response_backward, _response_backward_backward)
+register("norm", _setup_norm, _norm_backward)
+register("norm_backward", _setup_norm_backward, _norm_backward_backward)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import dense, modulation, route, sharded
+from . import dense, modulation, response, route, sharded
 from .call import Call
 
 
@@ -66,4 +66,4 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
     """Divide each value of x (N, C, *) by a power of its neighbouring channels' energy."""
     if route.way_of(x) == route.SHARDED:
         return sharded.local_response_norm(x, size, alpha, beta, k)
-    return dense.local_response_norm(x, size, alpha, beta, k)
+    return response.local_response_norm(x, size, alpha, beta, k)

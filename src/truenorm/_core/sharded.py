@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, dense, exchange, geometry, route, running, sharding
+from . import checks, dense, exchange, geometry, response, route, running, sharding
 from .call import Call, Running
 from .geometry import BATCH
 from .merging import add_pairs
@@ -137,7 +137,7 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     plan = sharding.plan(x, BATCH, fixed=True, never=(Role.CHANNELS,))
-    y = dense.local_response_norm(plan.part(x), size, alpha, beta, k)
+    y = response.local_response_norm(plan.part(x), size, alpha, beta, k)
     return plan.joined(y, x, BATCH)
 
 
