@@ -310,7 +310,7 @@ def test_what_is_right_is_not_told() -> None:
         bar.sync 0;
         ld.shared.b32 %r4, [%r3];
         bar.sync 0;
-        st.shared.b32 [%r2], %r4;
+        st.shared::cta.b32 [%r2], %r4;
         bar.sync 0;
         ld.shared.b32 %r4, [%r3];
         add.s64 %rd8, %rd9, 0;

@@ -38,6 +38,8 @@ def read(body: str) -> tuple[list[Line], dict[str, int]]:
             if written is None:
                 raise PtxError(f"an instruction that is not known: {text}")
             guard, name, operands = written.groups()
+            # .shared says as much, and some versions of Triton leave it at that
+            name = name.replace(".shared::cta", ".shared")
             lines.append(Line(guard or "", name, _split(operands), text))
     return lines, labels
 
