@@ -6,9 +6,11 @@ Nothing of the module's is touched: no hook runs, no gradient is left, no random
 from __future__ import annotations
 
 import copy
+import types
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +99,35 @@ def _hookless_tree(module: Module) -> Module:
         for name, child in module._modules.items()
     )
     return made
+
+
+def _held(module: Module) -> dict[str, Any]:
+    """What a module's attributes are, and what the containers among them hold, by identity."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        within = value.values() if isinstance(value, dict) else value
+        found[name] = id(value), [*map(id, within)] if isinstance(value, _CONTAINERS) else None
+    return found
+
+
+def watched(module: Module, *given: Tensor) -> tuple[set[str], set[str]]:
+    """The names that a stand-in's forward asks it for, and those of attributes that it changes."""
+    kind = type(module)
+    asked: set[str] = set()
+
+    def look(self: Module, name: str) -> Any:
+        asked.add(name)
+        return kind.__getattribute__(self, name)
+
+    before = _held(module)
+    made = types.new_class(kind.__name__, (kind,), {}, lambda ns: ns.update(__getattribute__=look))
+    module.__class__ = made
+    try:
+        module.forward(*given)
+    finally:
+        module.__class__ = kind
+    after = _held(module)
+    return asked, {n for n in before.keys() | after.keys() if before.get(n) != after.get(n)}
 
 
 def cast(module: Module, dtype: torch.dtype) -> Module:
