@@ -604,3 +604,30 @@ def test_a_forward_that_leaves_something_on_its_module(told: bool) -> None:
     counting, remembering = model
     assert counting.calls == 1
     assert len(remembering.seen) == 1
+
+
+class UnlikeFarOutRMSNorm(HandRMSNorm):
+    """The formula, but for values that are large or not finite, or without gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.change:
+            case "clamps":
+                x = x.clamp(-1e4, 1e4)
+            case "refuses":
+                assert x.isfinite().all()
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
+        match self.change:
+            case "clamps outputs":
+                return y.clamp(-50, 50)
+            case "replaces":
+                return y.nan_to_num()
+            case "rounds":
+                return y if torch.is_grad_enabled() else y.round(decimals=1)
+        return y
+
+
+@pytest.mark.parametrize("change", ["clamps", "clamps outputs", "refuses", "replaces", "rounds"])
+def test_a_class_that_is_unlike_its_formula_far_out(change: str) -> None:
+    assert isinstance(truenorm.convert(UnlikeFarOutRMSNorm()), Ruled)
+    theirs = drawn(UnlikeFarOutRMSNorm(change=change))
+    assert type(truenorm.convert(theirs)) is UnlikeFarOutRMSNorm

@@ -318,6 +318,27 @@ def _given(rule: Rule, x: Tensor) -> tuple[Tensor, ...]:
     return (x,) if rule.gate is None else (x, trial.gate(x))
 
 
+def _at_extremes(
+    subject: Subject, kind: type[Module], tensors: dict[str, Tensor], shape: tuple[int, ...]
+) -> str:
+    """How a class differs from its rule where it might clamp, replace or refuse; "" or how.
+
+    Without gradients, by which a forward may choose too.
+    """
+    rule = subject.rule
+    made = trial.stand_in(subject.module, kind, tensors).requires_grad_(False)
+    for name in tensors:
+        getattr(made, name).mul_(1e3)
+    given = _given(
+        rule, trial.extremes(trial.inputs(shape, rule, subject.eps or 1e-6, F32), rule.axis)
+    )
+    with torch.no_grad():
+        y, expected = made(*given), subject.expected(made, *given)
+    if not torch.equal(y.isnan(), expected.isnan()):
+        return "it takes a NaN otherwise"
+    return apart(y.nan_to_num(), expected.nan_to_num())
+
+
 def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> Proof:
     """Run the class in every pair of dtypes and every rank; what holds, or why it does not.
 
@@ -355,6 +376,14 @@ def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> P
         if not ranks:
             return Proof(reason=why)
         rank = max(ranks)
+        if rule.kind in ("rms", "layer", "l2"):
+            try:
+                difference = _at_extremes(subject, kind, tensors, shapes[rank])
+            except Exception as error:  # whatever a class raises
+                difference = f"it cannot be run ({type(error).__name__}: {error})"
+            if difference:
+                said = "of large values, a NaN or without gradients"
+                return Proof(reason=f"not what {rule.words()} gives {said}: {difference}")
         x = trial.inputs(shapes[rank], rule, eps, F32)
         if rule.axis == -1 and rank > 2 and rule.kind != "weight":
             x = x.transpose(0, 1).contiguous().transpose(0, 1)

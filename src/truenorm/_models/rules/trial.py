@@ -179,3 +179,12 @@ def inputs(shape: tuple[int, ...], rule: Rule, eps: float, dtype: torch.dtype) -
     rows = x.movedim(rule.axis, -1)
     scale = sizes[torch.arange(rows[..., 0].numel()) % len(sizes)].reshape(rows.shape[:-1])
     return (rows * scale.unsqueeze(-1)).movedim(-1, rule.axis).contiguous().to(dtype)
+
+
+def extremes(x: Tensor, axis: int) -> Tensor:
+    """The same input, with one row far larger than the others, and one that holds a NaN."""
+    turned = x.movedim(axis, -1).clone(memory_format=torch.contiguous_format)
+    rows = turned.view(-1, turned.shape[-1])
+    rows[0] *= 1e6
+    rows[1, 0] = torch.nan
+    return turned.movedim(-1, axis).contiguous()
