@@ -42,7 +42,7 @@ _SHARE = 1 / 200
 # attributes that truenorm's layer reads as its class does
 _AT_EACH_CALL = {
     "batch": ("momentum", "track_running_stats"),
-    "weight": ("in_channels", "out_channels", "scale"),
+    "weight": ("in_channels", "out_channels", "scale", "stride", "padding", "dilation", "groups"),
 }
 _VALUES = 4096  # at least so many of an output, so that the share means something
 
@@ -238,7 +238,7 @@ def told(value: Any, features: int | None = None) -> Any:
 
 def _asked(module: Module, rule: Rule, names: set[str]) -> tuple[tuple[str, Any], ...]:
     """Of what a forward has asked for, what truenorm's does not ask anew at each call."""
-    at_each_call = {rule.eps, *_AT_EACH_CALL.get(rule.kind, ())}
+    at_each_call = {rule.eps, rule.groups, rule.group_size, *_AT_EACH_CALL.get(rule.kind, ())}
     features = features_of(module)
     return tuple(
         (name, told(value))
