@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -294,3 +295,28 @@ def test_only_names_no_norm_layer() -> None:
     with pytest.raises(ValueError, match=r"`only` names 'Linear', .*: choose from BatchNorm1d"):
         convert(model, only=(nn.LayerNorm, nn.Linear))
     assert not any(is_ours(m) for m in norms(model))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_forward_that_somebody_put_into_torchs_class(
+    wrapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Named(nn.LayerNorm):
+        pass
+
+    own = nn.LayerNorm.forward
+
+    def doubled(self: nn.LayerNorm, input: Tensor) -> Tensor:
+        return 2 * own(self, input)
+
+    theirs = nn.Sequential(nn.LayerNorm(6), nn.RMSNorm(6), Named(6))
+    x = torch.randn(3, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            nn.LayerNorm, "forward", functools.wraps(own)(doubled) if wrapped else doubled
+        )
+        with pytest.warns(UserWarning, match=r"left 2 layer.*given the forward of test_convert"):
+            ours = convert(copy.deepcopy(theirs))
+        torch.testing.assert_close(ours(x), theirs(x))
+    assert [isinstance(each, truenorm.RMSNorm) for each in ours] == [False, True, False]
+    assert isinstance(convert(ours)[0], truenorm.LayerNorm)

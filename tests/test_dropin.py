@@ -185,6 +185,25 @@ def test_an_old_checkpoint_without_num_batches_tracked() -> None:
     check_layer(layer, torch.randn(3, 5, 7, 9))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_count_of_another_dtype(
+    momentum: float | None, dtype: torch.dtype, compiled: bool
+) -> None:
+    """As the average of several models' states has it, where that is assigned."""
+    theirs = torch.nn.BatchNorm2d(5, momentum=momentum)
+    ours = truenorm.BatchNorm2d(5, momentum=momentum)
+    state = theirs.state_dict() | {"num_batches_tracked": torch.tensor(8 / 3).to(dtype)}
+    for layer in (theirs, ours):
+        layer.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
+    call = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
+    for _ in range(2):
+        x = torch.randn(3, 5, 7, 9)
+        torch.testing.assert_close(call(x), theirs(x))
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
 @pytest.mark.parametrize("case", WITH_WEIGHT, ids=lambda case: case.id)
 def test_to(case: Case) -> None:
     layer = case.build()

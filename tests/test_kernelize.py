@@ -125,3 +125,13 @@ def test_calls_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert norm(x).shape == x.shape
     with pytest.raises(RuntimeError, match="must match the size"):
         norm(x, gate[:, :5])
+
+
+def test_an_attribute_that_the_forward_goes_by_is_changed() -> None:
+    theirs = nn.ModuleList([HandRMSNorm(SIZE)])
+    ours = kernelized(copy.deepcopy(theirs))
+    x = torch.randn(64, SIZE)
+    for change in ("", "unbiased"):
+        for model in (theirs, ours):
+            model[0].change = change
+        torch.testing.assert_close(ours[0](x), theirs[0](x))

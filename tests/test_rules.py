@@ -520,3 +520,114 @@ def test_without_the_rule_the_kernels_would_differ(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(recognition, "_found", {})
     row = truenorm.survey(of(f"{HF}.llama.modeling_llama.LlamaRMSNorm", SIZE)).norms[0]
     assert "truenorm's kernels differ" in row.reason or "not what" in row.reason
+
+
+class Scaled(Module):
+    """An RMSNorm whose forward goes by attributes that are no part of a rule."""
+
+    def __init__(self, size: int = SIZE, scale: float = 1.0, over: str = "last") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = 1e-5
+        self.scale = scale
+        self.over = over
+        self.tag = "unread"
+
+    def forward(self, x: Tensor) -> Tensor:
+        dim = -1 if self.over == "last" else 0
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(dim, keepdim=True) + self.eps)
+        return (self.scale * wide * self.weight).to(x.dtype)
+
+
+class ScaledRMSNorm(Scaled):
+    pass
+
+
+@pytest.mark.parametrize(("name", "value"), [("scale", 3.0), ("over", "first"), ("scale", 2)])
+def test_an_attribute_that_the_forward_goes_by_is_changed(name: str, value: Any) -> None:
+    theirs = drawn(ScaledRMSNorm())
+    ours = truenorm.convert(copy.deepcopy(theirs))
+    assert isinstance(ours, Ruled)
+    x = torch.randn(64, SIZE)
+    for each in (theirs, ours):
+        each.eps, each.tag = 0.5, "another"  # which truenorm's reads, and which nobody reads
+    assert isinstance(ours, Ruled)
+    torch.testing.assert_close(ours(x), theirs(x))
+    for each in (theirs, ours):
+        setattr(each, name, value)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert type(ours) is ScaledRMSNorm
+    setattr(ours, name, {"scale": 1.0, "over": "last"}[name])
+    assert isinstance(truenorm.convert(ours), Ruled)
+
+
+def test_one_more_of_a_swapped_norms_class() -> None:
+    ours = truenorm.convert(ScaledRMSNorm())
+    x = torch.randn(64, 24)
+    assert isinstance(type(ours)(24), Ruled)
+    torch.testing.assert_close(type(ours)(24, scale=2.0)(x), ScaledRMSNorm(24, scale=2.0)(x))
+
+
+class CountingRMSNorm(HandRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x)
+
+
+class RememberingRMSNorm(HandRMSNorm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_forward_that_leaves_something_on_its_module(told: bool) -> None:
+    rule = Rule("rms", "cast_first", eps="variance_epsilon")
+    model = nn.ModuleList([CountingRMSNorm(), RememberingRMSNorm()])
+    for norm in model if told else ():
+        truenorm.register_norm(type(norm), rule)
+    try:
+        truenorm.convert(model)
+        reasons = [norm.reason for norm in truenorm.survey(model).norms]
+    finally:
+        for norm in model:
+            truenorm.register_norm(type(norm), None)
+    said = ["'calls'", "'seen'"] if told else ["no known formula"] * 2
+    assert all(each in reason for each, reason in zip(said, reasons, strict=True)), reasons
+    for norm in model:
+        norm(torch.randn(200, SIZE))
+    counting, remembering = model
+    assert counting.calls == 1
+    assert len(remembering.seen) == 1
+
+
+class UnlikeFarOutRMSNorm(HandRMSNorm):
+    """The formula, but for values that are large or not finite, or without gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.change:
+            case "clamps":
+                x = x.clamp(-1e4, 1e4)
+            case "refuses":
+                assert x.isfinite().all()
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
+        match self.change:
+            case "clamps outputs":
+                return y.clamp(-50, 50)
+            case "replaces":
+                return y.nan_to_num()
+            case "rounds":
+                return y if torch.is_grad_enabled() else y.round(decimals=1)
+        return y
+
+
+@pytest.mark.parametrize("change", ["clamps", "clamps outputs", "refuses", "replaces", "rounds"])
+def test_a_class_that_is_unlike_its_formula_far_out(change: str) -> None:
+    assert isinstance(truenorm.convert(UnlikeFarOutRMSNorm()), Ruled)
+    theirs = drawn(UnlikeFarOutRMSNorm(change=change))
+    assert type(truenorm.convert(theirs)) is UnlikeFarOutRMSNorm

@@ -130,6 +130,16 @@ def test_a_convolution_of_another_size_is_not_tried_again(
     assert len(tried) == 2
 
 
+def test_a_stride_that_is_changed_is_read_at_each_call() -> None:
+    theirs = of(f"{STD}.StdConv2d", 96, 80, 3)
+    ours = truenorm.convert(copy.deepcopy(theirs))
+    for each in (theirs, ours):
+        each.stride, each.padding, each.dilation = (2, 1), (0, 2), (2, 2)
+    assert isinstance(ours, Ruled)
+    x = torch.randn(2, 96, 9, 7)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> tuple[Module, Tensor, str]:
     make, shape, formula = CASES[request.param]

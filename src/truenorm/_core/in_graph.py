@@ -66,6 +66,8 @@ def call(
             and t.device == x.device
         ):
             return None
+    if moving is not None and moving[2] is not None and moving[2].dtype != torch.int64:
+        return None
     if residual is not None and not (
         (type(residual) is Parameter or type(residual) is Tensor)
         and residual.shape == x.shape

@@ -14,6 +14,7 @@ from .call import Running
 def move(running: Running, record: Tensor) -> None:
     """Towards a batch's statistics; where nothing has a variance they stay."""
     moving = *running[:3], record, running.momentum, running.skip_nonfinite
+    count = running.num_batches_tracked
     if route.standard():
         checks.check_not_accumulating(running.gathered is not None)
         # that no gradient was asked for is not part of a trace
@@ -21,6 +22,11 @@ def move(running: Running, record: Tensor) -> None:
     elif running.gathered is not None:
         if torch.compiler.is_compiling() or not operators.within_backward():
             running.gathered.add(record, running.mean.numel(), running.skip_nonfinite)
+    elif count is not None and count.dtype != torch.int64:
+        # as an averaged state has it, where it was assigned: torch's layers count on in its dtype
+        if torch.compiler.is_compiling() or not operators.within_backward():
+            with torch.no_grad():
+                plain.move(*moving)
     elif torch.compiler.is_compiling():
         operators.move_in_graph(*moving)
     elif not _by_plan(moving):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .rules.recognise import recognise
+from .rules.swapping import still_proven
 from .swap import Kind
 
 _kinds: WeakKeyDictionary[Module, Kind | None] = WeakKeyDictionary()
@@ -27,7 +28,7 @@ def _as_served(module: Module) -> Module:
     except KeyError:
         found = recognise(module)
         kind = _kinds[module] = None if found is None else found.kind
-    if kind is None:
+    if kind is None or not still_proven(module, kind):
         return module
     shown: Module = kind.__new__(kind)
     # one and the same state: what is set on either is set on both

@@ -149,6 +149,18 @@ def overridden(
     return None
 
 
+def _patched(kind: Kind) -> str | None:
+    """Whose forward somebody has put into torch's class, for all of its layers; None for its own.
+
+    By what the function's globals are: functools.wraps would have it bear torch's name.
+    """
+    forward = kind.forward
+    home = getattr(forward, "__globals__", {}).get("__name__", type(forward).__module__)
+    if home.startswith("torch.nn."):
+        return None
+    return f"torch's class has been given the forward of {home}, which would no longer run"
+
+
 # --- instances
 
 
@@ -255,10 +267,10 @@ def targets(model: Module, classes: Mapping[Kind, Kind]) -> tuple[dict[Module, K
     for name, module in model.named_modules():
         kind = core(module)
         new = classes.get(kind)
+        base = next((k for k in kind.__mro__ if k in classes), None)
+        if base is None or issubclass(kind, classes[base]):
+            continue
         if new is None:
-            base = next((k for k in kind.__mro__ if k in classes), None)
-            if base is None or issubclass(kind, classes[base]):
-                continue
             if (own := overridden(kind, base, classes[base])) is not None:
                 left.append(Left(name, kind, f"its class has {own!r} of its own", False))
                 continue
@@ -268,7 +280,7 @@ def targets(model: Module, classes: Mapping[Kind, Kind]) -> tuple[dict[Module, K
                 reason = f"no class can be derived from its own ({type(error).__name__}: {error})"
                 left.append(Left(name, kind, reason, True))
                 continue
-        if (why := obstacle(module, new)) is not None:
+        if (why := _patched(base) or obstacle(module, new)) is not None:
             left.append(Left(name, kind, why, True))
         else:
             found[module] = new

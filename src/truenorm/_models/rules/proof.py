@@ -12,6 +12,7 @@ held against the class's in the same way.
 from __future__ import annotations
 
 import inspect
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,11 @@ GRADIENT = {F32: 2e-5, BF16: 0.2, F16: 0.05}
 # units in the last place of half precision: relative sizes, and float16's least number
 _UNIT = {BF16: (2.0**-7, 1e-38), F16: (2.0**-10, 6e-8)}
 _SHARE = 1 / 200
+# attributes that truenorm's layer reads as its class does
+_AT_EACH_CALL = {
+    "batch": ("momentum", "track_running_stats"),
+    "weight": ("in_channels", "out_channels", "scale", "stride", "padding", "dilation", "groups"),
+}
 _VALUES = 4096  # at least so many of an output, so that the share means something
 
 
@@ -47,6 +53,7 @@ class Proof(NamedTuple):
     keeps: whether the output lies in memory as the input does, as elementwise operators leave it;
         else it is contiguous, or channels_last.
     is_torchs: whether all that the class calls is torch's layer_norm.
+    asked: by name, the attributes that the forward goes by, as `told` says them.
     """
 
     pairs: frozenset[Pair] = frozenset()
@@ -54,6 +61,7 @@ class Proof(NamedTuple):
     keeps: bool = True
     reason: str = ""
     is_torchs: bool = False
+    asked: tuple[tuple[str, Any], ...] = ()
 
 
 def apart(
@@ -212,6 +220,36 @@ def _rank_against(value: Tensor, axis: int) -> int:
     return value.dim() + (axis == 1 and value.shape[0] > 1)
 
 
+def is_told(name: str, value: Any) -> bool:
+    """Whether a forward may choose by an attribute of this value."""
+    if isinstance(value, (tuple, list, torch.Size)):
+        return all(is_told("", each) for each in value)
+    # functions too: an activation, say, held as an attribute
+    kinds = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
+    return name != "training" and isinstance(value, kinds)
+
+
+def told(value: Any, features: int | None = None) -> Any:
+    """A value and its type; the number of features is one, whatever it is."""
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, *(told(each, features) for each in value)
+    return "features" if type(value) is int and value == features else (value, type(value).__name__)
+
+
+def _asked(module: Module, rule: Rule, names: set[str]) -> tuple[tuple[str, Any], ...]:
+    """Of what a forward has asked for, what truenorm's does not ask anew at each call."""
+    at_each_call = {rule.eps, rule.groups, rule.group_size, *_AT_EACH_CALL.get(rule.kind, ())}
+    features = features_of(module)
+    return tuple(
+        (name, told(value))
+        for name, value in sorted(vars(module).items())
+        if name in names - at_each_call
+        and is_told(name, value)
+        # with another size the weights would not fit
+        and told(value) == told(value, features)
+    )
+
+
 def features_of(module: Module) -> int:
     """How many features have a weight each: sizes of a norm's tensors, or what it says."""
     for place in (module._parameters, module._buffers):
@@ -276,6 +314,31 @@ class _Called(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _given(rule: Rule, x: Tensor) -> tuple[Tensor, ...]:
+    return (x,) if rule.gate is None else (x, trial.gate(x))
+
+
+def _at_extremes(
+    subject: Subject, kind: type[Module], tensors: dict[str, Tensor], shape: tuple[int, ...]
+) -> str:
+    """How a class differs from its rule where it might clamp, replace or refuse; "" or how.
+
+    Without gradients, by which a forward may choose too.
+    """
+    rule = subject.rule
+    made = trial.stand_in(subject.module, kind, tensors).requires_grad_(False)
+    for name in tensors:
+        getattr(made, name).mul_(1e3)
+    given = _given(
+        rule, trial.extremes(trial.inputs(shape, rule, subject.eps or 1e-6, F32), rule.axis)
+    )
+    with torch.no_grad():
+        y, expected = made(*given), subject.expected(made, *given)
+    if not torch.equal(y.isnan(), expected.isnan()):
+        return "it takes a NaN otherwise"
+    return apart(y.nan_to_num(), expected.nan_to_num())
+
+
 def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> Proof:
     """Run the class in every pair of dtypes and every rank; what holds, or why it does not.
 
@@ -284,7 +347,7 @@ def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> P
     rule = subject.rule
     if not takes(kind.forward, rule.gate is not None):
         return Proof(reason="its forward takes more than an input")
-    pairs, ranks = set(), set()
+    pairs, ranks, asked = set(), set(), set()
     with trial.quiet():
         try:
             made = trial.stand_in(subject.module, kind, tensors)
@@ -305,16 +368,27 @@ def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> P
                     continue
                 if difference:
                     return Proof(reason=f"not what {rule.words()} gives: {difference}")
+                names, changed = trial.watched(made, *_given(rule, x))
+                if changed:
+                    return Proof(reason=f"its forward changes its attribute {min(changed)!r}")
+                asked |= names
                 ranks.add(rank)
         if not ranks:
             return Proof(reason=why)
         rank = max(ranks)
+        if rule.kind in ("rms", "layer", "l2"):
+            try:
+                difference = _at_extremes(subject, kind, tensors, shapes[rank])
+            except Exception as error:  # whatever a class raises
+                difference = f"it cannot be run ({type(error).__name__}: {error})"
+            if difference:
+                said = "of large values, a NaN or without gradients"
+                return Proof(reason=f"not what {rule.words()} gives {said}: {difference}")
         x = trial.inputs(shapes[rank], rule, eps, F32)
         if rule.axis == -1 and rank > 2 and rule.kind != "weight":
             x = x.transpose(0, 1).contiguous().transpose(0, 1)
-        given = (x,) if rule.gate is None else (x, trial.gate(x))
         with _Called() as called:
-            y = made(*given)
+            y = made(*_given(rule, x))
         keeps = y.stride() == x.stride()
         for pair in PAIRS if rule.rounding != "steps" else PAIRS[:1]:
             if not tensors and pair[0] != pair[1]:
@@ -330,7 +404,8 @@ def prove(subject: Subject, kind: type[Module], tensors: dict[str, Tensor]) -> P
                 return Proof(reason=f"not what {rule.words()} gives: {said}, {difference}")
             pairs.add(pair)
     is_torchs = called.functions == [layer_norm]
-    return Proof(frozenset(pairs), frozenset(ranks), keeps, is_torchs=is_torchs)
+    told_of = _asked(subject.module, rule, asked)
+    return Proof(frozenset(pairs), frozenset(ranks), keeps, is_torchs=is_torchs, asked=told_of)
 
 
 def agrees(

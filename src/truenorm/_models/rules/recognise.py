@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from ..swap import Kind
 from . import register, swapping
 from .candidates import by_formula
 from .libraries import READERS
-from .proof import Subject, agrees, features_of, is_vector, prove, takes
+from .proof import Subject, agrees, features_of, is_told, is_vector, prove, takes, told
 from .trial import shadows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,32 +52,18 @@ def looks_like_norm(module: Module) -> bool:
 
 
 def _attributes(module: Module) -> tuple[Any, ...]:
-    """What a class's forward may choose by; the number of features is one, whatever it is."""
+    """What a class's forward may choose by."""
     features = features_of(module)
     # a convolution's sizes, and timm's scale that goes with them
     sizes = ("in_channels", "out_channels", "scale") if isinstance(module, Conv2d) else ()
     held = (
-        (n, _unsized(v, features))
+        (n, told(v, features))
         for n, v in vars(module).items()
-        if _is_told(n, v) and n not in sizes and not shadows(module, n)
+        if is_told(n, v) and n not in sizes and not shadows(module, n)
     )
     absent = (n for place in (module._parameters, module._buffers) for n in place)
     children = ((n, type(m)) for n, m in module._modules.items())
     return (*sorted(held, key=repr), *absent, *children)
-
-
-def _is_told(name: str, value: Any) -> bool:
-    if isinstance(value, (tuple, list, torch.Size)):
-        return all(_is_told("", each) for each in value)
-    # functions too: an activation, say, held as an attribute
-    told = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
-    return name != "training" and isinstance(value, told)
-
-
-def _unsized(value: Any, features: int) -> Any:
-    if isinstance(value, (tuple, list)):
-        return type(value).__name__, *(_unsized(each, features) for each in value)
-    return "features" if type(value) is int and value == features else (value, type(value).__name__)
 
 
 def _tensors(module: Module, rule: Rule) -> dict[str, str] | str:
@@ -156,10 +141,10 @@ def _try(module: Module, kind: Kind, rule: Rule) -> tuple[Found, bool]:
     names = _tensors(module, rule)
     if isinstance(names, str):
         return Found(rule, None, names), True
-    told = _by_heads(module, rule, names)
-    if isinstance(told, str):
-        return Found(rule, None, told), True
-    rule = told
+    by_heads = _by_heads(module, rule, names)
+    if isinstance(by_heads, str):
+        return Found(rule, None, by_heads), True
+    rule = by_heads
     if (why := swapping.obstacle(kind, rule)) is not None:
         return Found(rule, None, why), True
     held = (*names.values(), "weight", "bias") if rule.kind == "weight" else names.values()

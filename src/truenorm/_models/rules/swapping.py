@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
@@ -18,7 +18,7 @@ from ...nn._orders import has_one_call
 from ...nn._ruled import UNLIKE, FromModule, Hidden, Ruled, forward_of, gated_forward_of
 from .. import swap
 from ..swap import Kind
-from .proof import Proof
+from .proof import Proof, is_told, told
 
 _made: WeakValueDictionary[Any, Kind] = WeakValueDictionary()
 
@@ -85,6 +85,7 @@ def derived(theirs: Kind, rule: Rule, proof: Proof, rounding: str = "module") ->
     members: dict[str, Any] = {
         "__init__": theirs.__init__,
         "__reduce_ex__": _reduce,
+        "__setattr__": _set,
         "__module__": theirs.__module__,
         "__qualname__": theirs.__qualname__,
         "__doc__": theirs.__doc__,
@@ -104,6 +105,7 @@ def derived(theirs: Kind, rule: Rule, proof: Proof, rounding: str = "module") ->
         "_is_torchs": is_torchs,
         "_may_be_left": is_torchs or rule.kind in UNLIKE,
         "_proof": proof,
+        "_asked": dict(proof.asked),
         "_ours": ours if base and issubclass(theirs, base) and _is_torchs(rule) else None,
         "_theirs": theirs,
         "_has_one_call": has_one_call(rule) and not is_torchs,
@@ -153,6 +155,24 @@ def _shape_of(layer: Any, rule: Rule) -> tuple[int, ...]:
 
 def _eps_of(layer: Any, rule: Rule) -> Any:
     return getattr(layer, rule.eps) if isinstance(rule.eps, str) else rule.eps
+
+
+def still_proven(module: Module, kind: Any, names: Iterable[str] | None = None) -> bool:
+    """Whether the module's attributes, or these of them, are what its class was tried with."""
+    held, asked = vars(module), kind._asked
+    for name in asked if names is None else names:
+        value = held.get(name)
+        if not is_told(name, value) or told(value) != asked[name]:
+            return False
+    return True
+
+
+def _set(self: Module, name: str, value: Any) -> None:
+    """An attribute by another value than the class was tried with: its own forward serves now."""
+    kind = cast(Any, next(k for k in type(self).__mro__ if swap.parts(k)))
+    super(kind, self).__setattr__(name, value)
+    if name in kind._asked and not still_proven(self, kind, (name,)):
+        swap.become(self, kind._theirs)
 
 
 # --- pickles: the class cannot be imported; the module's own can, and is swapped where this is read

@@ -6,9 +6,11 @@ Nothing of the module's is touched: no hook runs, no gradient is left, no random
 from __future__ import annotations
 
 import copy
+import types
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +101,35 @@ def _hookless_tree(module: Module) -> Module:
     return made
 
 
+def _held(module: Module) -> dict[str, Any]:
+    """What a module's attributes are, and what the containers among them hold, by identity."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        within = value.values() if isinstance(value, dict) else value
+        found[name] = id(value), [*map(id, within)] if isinstance(value, _CONTAINERS) else None
+    return found
+
+
+def watched(module: Module, *given: Tensor) -> tuple[set[str], set[str]]:
+    """The names that a stand-in's forward asks it for, and those of attributes that it changes."""
+    kind = type(module)
+    asked: set[str] = set()
+
+    def look(self: Module, name: str) -> Any:
+        asked.add(name)
+        return kind.__getattribute__(self, name)
+
+    before = _held(module)
+    made = types.new_class(kind.__name__, (kind,), {}, lambda ns: ns.update(__getattribute__=look))
+    module.__class__ = made
+    try:
+        module.forward(*given)
+    finally:
+        module.__class__ = kind
+    after = _held(module)
+    return asked, {n for n in before.keys() | after.keys() if before.get(n) != after.get(n)}
+
+
 def cast(module: Module, dtype: torch.dtype) -> Module:
     """The same values in another dtype; in place."""
     for place in ("_parameters", "_buffers"):
@@ -148,3 +179,12 @@ def inputs(shape: tuple[int, ...], rule: Rule, eps: float, dtype: torch.dtype) -
     rows = x.movedim(rule.axis, -1)
     scale = sizes[torch.arange(rows[..., 0].numel()) % len(sizes)].reshape(rows.shape[:-1])
     return (rows * scale.unsqueeze(-1)).movedim(-1, rule.axis).contiguous().to(dtype)
+
+
+def extremes(x: Tensor, axis: int) -> Tensor:
+    """The same input, with one row far larger than the others, and one that holds a NaN."""
+    turned = x.movedim(axis, -1).clone(memory_format=torch.contiguous_format)
+    rows = turned.view(-1, turned.shape[-1])
+    rows[0] *= 1e6
+    rows[1, 0] = torch.nan
+    return turned.movedim(-1, axis).contiguous()
