@@ -65,6 +65,19 @@ def test_gradgradcheck(case: Case, training: bool) -> None:
     assert gradgradcheck(of, inputs, check_fwd_over_rev=True, gen_non_contig_grad_outputs=True)
 
 
+@MODES
+@EVERY
+def test_a_batch_of_gradients_can_be_differentiated(case: Case, training: bool) -> None:
+    _, of, inputs = prepared(case, training)
+    several = torch.randn(2, *of(*inputs).shape, dtype=torch.float64)
+
+    def gradients(*inputs: Tensor) -> Any:
+        batch = {"is_grads_batched": True, "create_graph": True}
+        return torch.autograd.grad(of(*inputs), inputs, several, **batch)
+
+    assert gradcheck(gradients, inputs)
+
+
 @EVERY
 def test_gradcheck_in_another_layout(case: Case) -> None:
     _, of, (x, *parameters) = prepared(case)
