@@ -59,7 +59,10 @@ def call(
     wanted = x.requires_grad
     for t in (weight, bias, residual):
         wanted = wanted or (t is not None and t.requires_grad)
-    for t in (weight, bias, mean, var, *(moving or ())[:2]):
+    statistics = mean, var, *(moving or ())[:2]
+    if any(t is not None and t.requires_grad for t in statistics):
+        return None
+    for t in (weight, bias, *statistics):
         if t is not None and not (
             (type(t) is Parameter or type(t) is Tensor)
             and t.shape == shape
