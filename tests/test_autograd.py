@@ -333,3 +333,25 @@ def test_a_layer_whose_running_mean_asks_for_a_gradient(training: bool, compiled
     call = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
     with pytest.raises(RuntimeError, match="not differentiable with respect to"):
         call(torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("transform", [grad, jacrev, jacfwd, lambda f: grad(grad(f))])
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+def test_running_statistics_move_within_a_transform(name: str, transform: Any) -> None:
+    factor, x = torch.tensor(1.5), torch.randn(3, 2, 5)
+
+    def running(norm: Any) -> tuple[Tensor, Tensor]:
+        given = torch.zeros(2), torch.ones(2)
+        transform(lambda f: norm(f * x, *given, None, None, True).pow(3).sum())(factor)
+        return given
+
+    of_torch = running(getattr(torch.nn.functional, name))
+    torch.testing.assert_close(running(getattr(F, name)), of_torch)
+
+
+def test_a_layers_running_statistics_move_within_a_transform() -> None:
+    of_torch, layer = torch.nn.BatchNorm1d(3), truenorm.BatchNorm1d(3)
+    x = torch.randn(5, 3)
+    of_torch(x)
+    grad(lambda x: layer(x).pow(3).sum())(x)
+    torch.testing.assert_close(layer.state_dict(), of_torch.state_dict())
