@@ -21,10 +21,20 @@ def move(running: Running, record: Tensor) -> None:
     elif running.gathered is not None:
         if torch.compiler.is_compiling() or not operators.within_backward():
             running.gathered.add(record, running.mean.numel(), running.skip_nonfinite)
+    elif not _counts_in_int64(running):
+        if torch.compiler.is_compiling() or not operators.within_backward():
+            with torch.no_grad():
+                plain.move(*moving)
     elif torch.compiler.is_compiling():
         operators.move_in_graph(*moving)
     elif not _by_plan(moving):
         operators.move_once(*moving)
+
+
+def _counts_in_int64(running: Running) -> bool:
+    """As the operators ask; the count of an averaged checkpoint may be a float."""
+    count = running.num_batches_tracked
+    return count is None or count.dtype is torch.int64
 
 
 def _by_plan(moving: tuple[Any, ...]) -> bool:
