@@ -195,6 +195,31 @@ def test_to(case: Case) -> None:
     assert layer.to("meta").weight.is_meta
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}])
+@pytest.mark.parametrize("way", ["eager", "activation", "compiled"])
+def test_a_batch_norm_pruned_by_its_tensors(
+    way: str, options: dict[str, bool], training: bool
+) -> None:
+    """Of the channels 0 and 2, with num_features as it was."""
+    kept = torch.tensor([0, 2])
+    theirs = randomize(torch.nn.BatchNorm1d(3, **options)).train(training)
+    for held in (theirs._parameters, theirs._buffers):
+        for name, t in held.items():
+            if t is not None and t.dim():
+                held[name] = type(t)(t.detach()[kept])
+    ours: Any = truenorm.convert(copy.deepcopy(theirs))
+    x = torch.randn(5, 2, 7)
+    wanted = theirs(x)
+    if way == "activation":
+        ours.activation, wanted = "relu", wanted.relu()
+    call = torch.compile(ours, backend="eager", fullgraph=True) if way == "compiled" else ours
+    torch.testing.assert_close(call(x), wanted)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    with pytest.raises(RuntimeError, match="num_features"):
+        ours(torch.randn(5, 4, 7))
+
+
 def test_to_keeps_the_parameters_and_moves_the_statistics() -> None:
     layer = CASES[2].build()
     weight = layer.weight
