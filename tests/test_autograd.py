@@ -14,6 +14,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
+import truenorm
 import truenorm.functional as F
 
 # Layers at sizes at which every entry of a Jacobian can be looked at.
@@ -63,6 +64,19 @@ def test_gradcheck(case: Case, training: bool) -> None:
 def test_gradgradcheck(case: Case, training: bool) -> None:
     _, of, inputs = prepared(case, training)
     assert gradgradcheck(of, inputs, check_fwd_over_rev=True, gen_non_contig_grad_outputs=True)
+
+
+@MODES
+@EVERY
+def test_a_batch_of_gradients_can_be_differentiated(case: Case, training: bool) -> None:
+    _, of, inputs = prepared(case, training)
+    several = torch.randn(2, *of(*inputs).shape, dtype=torch.float64)
+
+    def gradients(*inputs: Tensor) -> Any:
+        batch = {"is_grads_batched": True, "create_graph": True}
+        return torch.autograd.grad(of(*inputs), inputs, several, **batch)
+
+    assert gradcheck(gradients, inputs)
 
 
 @EVERY
@@ -294,3 +308,50 @@ def test_running_statistics_with_a_tangent(name: str, with_tangent: tuple[int, .
         assert found.startswith(wanted[:90])
     refused = bool({1, 2} & {*with_tangent}) and bool({0, 3, 4} & {*with_tangent})
     assert ("cannot have" in found) == refused
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("asked", ["running_mean", "running_var"])
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+def test_running_statistics_that_ask_for_a_gradient(name: str, asked: str, training: bool) -> None:
+    x = torch.randn(3, 2, 5, requires_grad=True)
+    for functions in (torch.nn.functional, F):
+        given = {"running_mean": torch.zeros(2), "running_var": torch.ones(2)}
+        given[asked].requires_grad_()
+        with pytest.raises(RuntimeError, match=f"not differentiable with respect to.*'{asked}'"):
+            getattr(functions, name)(x, *given.values(), None, None, training)
+        with torch.no_grad():
+            y = getattr(functions, name)(x, *given.values(), None, None, training)
+        assert not y.requires_grad
+
+
+@MODES
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_layer_whose_running_mean_asks_for_a_gradient(training: bool, compiled: bool) -> None:
+    layer = truenorm.BatchNorm1d(3).train(training)
+    layer.running_mean.requires_grad_()
+    call = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
+    with pytest.raises(RuntimeError, match="not differentiable with respect to"):
+        call(torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("transform", [grad, jacrev, jacfwd, lambda f: grad(grad(f))])
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+def test_running_statistics_move_within_a_transform(name: str, transform: Any) -> None:
+    factor, x = torch.tensor(1.5), torch.randn(3, 2, 5)
+
+    def running(norm: Any) -> tuple[Tensor, Tensor]:
+        given = torch.zeros(2), torch.ones(2)
+        transform(lambda f: norm(f * x, *given, None, None, True).pow(3).sum())(factor)
+        return given
+
+    of_torch = running(getattr(torch.nn.functional, name))
+    torch.testing.assert_close(running(getattr(F, name)), of_torch)
+
+
+def test_a_layers_running_statistics_move_within_a_transform() -> None:
+    of_torch, layer = torch.nn.BatchNorm1d(3), truenorm.BatchNorm1d(3)
+    x = torch.randn(5, 3)
+    of_torch(x)
+    grad(lambda x: layer(x).pow(3).sum())(x)
+    torch.testing.assert_close(layer.state_dict(), of_torch.state_dict())

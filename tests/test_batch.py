@@ -96,6 +96,22 @@ def test_running_statistics(momentum: float | None, layout: str) -> None:
         assert_output(layer.running_var, var)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("count", [torch.tensor(2.5), torch.tensor([3], dtype=torch.int32)])
+def test_a_count_of_batches_in_another_dtype(
+    count: torch.Tensor, momentum: float | None, compiled: bool
+) -> None:
+    """As an average of checkpoints leaves it."""
+    layer, of_torch = (cls(5, momentum=momentum) for cls in (BatchNorm1d, torch.nn.BatchNorm1d))
+    call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    for each in (layer, of_torch):
+        each.num_batches_tracked = count.clone()
+    for x in (data(7, 5), data(3, 5)):
+        torch.testing.assert_close(call(x), of_torch(x))
+    torch.testing.assert_close(layer.state_dict(), of_torch.state_dict())
+
+
 def test_cumulative_average_over_batches_of_one_size_is_that_of_all() -> None:
     layer = BatchNorm1d(5, momentum=None).double()
     batches = [data(7, 5, dtype=torch.float64) for _ in range(6)]

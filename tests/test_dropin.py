@@ -185,25 +185,6 @@ def test_an_old_checkpoint_without_num_batches_tracked() -> None:
     check_layer(layer, torch.randn(3, 5, 7, 9))
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_count_of_another_dtype(
-    momentum: float | None, dtype: torch.dtype, compiled: bool
-) -> None:
-    """As the average of several models' states has it, where that is assigned."""
-    theirs = torch.nn.BatchNorm2d(5, momentum=momentum)
-    ours = truenorm.BatchNorm2d(5, momentum=momentum)
-    state = theirs.state_dict() | {"num_batches_tracked": torch.tensor(8 / 3).to(dtype)}
-    for layer in (theirs, ours):
-        layer.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
-    call = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
-    for _ in range(2):
-        x = torch.randn(3, 5, 7, 9)
-        torch.testing.assert_close(call(x), theirs(x))
-    torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
-
-
 @pytest.mark.parametrize("case", WITH_WEIGHT, ids=lambda case: case.id)
 def test_to(case: Case) -> None:
     layer = case.build()
@@ -212,6 +193,31 @@ def test_to(case: Case) -> None:
         assert layer.weight.dtype == dtype
         check_layer(layer, case.input(dtype))
     assert layer.to("meta").weight.is_meta
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}])
+@pytest.mark.parametrize("way", ["eager", "activation", "compiled"])
+def test_a_batch_norm_pruned_by_its_tensors(
+    way: str, options: dict[str, bool], training: bool
+) -> None:
+    """Of the channels 0 and 2, with num_features as it was."""
+    kept = torch.tensor([0, 2])
+    theirs = randomize(torch.nn.BatchNorm1d(3, **options)).train(training)
+    for held in (theirs._parameters, theirs._buffers):
+        for name, t in held.items():
+            if t is not None and t.dim():
+                held[name] = type(t)(t.detach()[kept])
+    ours: Any = truenorm.convert(copy.deepcopy(theirs))
+    x = torch.randn(5, 2, 7)
+    wanted = theirs(x)
+    if way == "activation":
+        ours.activation, wanted = "relu", wanted.relu()
+    call = torch.compile(ours, backend="eager", fullgraph=True) if way == "compiled" else ours
+    torch.testing.assert_close(call(x), wanted)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    with pytest.raises(RuntimeError, match="num_features"):
+        ours(torch.randn(5, 4, 7))
 
 
 def test_to_keeps_the_parameters_and_moves_the_statistics() -> None:

@@ -115,6 +115,8 @@ def call(
     if after is not None and len(after) == 5:
         return _modulated(op, x, weight, bias, form, eps, statistics, after)
     try:
+        if statistics and (statistics[0].requires_grad or statistics[1].requires_grad):
+            return None
         if _is_grad_enabled():
             if x.requires_grad:
                 form |= NEEDS_INPUT

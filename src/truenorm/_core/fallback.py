@@ -77,6 +77,8 @@ def _shortly(
     after: tuple[Any, ...] | None,
 ) -> Tensor | None:  # fmt: skip
     numel, given, moving = x.numel(), None, None
+    if statistics and (statistics[0].requires_grad or statistics[1].requires_grad):
+        return None
     plain = x.dtype in _FLOATING and x.layout is torch.strided
     if not (numel and plain) or form & (ROUNDS | ONE_PLUS):
         return None

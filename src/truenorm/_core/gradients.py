@@ -31,6 +31,7 @@ from .route import transformed
 
 Grads = tuple[Tensor | None, ...]
 _is_compiling = torch.compiler.is_compiling
+_is_batch = torch._C._functorch.is_legacy_batchedtensor
 _NEEDS = NEEDS_INPUT, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_RESIDUAL
 
 
@@ -136,10 +137,19 @@ def _by_formula(made: _Made, pulled: Sequence[_Pulled]) -> list[Tensor]:
     return found
 
 
+def by_operations(grad: Tensor, *others: Tensor | None) -> bool:
+    """Whether torch is to see each operation of the gradients.
+
+    Of a batch of gradients (is_grads_batched) torch differentiates what is inside, which a node
+    does not.
+    """
+    return transformed(grad, *others) or (torch.is_grad_enabled() and _is_batch(grad))
+
+
 def _pull_back(made: _Made, pulled: Sequence[_Pulled], wanted: Sequence[Any]) -> list[Any]:
     if torch.compiler.is_compiling():
         return _by_kernel(made, pulled, wanted)
-    if any(transformed(p.grad, p.x, p.weight, p.bias, p.residual) for p in pulled):
+    if any(by_operations(p.grad, p.x, p.weight, p.bias, p.residual) for p in pulled):
         found: list[Any] = _by_formula(made, pulled)
         return [g if w else None for g, w in zip(found, _flat(wanted), strict=True)]
     if torch.is_grad_enabled():

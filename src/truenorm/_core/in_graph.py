@@ -26,7 +26,7 @@ from .route import has_kernel
 # by a name of their own: a name within a module is guarded twice
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
-_STRIDED = torch.strided
+_STRIDED, _INT64 = torch.strided, torch.int64
 
 # a residual, an activation's number and its parameter
 After = tuple[Any, ...]
@@ -59,15 +59,19 @@ def call(
     wanted = x.requires_grad
     for t in (weight, bias, residual):
         wanted = wanted or (t is not None and t.requires_grad)
-    for t in (weight, bias, mean, var, *(moving or ())[:2]):
+    statistics = mean, var, *(moving or ())[:2]
+    if any(t is not None and t.requires_grad for t in statistics):
+        return None
+    count = None if moving is None else moving[2]
+    if count is not None and count.dtype is not _INT64:
+        return None
+    for t in (weight, bias, *statistics):
         if t is not None and not (
             (type(t) is Parameter or type(t) is Tensor)
             and t.shape == shape
             and t.device == x.device
         ):
             return None
-    if moving is not None and moving[2] is not None and moving[2].dtype != torch.int64:
-        return None
     if residual is not None and not (
         (type(residual) is Parameter or type(residual) is Tensor)
         and residual.shape == x.shape

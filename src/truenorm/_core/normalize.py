@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import dense, modulation, response, route, sharded
+from . import checks, dense, modulation, response, route, sharded
 from .call import Call
 
 
@@ -24,6 +24,7 @@ def normalize(call: Call) -> Tensor:
         if by_part is None:
             return modulation.finished(normalize(modulation.bare(call)), call)
         call = by_part
+    checks.check_running_has_no_gradient(call.given or (call.running and call.running[:2]))
     way = route.way_to_output(call)
     return sharded.normalize(call) if way == route.SHARDED else dense.normalize(call, way)
 

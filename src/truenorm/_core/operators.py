@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import pyfunctorch
 
 from .. import _triton
 from . import (
@@ -210,12 +211,24 @@ def move_once(*args: Any) -> None:
     """Move running statistics, unless the batch is computed again within a backward pass."""
     if within_backward():
         return
-    if torch._C._are_functorch_transforms_active():  # whose errors are torch's
-        with torch.no_grad():
-            plain.move(*args)
+    if torch._C._are_functorch_transforms_active():
+        _move_within(pyfunctorch.retrieve_current_functorch_interpreter(), args)
         return
     with torch._C._AutoDispatchBelowAutograd():
         move(*args)
+
+
+def _move_within(transform: Any, args: tuple[Any, ...]) -> None:
+    """The same within a function transform, whose errors are torch's."""
+    if not isinstance(transform, (pyfunctorch.GradInterpreter, pyfunctorch.JvpInterpreter)):
+        with torch.no_grad():
+            plain.move(*args)
+        return
+    # below it, as torch's own operators: it takes no write to what was not given to it
+    unwrap, level = torch._C._functorch._unwrap_for_grad, transform.level()
+    below = [unwrap(a, level) if isinstance(a, Tensor) else a for a in args]
+    with transform.lower():
+        move_once(*below)
 
 
 PLAIN: dict[str, Callable[..., Any]] = {

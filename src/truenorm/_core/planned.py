@@ -59,6 +59,8 @@ def call(
     if after is not None and len(after) == 5:
         return modulated(x, weight, bias, form, eps, statistics, after)
     try:
+        if statistics and (statistics[0].requires_grad or statistics[1].requires_grad):
+            return None
         grad = _is_grad_enabled()
         if grad:
             if x.requires_grad:

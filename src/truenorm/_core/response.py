@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import fallback, operators, plain, route
-from .gradients import Grads, differentiate, register
+from .gradients import Grads, by_operations, differentiate, register
 from .operators import run
 
 
@@ -54,7 +54,7 @@ def _pull_back(ctx: Any, grad: Tensor) -> Any:
     (x,) = ctx.saved_tensors
     if torch.compiler.is_compiling():
         return operators.response_backward(grad, x, *ctx.window)
-    if route.transformed(grad, x):
+    if by_operations(grad, x):
         return plain.response_backward(grad, x, *ctx.window)
     if torch.is_grad_enabled():
         return ResponseBackward.apply(ctx.window, grad, x)  # type: ignore[no-untyped-call]

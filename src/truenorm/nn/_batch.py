@@ -31,8 +31,10 @@ class BatchForward(Activated, Padded, FixedRank, Spanning, SmallBatches, Running
             count = buffers["num_batches_tracked"]
         except KeyError:
             return None
+        if input.dim() not in self._dims:
+            return None
         # one size: `shape` would be made first
-        if input.dim() not in self._dims or input.size(1) != self.num_features:
+        if input.size(1) != self.num_features and weight is None and mean is None:
             return None
         momentum, eps = self.momentum, self.eps
         if (mean is None) != (var is None):
@@ -85,8 +87,10 @@ class BatchForward(Activated, Padded, FixedRank, Spanning, SmallBatches, Running
 
     def _check_input(self, input: Tensor) -> None:
         self._check_input_dim(input)
-        # checked here too: without weight and running statistics nothing else would notice
-        checks.check_num_features(input, 1, self.num_features, RuntimeError)
+        # as torch: what the layer holds decides, and pruning may leave num_features behind
+        held = self.weight, self.bias, self.running_mean, self.running_var
+        if all(t is None or t.numel() != input.shape[1] for t in held):
+            checks.check_num_features(input, 1, self.num_features, RuntimeError)
         if self.training and self.momentum is not None:
             checks.check_momentum(self.momentum)
 

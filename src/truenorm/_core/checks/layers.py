@@ -179,6 +179,17 @@ def check_running_constant(has_tangent: bool) -> None:
         )
 
 
+def check_running_has_no_gradient(statistics: tuple[Any, ...] | None) -> None:
+    if statistics is None or not torch.is_grad_enabled():
+        return
+    for name, t in zip(("running_mean", "running_var"), statistics, strict=True):
+        if t.requires_grad:
+            raise RuntimeError(
+                f"batch_norm is not differentiable with respect to argument {name!r}. This input "
+                f"cannot have requires_grad True: pass {name}.detach()"
+            )
+
+
 def check_running_given(running_mean: Any, flag: str) -> None:
     if running_mean is None:
         raise RuntimeError(
