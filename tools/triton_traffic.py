@@ -5,9 +5,10 @@
 For each launch the tensors of x's size that it reads and writes, R and W of docs/performance.md,
 each byte once; what the sectors of 32 bytes hold that its warps ask for, over what they asked, and
 the same as if each program's cache held what it was given: what is more leaves the L2 cache for
-nothing; and by how much lanes that meet in a bank of shared memory lengthen its accesses. Shapes
-are those of the table of triton_resources.py, with fewer samples, channels or positions where that
-changes no tile.
+nothing; by how much lanes that meet in a bank of shared memory lengthen its accesses, and how many
+passes these take for each KiB of memory that is moved: 71 take an H100 as long as the memory does.
+Shapes are those of the table of triton_resources.py, with fewer samples, channels or positions
+where that changes no tile.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ CASES: tuple[tuple[str, geometry.Axes, tuple[int, ...], bool | str], ...] = (
 class Moved(NamedTuple):
     """read, written: tensors of x's size. by_warps, by_programs: what their sectors hold over what
     was asked of such tensors, read and written. passes: of shared memory, over the least.
+    passes_a_kib: of what memory moves.
     """
 
     kernel: str
@@ -59,6 +61,7 @@ class Moved(NamedTuple):
     by_warps: tuple[float, float]
     by_programs: tuple[float, float]
     passes: float
+    passes_a_kib: float
 
 
 def moved(run: Callable[[], object], size: int, capability: int) -> list[Moved]:
@@ -74,8 +77,9 @@ def moved(run: Callable[[], object], size: int, capability: int) -> list[Moved]:
             tuple(getattr(a, by) / max(a.asked, 1) for a in both)
             for by in ("by_warps", "by_programs")
         )
-        passes = traffic.shared.taken / max(traffic.shared.least, 1)
-        found.append(Moved(launch.kernel.__name__, read, written, warps, programs, passes))
+        taken = traffic.shared.taken
+        passes = taken / max(traffic.shared.least, 1), taken / ((read + written) * size / 1024)
+        found.append(Moved(launch.kernel.__name__, read, written, warps, programs, *passes))
 
     with compiled(capability, look, size // 2):
         run()
@@ -91,7 +95,7 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
     dtype = getattr(torch, args.dtype)
-    print(f"{'':<72}{'R':>6}{'W':>6}{'by warps':>12}{'by programs':>12}{'passes':>8}")
+    print(f"{'':<72}{'R':>6}{'W':>6}{'by warps':>12}{'by programs':>12}{'passes':>8}{'a KiB':>7}")
     for what, axes, shape, lay in CASES:
         if args.only not in what:
             continue
@@ -102,7 +106,8 @@ def main() -> int:
             print(
                 f"{name:<56.56}{line.kernel:<16}{line.read:>6.2f}{line.written:>6.2f}"
                 f"{line.by_warps[0]:>7.2f}{line.by_warps[1]:>5.2f}"
-                f"{line.by_programs[0]:>7.2f}{line.by_programs[1]:>5.2f}{line.passes:>8.2f}",
+                f"{line.by_programs[0]:>7.2f}{line.by_programs[1]:>5.2f}{line.passes:>8.2f}"
+                f"{line.passes_a_kib:>7.1f}",
                 flush=True,
             )
     return 0

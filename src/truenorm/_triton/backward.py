@@ -26,6 +26,7 @@ from .tiles import (
     optional,
     parameters_of_units,
     parameters_of_values,
+    partly_summed,
     per_statistic,
     placed,
     split_program,
@@ -57,8 +58,8 @@ def backward(
     CENTRED: tl.constexpr, FIXED: tl.constexpr, NEEDS_X: tl.constexpr,
     NEEDS_PARAMETERS: tl.constexpr, NEEDS_RESIDUAL: tl.constexpr, HAS_GRAD_H: tl.constexpr,
     MASK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BY_OUTPUT: tl.constexpr, ACT: tl.constexpr,
-    ROUNDS: tl.constexpr, PLACED: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr,
+    ROUNDS: tl.constexpr, PLACED: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """grad_x, x and grad read once; sums for the parameters.
 
@@ -86,8 +87,8 @@ def backward(
     if BY_VALUE:
         weight = optional(p_weight, place, in_value, HAS_WEIGHT, 1.0, ACC)[None, :]
         bias = optional(p_bias, place, in_value, HAS_BIAS, 0.0, ACC)[None, :]
-        of_weight = tl.zeros((BK,), ACC)
-        of_bias = tl.zeros((BK,), ACC)
+        of_weight = tl.zeros((ROWS, BK), ACC)
+        of_bias = tl.zeros((ROWS, BK), ACC)
     for block in tl.range(first, blocks, step, num_stages=STAGES):
         u, in_unit, c, sample, begin = tile_units(
             before + block, U, C, K, R, run_stride, units, part, BU, COLUMNS, GROUPED, PARTED, INDEX
@@ -119,8 +120,8 @@ def backward(
             tl.store(o_residual + offsets, narrow(g, o_residual.dtype.element_ty), mask=there)
         if BY_VALUE:
             if NEEDS_PARAMETERS:
-                of_weight += summed(g * x_hat, 0)
-                of_bias += summed(g, 0)
+                of_weight += partly_summed(g * x_hat, 0, ROWS)
+                of_bias += partly_summed(g, 0, ROWS)
         elif NEEDS_PARAMETERS:
             sums = summed(g * x_hat, 1)
             tl.store(o_weight + u, narrow(sums, o_weight.dtype.element_ty), mask=in_unit)
@@ -150,8 +151,8 @@ def backward(
             tl.store(o_grad + offsets, narrow(y, o_grad.dtype.element_ty), mask=there)
     if BY_VALUE and NEEDS_PARAMETERS:
         row = tl.program_id(0).to(INDEX) * K
-        tl.store(o_weight + row + at, of_weight, mask=in_value)
-        tl.store(o_bias + row + at, of_bias, mask=in_value)
+        tl.store(o_weight + row + at, tl.sum(of_weight, 0), mask=in_value)
+        tl.store(o_bias + row + at, tl.sum(of_bias, 0), mask=in_value)
 
 
 @triton.jit(

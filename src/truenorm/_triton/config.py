@@ -160,8 +160,11 @@ def whole(
     return _choose(key, Launch(tall, wide, _warps(size)))
 
 
-def streamed(values: int, units: int, *, columns: bool, width: int) -> Launch:
-    """A tile to walk over units with. units: neighbours in memory, where channels are inside."""
+def streamed(values: int, units: int, *, columns: bool, width: int, wide: bool = False) -> Launch:
+    """A tile to walk over units with. units: neighbours in memory, where channels are inside.
+
+    wide: whether half precision is added up in float64.
+    """
     size = LIMITS.tile
     if columns:
         tall = min(64, power_of_two(units))
@@ -173,6 +176,9 @@ def streamed(values: int, units: int, *, columns: bool, width: int) -> Launch:
     wide = min(power_of_two(values), max(1, size // (tall * width)))
     key = Key(False, values, units, columns, False, width, False)
     warps = _warps(LIMITS.tile * tall * wide * width // size)
+    if columns and wide:
+        # so that none meet where sums of twice the size would go through shared memory
+        warps = 1
     return _choose(key, Launch(tall, wide, warps))
 
 
@@ -201,6 +207,16 @@ def merge(parts: int, *, neighbours: bool) -> Launch:
     """A tile of results by their parts. neighbours: results stand beside one another in memory."""
     wide = min(power_of_two(parts), 32 if neighbours else 256)
     return Launch(max(1, 1024 // wide), wide, 4)
+
+
+def at_once(launch: Launch, bytes_of_value: int, *, columns: bool) -> int:
+    """How many rows of such a tile its threads hold at once, of 16 bytes each; where channels are
+    inside, how many values of a unit. Each of these has sums of its own, for which no threads meet.
+    """
+    inside, outside = launch.values, launch.units
+    if columns:
+        inside, outside = outside, inside
+    return max(1, min(outside, 32 * launch.warps * (16 // bytes_of_value) // inside))
 
 
 def stages(launch: Launch, bytes_of_value: int) -> int:

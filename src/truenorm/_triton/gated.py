@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .activation import exp, reciprocal
 from .moments import tile_moments
-from .tiles import narrow, one_over_std, optional, rounded, summed
+from .tiles import narrow, one_over_std, optional, partly_summed, rounded, summed
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def gated_backward(
     N, G, K, S, x_step, gate_step, eps_bits, blocks,
     BU: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, SWISH: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, NEEDS_INPUT: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
-    STAGES: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    STAGES: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x and gate, and for weight's a row of sums per program of a group.
 
@@ -100,7 +100,7 @@ def gated_backward(
     in_value = at < K
     first, C = group * K, G * K
     weight = optional(p_weight, first + at, in_value, HAS_WEIGHT, 1.0, ACC)[None, :]
-    of_weight = tl.zeros((BK,), ACC)
+    of_weight = tl.zeros((ROWS, BK), ACC)
     for block in tl.range(program, blocks, tl.num_programs(0) // G, num_stages=STAGES):
         row = block * BU + tl.arange(0, BU)
         in_row = row < N
@@ -119,7 +119,7 @@ def gated_backward(
         else:
             x_hat, g, by = x * rstd, grad * act, grad * slope * weight
         if NEEDS_WEIGHT:
-            of_weight += summed(g * x_hat, 0)
+            of_weight += partly_summed(g * x_hat, 0, ROWS)
         if NEEDS_INPUT:
             mean = summed(g * weight * x_hat, 1) / tl.full((), K, ACC)
             of_x = (g * weight - x_hat * mean[:, None]) * rstd
@@ -133,4 +133,4 @@ def gated_backward(
             tl.store(o_gate + offsets, narrow(of_gate, TYPE), mask=there)
     if NEEDS_WEIGHT:
         place = program.to(INDEX) * C + first + at
-        tl.store(o_weight + place, of_weight, mask=in_value)
+        tl.store(o_weight + place, tl.sum(of_weight, 0), mask=in_value)

@@ -203,7 +203,7 @@ class _Backward(Inputs):
             CENTRED=self.form.axes.centred, FIXED=self.form.constant, NEEDS_X=self.needs_x,
             NEEDS_PARAMETERS=self.needs_parameters, NEEDS_RESIDUAL=self.needs_residual,
             HAS_GRAD_H=self.grad_h is not None, PLACED=self.placed.kind,
-            STAGES=stages,
+            STAGES=stages, ROWS=config.at_once(tile, self.x.element_size(), columns=False),
         )  # fmt: skip
         if of_weight is not self.grad_weight:
             self._merge(of_weight, of_bias, sums_of, 1, parameters=True)
@@ -252,6 +252,7 @@ class _Backward(Inputs):
             self.units.statistics, self.eps, self.parameter,
             **self._after(plan.units, plan.constants), STATISTIC_BY_VALUE=across,
             BY_VALUE=plan.units.by_value, WEIGHTED=weighted, HAS_WEIGHT=has_weight,
+            KEPT=plan.kept(self.x),
         )  # fmt: skip
         return gx, g
 

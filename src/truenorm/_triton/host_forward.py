@@ -19,11 +19,11 @@ def _moments(call: Inputs) -> Tensor:
     if units.D > 1 and not units.columns and call.mask is None:
         # a group is one run in memory
         units = Units(units.U // units.D, units.C // units.D, units.K * units.D)
-    plan = Streamed(units, width.itemsize)
+    half = view.is_half(x)
+    plan = Streamed(units, width.itemsize, wide=half and centred)
     parts = units.U * plan.count
     of_mean, of_m2 = view.pair(parts, torch.float64, x.device)
-    wide = view.is_half(x)
-    stages = {"STAGES": config.STAGES_OF_SMALL} if wide else {}
+    stages = {"STAGES": config.STAGES_OF_SMALL} if half else {}
     counts = None
     if call.mask is not None:
         counts = torch.empty(parts, dtype=torch.int32, device=x.device)
@@ -32,7 +32,7 @@ def _moments(call: Inputs) -> Tensor:
         x, call.mask, of_mean, of_m2, counts,
         *plan.sizes, plan.unit_blocks, plan.count, *plan.cuts,
         **plan.constants | stages, CENTRED=centred, MASK=call.mask_kind(units),
-        WIDE=wide and centred, ACC=acc, INDEX=view.index(x),
+        WIDE=half and centred, KEPT=plan.kept(x), ACC=acc, INDEX=view.index(x),
     )  # fmt: skip
     record = call.record()
     per_statistic = units.D * plan.count

@@ -147,6 +147,7 @@ def gated_norm_backward(
             **call.tile(launch), **call.constants, NEEDS_INPUT=inputs, NEEDS_WEIGHT=params,
             # 64 registers to a thread are few
             STAGES=config.STAGES if launch.warps < 32 else 1,
+            ROWS=config.at_once(launch, x.element_size(), columns=False),
         )  # fmt: skip
         if params:
             _add_up(parts, of_weight)

@@ -17,6 +17,7 @@ from .tiles import (
     chunk_bounds,
     load_tile,
     next_tile,
+    partly_summed,
     per_statistic,
     split_program,
     squares,
@@ -111,12 +112,12 @@ def tile_moments(
 def _sums(
     p_x, p_mask, u, in_unit, sample, base, pivot, r0, r1, k0, k1, C, K, run_stride,
     COLUMNS: tl.constexpr, MASK: tl.constexpr, BU: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr, ACC: tl.constexpr,
+    KEPT: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums of x − pivot, of its squares, and of how many there are, by unit."""
-    s1 = tl.zeros((BU, BK), ACC)
-    s2 = tl.zeros((BU, BK), ACC)
-    count = tl.zeros((BU, BK), tl.int32)
+    s1 = tl.zeros((BU, KEPT), ACC)
+    s2 = tl.zeros((BU, KEPT), ACC)
+    count = tl.zeros((BU, KEPT), tl.int32)
     r, start, steps = r0, k0, (r1 - r0) * ((k1 - k0 + BK - 1) // BK)
     for _ in tl.range(0, steps, num_stages=STAGES):
         k = start + tl.arange(0, BK)
@@ -126,10 +127,10 @@ def _sums(
         )  # fmt: skip
         x = tl.load(p_x + offsets, mask=there, other=0).to(ACC)
         d = tl.where(valid, x - pivot[:, None], 0.0)
-        s1 += d
-        s2 += d * d
+        s1 += partly_summed(d, 1, KEPT)
+        s2 += partly_summed(d * d, 1, KEPT)
         if MASK:
-            count += valid.to(tl.int32)
+            count += partly_summed(valid.to(tl.int32), 1, KEPT)
         r, start = next_tile(r, start, k0, k1, BK)
     return tl.sum(s1, 1), tl.sum(s2, 1), tl.sum(count, 1)
 
@@ -141,7 +142,7 @@ def moments(
     BU: tl.constexpr, BK: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNKS_FIRST: tl.constexpr,
     CENTRED: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
-    ACC: tl.constexpr, INDEX: tl.constexpr,
+    KEPT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Mean and M2 of one chunk of some units, in float64, to be merged; under a mask the count."""
     block, chunk = split_program(unit_blocks, chunks, CHUNKS_FIRST, False)
@@ -166,7 +167,7 @@ def moments(
         pivot = tl.zeros((BU,), ACC)
     s1, s2, count = _sums(
         p_x, p_mask, u, in_unit, sample, base, pivot, r0, r1, k0, k1, C, K, run_stride,
-        COLUMNS, MASK, BU, BK, STAGES, ACC,
+        COLUMNS, MASK, BU, BK, KEPT, STAGES, ACC,
     )  # fmt: skip
     if MASK:
         n = at_least_one(count).to(ACC)
@@ -196,7 +197,7 @@ def moments(
                 wide_pivot = pivot.to(tl.float64)
             t1, t2, _again = _sums(
                 p_x, p_mask, u, in_unit, sample, base, wide_pivot, r0, r1, k0, k1, C, K,
-                run_stride, COLUMNS, MASK, BU, NARROW, 1, tl.float64,
+                run_stride, COLUMNS, MASK, BU, NARROW, NARROW, 1, tl.float64,
             )  # fmt: skip
             if not CENTRED:
                 t1 = tl.zeros((BU,), tl.float64)

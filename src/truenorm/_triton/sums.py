@@ -18,6 +18,7 @@ from .tiles import (
     optional,
     parameters_of_units,
     parameters_of_values,
+    partly_summed,
     split_program,
     statistic_of,
     statistics,
@@ -43,7 +44,8 @@ def backward_sums(
     STATISTIC_BY_VALUE: tl.constexpr, BY_VALUE: tl.constexpr, WEIGHTED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, MASK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, BY_OUTPUT: tl.constexpr, ACT: tl.constexpr,
-    ROUNDS: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    ROUNDS: tl.constexpr, STAGES: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """Sums of g·x̂ and of g over one chunk of some units.
 
@@ -64,8 +66,8 @@ def backward_sums(
         place = parameters_of_units(c, sample, C, part, PARTED)
         weight = optional(p_weight, place, in_unit, HAS_WEIGHT, 1.0, ACC)[:, None]
         bias = optional(p_bias, place, in_unit, HAS_BIAS, 0.0, ACC)[:, None]
-    s1 = tl.zeros((BU, BK), ACC)
-    s2 = tl.zeros((BU, BK), ACC)
+    s1 = tl.zeros((BU, KEPT), ACC)
+    s2 = tl.zeros((BU, KEPT), ACC)
     r, start, steps = r0, k0, (r1 - r0) * ((k1 - k0 + BK - 1) // BK)
     for _ in tl.range(0, steps, num_stages=STAGES):
         k = start + tl.arange(0, BK)
@@ -96,8 +98,8 @@ def backward_sums(
         )  # fmt: skip
         if WEIGHTED:
             g *= weight
-        s1 += g
-        s2 += tl.where(valid, g * x_hat, 0.0)
+        s1 += partly_summed(g, 1, KEPT)
+        s2 += partly_summed(tl.where(valid, g * x_hat, 0.0), 1, KEPT)
         r, start = next_tile(r, start, k0, k1, BK)
     tl.store(o_gx + u * chunks + chunk, tl.sum(s2, 1), mask=in_unit)
     tl.store(o_g + u * chunks + chunk, tl.sum(s1, 1), mask=in_unit)

@@ -332,6 +332,21 @@ def summed(values, AXIS: tl.constexpr):
 
 
 @triton.jit
+def partly_summed(values, AXIS: tl.constexpr, KEPT: tl.constexpr):
+    """Sums of every KEPT-th row of a tile, or value of a row: KEPT times as many, for which threads
+    that hold so many at once need not meet.
+    """
+    N: tl.constexpr = values.shape[AXIS]
+    if N > KEPT:
+        if AXIS == 0:
+            values = tl.reshape(values, (N // KEPT, KEPT, values.shape[1]))
+        else:
+            values = tl.reshape(values, (values.shape[0], N // KEPT, KEPT))
+        values = summed(values, AXIS)
+    return values
+
+
+@triton.jit
 def squares(values, AXIS: tl.constexpr):
     """To be summed along an axis; of a square a compiler knows that adding zero changes nothing."""
     if values.shape[AXIS] <= 128:

@@ -208,9 +208,11 @@ def units_of(x: Tensor, axes: Axes, parts: int = 1, positions: int = 0) -> Units
 class Streamed:
     """Units cut into chunks, a program each."""
 
-    def __init__(self, units: Units, width: int) -> None:
+    def __init__(self, units: Units, width: int, *, wide: bool = False) -> None:
         self.units = units
-        self.launch = config.streamed(units.K, units.C, columns=units.columns, width=width)
+        self.launch = config.streamed(
+            units.K, units.C, columns=units.columns, width=width, wide=wide
+        )
         of_sample = 1 if units.by_value else units.C
         self.cut = config.chunks(units.K, units.R, self.launch, of_sample)
         self.unit_blocks = units.blocks(self.launch.units)
@@ -232,8 +234,17 @@ class Streamed:
     def cuts(self) -> tuple[int, ...]:
         return self.cut.k_chunks, self.cut.k_chunk, self.cut.r_chunk
 
+    def kept(self, x: Tensor) -> int:
+        """How many sums of each unit a tile's threads hold."""
+        if not self.units.columns:
+            return self.launch.values
+        return config.at_once(self.launch, x.element_size(), columns=True)
+
     @property
     def constants(self) -> dict[str, Any]:
         # one run after the other in memory, or one unit after the other
         first = not self.units.columns and self.units.R == 1
-        return {**self.units.tiles(self.launch), "CHUNKS_FIRST": first, "STAGES": config.STAGES}
+        # value by value, copies ahead meet in shared memory
+        alone = not self.units.columns and self.units.K % 16 != 0
+        stages = 1 if alone else config.STAGES
+        return {**self.units.tiles(self.launch), "CHUNKS_FIRST": first, "STAGES": stages}
