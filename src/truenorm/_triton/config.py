@@ -160,10 +160,12 @@ def whole(
     return _choose(key, Launch(tall, wide, _warps(size)))
 
 
-def streamed(values: int, units: int, *, columns: bool, width: int, wide: bool = False) -> Launch:
+def streamed(
+    values: int, units: int, *, columns: bool, width: int, doubles: bool = False
+) -> Launch:
     """A tile to walk over units with. units: neighbours in memory, where channels are inside.
 
-    wide: whether half precision is added up in float64.
+    doubles: whether half precision is added up in float64.
     """
     size = LIMITS.tile
     if columns:
@@ -176,8 +178,8 @@ def streamed(values: int, units: int, *, columns: bool, width: int, wide: bool =
     wide = min(power_of_two(values), max(1, size // (tall * width)))
     key = Key(False, values, units, columns, False, width, False)
     warps = _warps(LIMITS.tile * tall * wide * width // size)
-    if columns and wide:
-        # so that none meet where sums of twice the size would go through shared memory
+    if columns and doubles:
+        # none that meet: sums of twice the size would take longer in shared memory than the memory
         warps = 1
     return _choose(key, Launch(tall, wide, warps))
 

@@ -20,7 +20,7 @@ def _moments(call: Inputs) -> Tensor:
         # a group is one run in memory
         units = Units(units.U // units.D, units.C // units.D, units.K * units.D)
     half = view.is_half(x)
-    plan = Streamed(units, width.itemsize, wide=half and centred)
+    plan = Streamed(units, width.itemsize, doubles=half and centred)
     parts = units.U * plan.count
     of_mean, of_m2 = view.pair(parts, torch.float64, x.device)
     stages = {"STAGES": config.STAGES_OF_SMALL} if half else {}

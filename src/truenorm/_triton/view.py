@@ -208,10 +208,10 @@ def units_of(x: Tensor, axes: Axes, parts: int = 1, positions: int = 0) -> Units
 class Streamed:
     """Units cut into chunks, a program each."""
 
-    def __init__(self, units: Units, width: int, *, wide: bool = False) -> None:
+    def __init__(self, units: Units, width: int, *, doubles: bool = False) -> None:
         self.units = units
         self.launch = config.streamed(
-            units.K, units.C, columns=units.columns, width=width, wide=wide
+            units.K, units.C, columns=units.columns, width=width, doubles=doubles
         )
         of_sample = 1 if units.by_value else units.C
         self.cut = config.chunks(units.K, units.R, self.launch, of_sample)
