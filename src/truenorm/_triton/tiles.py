@@ -342,7 +342,10 @@ def partly_summed(values, AXIS: tl.constexpr, KEPT: tl.constexpr):
             values = tl.reshape(values, (N // KEPT, KEPT, values.shape[1]))
         else:
             values = tl.reshape(values, (values.shape[0], N // KEPT, KEPT))
-        values = summed(values, AXIS)
+        if values.dtype.is_floating():
+            values = summed(values, AXIS)
+        else:
+            values = tl.sum(values, AXIS)
     return values
 
 
